@@ -1,0 +1,51 @@
+"""The seams: Protocols that have more than one implementation."""
+
+from typing import Protocol
+
+from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult, TokenEvent
+
+
+class Pipeline(Protocol):
+    """A chain of stages that runs micro-batches in order.
+
+    Implemented by the stages of one process, by a chain of Ray actors, and by a fake for tests.
+    """
+
+    def submit(self, batch: MicroBatch) -> None:
+        """Start a micro-batch; returns before any stage has run it.
+
+        Called by the engine alone, in the order of `batch_id`.
+        """
+
+    async def next_result(self) -> MicroBatchResult:
+        """Wait for the oldest submitted micro-batch that was not yet returned.
+
+        Raises:
+            PipelineError: The pipeline is broken; no later call succeeds.
+        """
+
+    async def close(self) -> None:
+        """Stop the stages; results not yet returned are lost."""
+
+
+class EngineEndpoint(Protocol):
+    """How a client reaches an engine: in this process, or behind a Ray actor handle."""
+
+    async def add(self, request: GenerationRequest) -> None:
+        """Accept a request, or raise.
+
+        Raises:
+            InvalidRequestError: The request can never be served.
+            OverloadedError: The engine takes no requests now.
+            PipelineError: The engine is broken.
+        """
+
+    async def abort(self, request_id: str) -> None:
+        """End a request early; unknown or finished ids are ignored."""
+
+    async def next_events(self) -> list[TokenEvent]:
+        """Wait for events, then return all that gathered since the last call.
+
+        Raises:
+            PipelineError: The engine is broken and every event has been returned.
+        """

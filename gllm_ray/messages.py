@@ -1,0 +1,168 @@
+"""The values that cross a boundary: frozen, slotted, and free of tensors.
+
+`MicroBatch` and its result are the whole protocol between the scheduler and the stages, real or
+simulated; `GenerationRequest` and `TokenEvent` are the whole protocol between a client of the
+engine and the engine.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Every accepted request ends with exactly one of these."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one token is drawn from the logits of a sequence.
+
+    Attributes:
+        temperature: 0 means greedy; otherwise the logits are divided by it.
+        top_p: Keep the smallest set of tokens whose probability reaches this, in (0, 1].
+        top_k: Keep this many most likely tokens; 0 keeps all.
+        min_p: Drop tokens below this share of the most likely one, in [0, 1].
+        seed: Together with the position it fixes the draw, whatever the batch.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """What a client asked for, in tokens.
+
+    Attributes:
+        request_id: Unique among the requests alive in the pipeline.
+        prompt_token_ids: At least one token.
+        max_tokens: Output tokens after which the request ends with `length`; at least 1.
+        stop_token_ids: Any of these ends the request with `stop`; the token counts as output.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """What happened to a request in one step: a token, an end, or both.
+
+    Attributes:
+        token_id: The new output token, or None when the request ended without one.
+        finish_reason: Set on the terminal event, and only there.
+        error: The message for the client when `finish_reason` is `error`.
+    """
+
+    request_id: str
+    token_id: int | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledSequence:
+    """One sequence's share of a micro-batch: a prefill chunk or one decode.
+
+    Attributes:
+        seq_id: The sequence, unique in the life of a scheduler.
+        epoch: The sequence's epoch when it was scheduled; a result of an older one is dropped.
+        start: Position of the first of `token_ids`, so the tokens whose KV exists already.
+        token_ids: The tokens to compute, at positions `start`, `start + 1`, ...
+        block_table: Ids of the KV blocks for positions 0 up to the last of `token_ids`.
+        sampling: How to draw the next token, or None for a chunk that does not end its prompt.
+    """
+
+    seq_id: int
+    epoch: int
+    start: int
+    token_ids: tuple[int, ...]
+    block_table: tuple[int, ...]
+    sampling: SamplingParams | None
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        """Tokens of this sequence in the micro-batch."""
+        return len(self.token_ids)
+
+    @property
+    def end(self) -> int:
+        """Position after the last scheduled token: the context length, and the next position."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One pass through all stages.
+
+    Attributes:
+        batch_id: Counts up from 0 in submit order.
+        sequences: Decodes first, then prefill chunks; each sequence at most once.
+    """
+
+    batch_id: int
+    sequences: tuple[ScheduledSequence, ...]
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Rows of the packed batch, over all sequences."""
+        return sum(len(seq.token_ids) for seq in self.sequences)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatchResult:
+    """The tokens sampled by the last stage.
+
+    Attributes:
+        batch_id: The micro-batch this answers.
+        token_ids: One for each sequence whose `sampling` is set, in the micro-batch's order.
+    """
+
+    batch_id: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageInfo:
+    """What a stage holds after it loaded its shard.
+
+    Attributes:
+        stage_id: Position in the pipeline, from 0.
+        node: Host name of the process, for messages.
+        first_layer: First decoder layer held.
+        last_layer: One past the last decoder layer held.
+        num_parameters: Parameters held, shared ones counted once.
+        weight_bytes: Memory these parameters take.
+        kv_block_bytes: Memory one KV block takes, over the stage's layers.
+        max_kv_blocks: Blocks that fit into the memory left for the KV cache.
+    """
+
+    stage_id: int
+    node: str
+    first_layer: int
+    last_layer: int
+    num_parameters: int
+    weight_bytes: int
+    kv_block_bytes: int
+    max_kv_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInterval:
+    """When a stage computed a micro-batch, in seconds of the node's wall clock."""
+
+    batch_id: int
+    start_s: float
+    end_s: float
