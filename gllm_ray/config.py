@@ -27,7 +27,14 @@ def _parse_bytes(value: object) -> object:
     return value
 
 
+def _list_to_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
 ByteSize = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=1)]
+LayerSplit = Annotated[
+    Literal["auto"] | tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_list_to_tuple)
+]
 
 
 class _Settings(BaseModel):
@@ -70,17 +77,16 @@ class PipelineConfig(_Settings):
     """How many stages, and where each runs."""
 
     num_stages: int = Field(default=1, ge=1, le=256, description="Stage actors in the chain.")
-    layers: Literal["auto"] | tuple[Annotated[int, Field(ge=1)], ...] = Field(
+    layers: LayerSplit = Field(
         default="auto",
-        strict=False,
         description="Decoder layers per stage; auto weighs embedding and head.",
     )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="Where every stage runs.")
     gpus_per_stage: float = Field(
-        default=1.0, gt=0, le=1, strict=False, description="GPUs a stage reserves when on cuda."
+        default=1.0, gt=0, le=1, description="GPUs a stage reserves when on cuda."
     )
     cpus_per_stage: float = Field(
-        default=1.0, gt=0, strict=False, description="CPUs a stage reserves."
+        default=1.0, gt=0, description="CPUs a stage reserves."
     )
     accelerator_type: str | None = Field(
         default=None, min_length=1, description="Ray's accelerator type of each stage, e.g. L40S."
@@ -117,7 +123,7 @@ class KvCacheConfig(_Settings):
 
     block_size: int = Field(default=16, ge=1, le=1024, description="Tokens a block holds.")
     memory_utilization: float = Field(
-        default=0.9, gt=0, le=1, strict=False, description="GPU memory for weights and KV cache."
+        default=0.9, gt=0, le=1, description="GPU memory for weights and KV cache."
     )
     kv_cache_bytes: ByteSize | None = Field(
         default=None, description="KV cache of one stage; needed on cpu; on cuda it replaces "
@@ -135,7 +141,7 @@ class TokenThrottlingConfig(_Settings):
         default=8, ge=1, description="#T: micro-batches over which waiting tokens are spread."
     )
     kv_threshold: float = Field(
-        default=0.05, ge=0, lt=1, strict=False, description="KVt: free share that stops prefill."
+        default=0.05, ge=0, lt=1, description="KVt: free share that stops prefill."
     )
 
     @model_validator(mode="after")
@@ -163,13 +169,13 @@ class DeploymentConfig(_Settings):
     min_replicas: int = Field(default=1, ge=0, description="Fewest replicas.")
     max_replicas: int = Field(default=1, ge=1, description="Most replicas.")
     target_ongoing_requests: float = Field(
-        default=64, gt=0, strict=False, description="Requests a replica should hold on average."
+        default=64, gt=0, description="Requests a replica should hold on average."
     )
     max_ongoing_requests: int = Field(
         default=1024, ge=1, description="Requests a replica takes before Serve queues them."
     )
     graceful_shutdown_timeout_s: float = Field(
-        default=60, ge=0, strict=False, description="Seconds running requests get to finish."
+        default=60, ge=0, description="Seconds running requests get to finish."
     )
 
     @model_validator(mode="after")
