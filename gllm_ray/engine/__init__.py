@@ -1,0 +1,1 @@
+"""The engine: one event loop between the scheduler and the stages."""

@@ -1,0 +1,12 @@
+"""Policies: each turns a view of the load into the budget of the next micro-batch."""
+
+from gllm_ray.config import TokenThrottlingConfig
+from gllm_ray.scheduling.policies.base import LoadView, Policy, TokenBudget
+from gllm_ray.scheduling.policies.token_throttling import TokenThrottlingPolicy
+
+__all__ = ["LoadView", "Policy", "TokenBudget", "make_policy"]
+
+
+def make_policy(config: TokenThrottlingConfig) -> Policy:
+    """Build the policy that a configuration names."""
+    return TokenThrottlingPolicy(config)

@@ -1,0 +1,119 @@
+"""The engine: drives one scheduler over one pipeline in real time.
+
+It is the only event loop that touches the scheduler, so the scheduler needs no lock.
+"""
+
+import asyncio
+import contextlib
+import logging
+
+from gllm_ray.errors import PipelineError
+from gllm_ray.interfaces import Pipeline
+from gllm_ray.messages import GenerationRequest, TokenEvent
+from gllm_ray.scheduling import Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Keeps a pipeline full and gathers what comes out of it.
+
+    An `EngineEndpoint` for clients in the same process; an actor that owns one offers the same
+    three methods to other processes.
+
+    Args:
+        scheduler: Decides; the engine is its only caller.
+        pipeline: Computes; closed with the engine.
+    """
+
+    def __init__(self, scheduler: Scheduler, pipeline: Pipeline) -> None:
+        self._scheduler = scheduler
+        self._pipeline = pipeline
+        self._events: list[TokenEvent] = []
+        self._has_events = asyncio.Event()
+        self._has_work = asyncio.Event()
+        self._failure: PipelineError | None = None
+        self._loop_task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to serve; called once, inside the event loop."""
+        self._loop_task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Stop serving and stop the stages; open requests get no further event."""
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._loop_task
+        await self._pipeline.close()
+
+    async def add(self, request: GenerationRequest) -> None:
+        """Accept a request.
+
+        Raises:
+            InvalidRequestError: The request can never be served.
+            PipelineError: The pipeline is broken.
+        """
+        self._raise_if_broken()
+        self._scheduler.add(request)
+        # Requests that arrive in one turn of the event loop then share a micro-batch.
+        asyncio.get_running_loop().call_soon(self._fill_pipeline)
+        self._has_work.set()
+
+    async def abort(self, request_id: str) -> None:
+        """End a request early; unknown or finished ids are ignored."""
+        self._deliver(self._scheduler.abort(request_id))
+
+    async def next_events(self) -> list[TokenEvent]:
+        """Wait for events, then return all that gathered since the last call.
+
+        Raises:
+            PipelineError: The pipeline is broken and every event has been returned.
+        """
+        if not self._events:
+            self._raise_if_broken()
+            await self._has_events.wait()
+        self._has_events.clear()
+        events, self._events = self._events, []
+        if not events:
+            self._raise_if_broken()
+        return events
+
+    async def step(self) -> None:
+        """Fill the pipeline, then take one result out of it."""
+        self._fill_pipeline()
+        if self._scheduler.num_in_flight == 0:
+            self._has_work.clear()
+            await self._has_work.wait()
+            return
+        result = await self._pipeline.next_result()
+        self._deliver(self._scheduler.commit(result))
+
+    def _fill_pipeline(self) -> None:
+        while self._failure is None and (batch := self._scheduler.schedule()) is not None:
+            self._pipeline.submit(batch)
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self.step()
+        except PipelineError as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001  whatever broke the loop, nobody must wait
+            logger.exception("engine loop broke")
+            self._fail(PipelineError(f"internal error: {type(error).__name__}"))
+
+    def _fail(self, error: PipelineError) -> None:
+        logger.error("pipeline lost: %s", error)
+        self._failure = error
+        self._deliver(self._scheduler.fail_all(str(error)))
+        self._has_events.set()
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        if events:
+            self._events += events
+            self._has_events.set()
+
+    def _raise_if_broken(self) -> None:
+        if self._failure is not None:
+            raise self._failure

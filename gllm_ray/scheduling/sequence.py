@@ -1,0 +1,84 @@
+"""One token stream in the scheduler: its tokens, its blocks, and how far both are computed."""
+
+from enum import StrEnum
+
+from gllm_ray.messages import GenerationRequest, ScheduledSequence
+
+
+class SequenceState(StrEnum):
+    """What a sequence holds: a state's name says it."""
+
+    WAITING = "waiting"  # no block
+    PREFILLING = "prefilling"  # blocks for its whole prompt, part of it not yet scheduled
+    DECODING = "decoding"  # blocks for every computed token; grows block by block
+
+
+class Sequence:
+    """A request's tokens and its place in the KV cache.
+
+    A preempted sequence starts over with prompt and output as its prompt, so `token_ids` is all
+    there is to prefill, and `num_computed_tokens` all that is done or on its way.
+
+    Attributes:
+        token_ids: Prompt, then output.
+        block_table: Ids of the blocks held, in the order of the positions they serve.
+        num_computed_tokens: Tokens whose KV exists or is in flight.
+        num_in_flight: Submitted and uncommitted micro-batches that hold this sequence.
+        epoch: Raised when the KV is given up; results of an older epoch do not count.
+        is_aborted: It ends at the commit of its last micro-batch in flight.
+    """
+
+    __slots__ = (
+        "block_table",
+        "epoch",
+        "is_aborted",
+        "num_computed_tokens",
+        "num_in_flight",
+        "request",
+        "seq_id",
+        "state",
+        "token_ids",
+    )
+
+    def __init__(self, seq_id: int, request: GenerationRequest) -> None:
+        self.seq_id = seq_id
+        self.request = request
+        self.token_ids = list(request.prompt_token_ids)
+        self.block_table: list[int] = []
+        self.num_computed_tokens = 0
+        self.num_in_flight = 0
+        self.epoch = 0
+        self.state = SequenceState.WAITING
+        self.is_aborted = False
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Known tokens that no micro-batch has computed or is computing."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def schedule(self, num_tokens: int) -> ScheduledSequence:
+        """Put the next `num_tokens` uncomputed tokens in flight."""
+        start = self.num_computed_tokens
+        end = start + num_tokens
+        self.num_computed_tokens = end
+        self.num_in_flight += 1
+        return ScheduledSequence(
+            seq_id=self.seq_id,
+            epoch=self.epoch,
+            start=start,
+            token_ids=tuple(self.token_ids[start:end]),
+            block_table=tuple(self.block_table),
+            sampling=self.request.sampling if end == len(self.token_ids) else None,
+        )
+
+    def restart(self) -> None:
+        """Forget all computed KV; the caller has taken the blocks."""
+        self.block_table = []
+        self.num_computed_tokens = 0
+        self.epoch += 1
+        self.state = SequenceState.WAITING
