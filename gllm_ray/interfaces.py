@@ -14,7 +14,8 @@ class Pipeline(Protocol):
     def submit(self, batch: MicroBatch) -> None:
         """Start a micro-batch; returns before any stage has run it.
 
-        Called by the engine alone, in the order of `batch_id`.
+        Called by the engine alone, in the order of `batch_id`. Raises nothing: what goes wrong
+        comes out of `next_result`.
         """
 
     async def next_result(self) -> MicroBatchResult:

@@ -99,7 +99,7 @@ class Engine:
                 await self.step()
         except PipelineError as error:
             self._fail(error)
-        except Exception as error:  # noqa: BLE001  whatever broke the loop, nobody must wait
+        except Exception as error:
             logger.exception("engine loop broke")
             self._fail(PipelineError(f"internal error: {type(error).__name__}"))
 

@@ -1,0 +1,53 @@
+"""Requests, schedulers and batches for tests: no model, no network, no clock."""
+
+from gllm_ray.config import TokenThrottlingConfig
+from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult
+from gllm_ray.scheduling import Scheduler, make_policy
+
+
+def make_scheduler(
+    *,
+    num_stages: int = 2,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_model_len: int = 128,
+    max_in_flight: int | None = None,
+    max_decodes: int = 512,
+    policy: TokenThrottlingConfig | None = None,
+) -> Scheduler:
+    return Scheduler(
+        make_policy(policy or TokenThrottlingConfig()),
+        num_stages=num_stages,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_model_len=max_model_len,
+        max_in_flight=max_in_flight or num_stages,
+        max_decodes=max_decodes,
+    )
+
+
+def make_request(
+    request_id: str = "a",
+    *,
+    num_prompt_tokens: int = 8,
+    max_tokens: int = 4,
+    stop_token_ids: frozenset[int] = frozenset(),
+) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=tuple(range(1, num_prompt_tokens + 1)),
+        max_tokens=max_tokens,
+        stop_token_ids=stop_token_ids,
+    )
+
+
+def result_of(batch: MicroBatch) -> MicroBatchResult:
+    """The result of a model whose next token is a hash of the sequence and the position."""
+    return MicroBatchResult(
+        batch_id=batch.batch_id,
+        token_ids=tuple(
+            100 + (7 * item.seq_id + item.end) % 50
+            for item in batch.sequences
+            if item.sampling is not None
+        ),
+    )
