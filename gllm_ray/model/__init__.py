@@ -1,0 +1,1 @@
+"""Models as stages: checkpoints, shards, the paged KV cache, attention and sampling."""

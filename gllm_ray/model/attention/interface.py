@@ -1,0 +1,124 @@
+"""How a transformers model reaches the paged cache: two registered attention functions.
+
+`PAGED` writes and reads the cache of the current forward pass. No mask function is registered
+under that name, so models build no mask. `PROBE` computes nothing; it notes what each attention
+module caches and which mask it asks for.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from gllm_ray.errors import ConfigError
+from gllm_ray.model.attention.reference import ScoreRule, paged_attention
+from gllm_ray.model.inputs import PackedInputs
+from gllm_ray.model.kv_cache import AttentionGeometry, LayerKvCache
+
+PAGED = "gllm_ray_paged"
+PROBE = "gllm_ray_probe"
+
+_inputs: ContextVar[PackedInputs] = ContextVar("inputs")
+_caches: ContextVar[Mapping[nn.Module, LayerKvCache]] = ContextVar("caches")
+_geometries: ContextVar[dict[nn.Module, AttentionGeometry]] = ContextVar("geometries")
+
+
+@dataclass(frozen=True, slots=True)
+class _MaskRecord:
+    """What a model asked of its mask: causal, within a window or not."""
+
+    window: int | None
+
+
+@contextmanager
+def paged_forward(inputs: PackedInputs, caches: Mapping[nn.Module, LayerKvCache]) -> Iterator[None]:
+    """Within it, models that use `PAGED` attend over these rows and caches."""
+    inputs_token, caches_token = _inputs.set(inputs), _caches.set(caches)
+    try:
+        yield
+    finally:
+        _inputs.reset(inputs_token)
+        _caches.reset(caches_token)
+
+
+@contextmanager
+def probe_forward() -> Iterator[dict[nn.Module, AttentionGeometry]]:
+    """Within it, models that use `PROBE` fill the mapping that is handed out."""
+    geometries: dict[nn.Module, AttentionGeometry] = {}
+    token = _geometries.set(geometries)
+    try:
+        yield geometries
+    finally:
+        _geometries.reset(token)
+
+
+def cache_latents(model: nn.Module) -> None:
+    """Make multi-head latent attention hand over its latents instead of full keys and values."""
+    for module in model.modules():
+        if hasattr(module, "expand_kv"):
+            module.expand_kv = _keep_latents
+
+
+def _keep_latents(
+    latents: torch.Tensor, rotary_keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return latents, rotary_keys
+
+
+def _paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    **options: Any,  # noqa: ANN401 - what a model may pass is transformers' convention
+) -> tuple[torch.Tensor, None]:
+    inputs, cache = _inputs.get(), _caches.get()[module]
+    cache.write(inputs.slot_mapping, key[0], value[0])
+    rule = ScoreRule(
+        scale=options.get("scaling") or query.shape[-1] ** -0.5,
+        softcap=options.get("softcap"),
+        sinks=options.get("s_aux"),
+    )
+    return paged_attention(query[0], cache, inputs, rule).unsqueeze(0), None
+
+
+def _probe_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: _MaskRecord | None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    geometries = _geometries.get()
+    if module in geometries:
+        raise ConfigError(f"{type(module).__name__} attends twice per token; it cannot be served")
+    expand = getattr(type(module), "expand_kv", None)
+    geometries[module] = AttentionGeometry(
+        key_shape=(key.shape[1], key.shape[3]),
+        value_shape=(value.shape[1], value.shape[3]),
+        window=attention_mask.window if attention_mask is not None else None,
+        expand=expand.__get__(module) if expand is not None else None,
+    )
+    if expand is not None:
+        key, value = geometries[module].expand(key, value)
+    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def _probe_mask(
+    *, local_size: int | None = None, use_vmap: bool = False, **_: object
+) -> _MaskRecord:
+    if use_vmap:
+        raise ConfigError("the model adds its own rule to the causal mask; it cannot be served")
+    return _MaskRecord(local_size)
+
+
+AttentionInterface.register(PAGED, _paged_attention)
+AttentionInterface.register(PROBE, _probe_attention)
+AttentionMaskInterface.register(PROBE, _probe_mask)

@@ -1,0 +1,144 @@
+"""What can be known of a checkpoint without loading it: where it lies, and whether it is served.
+
+Only JSON is read and no tensor library is imported, so any process may check a model.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gllm_ray.config import PACKAGE_SCHEME, ModelConfig, resolve_package_path
+from gllm_ray.errors import ConfigError
+from gllm_ray.model.architectures import refusal_reason
+
+_DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+_INDEX_FILE = "model.safetensors.index.json"
+_SINGLE_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A model directory that passed every check that needs no weights.
+
+    Attributes:
+        directory: Where config.json lies.
+        model_type: The architecture, in transformers' spelling.
+        max_model_len: Tokens of prompt and output a sequence may have.
+        weight_files: The safetensors file of each tensor; empty for `load_format: dummy`.
+    """
+
+    directory: Path
+    model_type: str
+    max_model_len: int
+    weight_files: tuple[Path, ...]
+
+
+def open_checkpoint(model: ModelConfig) -> Checkpoint:
+    """Find a model and refuse what cannot be served, before any memory is taken.
+
+    Raises:
+        ConfigError: The path is missing, holds no safetensors weights, wants code of its own, is
+            quantized, is of an unsupported architecture, or is too short for `max_model_len`.
+    """
+    directory = find_directory(model.path, model.revision)
+    config = _read_json(directory / "config.json")
+    if "auto_map" in config:
+        raise ConfigError(
+            f"model.path={model.path!r}: its config.json names code of its own (auto_map), and "
+            "code from a checkpoint is never run; use a model that transformers knows"
+        )
+    if "quantization_config" in config and model.load_format != "dummy":
+        method = config["quantization_config"].get("quant_method")
+        raise ConfigError(
+            f"model.path={model.path!r}: its weights are quantized ({method}), which is not "
+            "supported; use the unquantized checkpoint"
+        )
+    model_type = str(config.get("model_type"))
+    reason = refusal_reason(model_type, config)
+    if reason is not None:
+        raise ConfigError(
+            f"model.path={model.path!r}: model_type {model_type!r} is not supported: {reason}"
+        )
+    return Checkpoint(
+        directory=directory,
+        model_type=model_type,
+        max_model_len=_max_model_len(model, config),
+        weight_files=() if model.load_format == "dummy" else _weight_files(directory, model.path),
+    )
+
+
+def find_directory(path: str, revision: str | None = None) -> Path:
+    """The local directory of a path, a `package://` address or a Hugging Face model id.
+
+    Raises:
+        ConfigError: There is no such directory, and no such model can be downloaded.
+    """
+    directory = Path(resolve_package_path(path)).expanduser()
+    if directory.is_dir():
+        return directory
+    is_model_id = path.count("/") <= 1 and not path.startswith((".", "/", "~", PACKAGE_SCHEME))
+    if not is_model_id:
+        raise ConfigError(f"model.path={path!r}: there is no directory {str(directory)!r}")
+    return _download(path, revision)
+
+
+def _download(model_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(model_id, revision=revision, allow_patterns=_DOWNLOADED_FILES)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"model.path={model_id!r}: there is no such directory, and the Hugging Face Hub "
+            f"cannot provide it at revision {revision or 'main'}: {error}"
+        ) from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"model.path: there is no {file.name} in {str(file.parent)!r}") from None
+    except ValueError as error:
+        raise ConfigError(f"model.path: {str(file)!r} is no valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"model.path: {str(file)!r} must hold a JSON object")
+    return content
+
+
+def _max_model_len(model: ModelConfig, config: dict[str, Any]) -> int:
+    limit = next((config[key] for key in _LENGTH_KEYS if config.get(key)), None)
+    if limit is None and model.max_model_len is None:
+        raise ConfigError(
+            f"model.path={model.path!r}: its config.json sets none of {', '.join(_LENGTH_KEYS)}; "
+            "set model.max_model_len"
+        )
+    if model.max_model_len is None:
+        return int(limit)
+    if limit is not None and model.max_model_len > limit:
+        raise ConfigError(
+            f"model.max_model_len={model.max_model_len}: the model has {limit} positions; lower it"
+        )
+    return model.max_model_len
+
+
+def _weight_files(directory: Path, path: str) -> tuple[Path, ...]:
+    if (directory / _INDEX_FILE).is_file():
+        names = sorted(set(_read_json(directory / _INDEX_FILE)["weight_map"].values()))
+        files = tuple(directory / name for name in names)
+    else:
+        files = (directory / _SINGLE_FILE,)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        others = sorted(file.name for file in directory.glob("*.bin"))
+        hint = f"; it has {', '.join(others)}, so convert it to safetensors" if others else ""
+        raise ConfigError(
+            f"model.path={path!r}: there is no {missing[0]} in {str(directory)!r}, and only "
+            f"safetensors weights are read{hint}"
+        )
+    return files

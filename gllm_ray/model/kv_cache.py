@@ -1,0 +1,81 @@
+"""The paged KV cache of one stage: one pair of tensors per attention module."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+ExpandKv = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionGeometry:
+    """What one attention module writes per token, and how far it looks back.
+
+    Attributes:
+        key_shape: Heads and width of a key; of the shared latent where `expand` is set.
+        value_shape: Heads and width of a value; of the rotary key where `expand` is set.
+        window: Positions a token attends to, itself included; None means all.
+        expand: Turns cached latents into keys and values (multi-head latent attention), or None.
+    """
+
+    key_shape: tuple[int, int]
+    value_shape: tuple[int, int]
+    window: int | None
+    expand: ExpandKv | None
+
+    @property
+    def num_values(self) -> int:
+        """Numbers cached per token."""
+        return self.key_shape[0] * self.key_shape[1] + self.value_shape[0] * self.value_shape[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerKvCache:
+    """The cache of one attention module.
+
+    Attributes:
+        geometry: What is cached.
+        keys: `[heads, num_slots, width]`; a slot is one position of a block.
+        values: The same for values.
+    """
+
+    geometry: AttentionGeometry
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def write(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store the rows' keys and values, `[heads, num_tokens, width]`, at their slots."""
+        self.keys.index_copy_(1, slots, keys)
+        self.values.index_copy_(1, slots, values)
+
+
+def block_bytes(
+    geometries: Mapping[nn.Module, AttentionGeometry], block_size: int, dtype: torch.dtype
+) -> int:
+    """Bytes one block takes over all attention modules of a stage."""
+    per_token = sum(geometry.num_values for geometry in geometries.values())
+    return per_token * block_size * dtype.itemsize
+
+
+def allocate_kv_cache(
+    geometries: Mapping[nn.Module, AttentionGeometry],
+    num_slots: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[nn.Module, LayerKvCache]:
+    """Reserve the cache of every attention module of a stage."""
+
+    def reserve(shape: tuple[int, int]) -> torch.Tensor:
+        heads, width = shape
+        return torch.zeros(heads, num_slots, width, dtype=dtype, device=device)
+
+    return {
+        module: LayerKvCache(
+            geometry=geometry,
+            keys=reserve(geometry.key_shape),
+            values=reserve(geometry.value_shape),
+        )
+        for module, geometry in geometries.items()
+    }

@@ -1,0 +1,102 @@
+"""Drawing the next tokens from logits, each row by its own rules.
+
+A draw is a pure function of the row's logits, its rules, its seed and its position: one uniform
+number from a counter-based hash, looked up in the cumulative probabilities of the kept tokens,
+most likely first. What else is in the batch, and how it was split, never shows.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from gllm_ray.messages import SamplingParams
+
+# Enough candidates for nearly every row; the few rows that need more are sorted in full.
+_NUM_CANDIDATES = 256
+_MASK_64 = 2**64 - 1
+
+
+def sample(
+    logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
+) -> tuple[int, ...]:
+    """Draw one token per row.
+
+    Args:
+        logits: `[rows, vocab_size]`.
+        params: How to draw, one per row.
+        positions: Position the drawn token will have in its sequence, one per row.
+    """
+    if not params:
+        return ()
+    tokens = logits.argmax(dim=-1)
+    drawn = [row for row, rule in enumerate(params) if rule.temperature > 0]
+    if drawn:
+        rules = [params[row] for row in drawn]
+        uniforms = [uniform(params[row].seed, positions[row]) for row in drawn]
+        tokens[drawn] = _draw(logits[drawn].float(), rules, uniforms)
+    return tuple(tokens.tolist())
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that looks random in both arguments.
+
+    Source: the finalizer of splitmix64 (Steele, Lea and Flood, 2014), applied to each in turn.
+    """
+    return (_splitmix64(_splitmix64(seed & _MASK_64) ^ position) >> 11) / 2**53
+
+
+def _splitmix64(state: int) -> int:
+    state = (state + 0x9E3779B97F4A7C15) & _MASK_64
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return state ^ (state >> 31)
+
+
+def _draw(
+    logits: torch.Tensor, rules: Sequence[SamplingParams], uniforms: Sequence[float]
+) -> torch.Tensor:
+    vocab_size = logits.shape[-1]
+    top_k = [min(rule.top_k or vocab_size, vocab_size) for rule in rules]
+    columns = torch.tensor(
+        [
+            (rule.temperature, k, rule.top_p, rule.min_p, number)
+            for rule, k, number in zip(rules, top_k, uniforms, strict=True)
+        ],
+        device=logits.device,
+        dtype=torch.float64,
+    )
+    probs = torch.softmax(logits / columns[:, :1], dim=-1)
+    tokens, is_done = _draw_among(probs, min(_NUM_CANDIDATES, vocab_size), columns)
+    rest = (~is_done).nonzero().flatten()
+    if len(rest):
+        tokens[rest], _ = _draw_among(probs[rest], vocab_size, columns[rest])
+    return tokens
+
+
+def _draw_among(
+    probs: torch.Tensor, num_candidates: int, columns: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw from the most likely tokens.
+
+    Returns:
+        The token of each row, and whether the candidates were enough to tell it.
+    """
+    vocab_size = probs.shape[-1]
+    _, top_k, top_p, min_p, uniforms = columns.unsqueeze(-1).unbind(1)
+    candidates, ids = probs.topk(num_candidates)
+    cumulative = candidates.cumsum(dim=-1)
+    in_top_k = torch.arange(num_candidates, device=probs.device) < top_k
+    top_k_mass = (candidates * in_top_k).sum(dim=-1, keepdim=True)
+    in_top_p = (cumulative - candidates < top_p * top_k_mass) | (top_p >= 1)
+    kept = in_top_k & in_top_p & (candidates >= min_p * candidates[:, :1])
+
+    keeps_all = (top_k >= vocab_size) & (top_p >= 1) & (min_p <= 0)
+    kept_mass = torch.where(keeps_all, 1.0, (candidates * kept).sum(dim=-1, keepdim=True))
+    target = uniforms * kept_mass
+    rank = (cumulative <= target).sum(dim=-1, keepdim=True)
+    rank = rank.clamp(max=kept.sum(dim=-1, keepdim=True) - 1)
+    is_cut_inside = ~kept[:, -1:] & ((top_k <= num_candidates) | (top_p >= 1))
+    is_done = is_cut_inside | (keeps_all & (target < cumulative[:, -1:]))
+    if num_candidates == vocab_size:
+        is_done = torch.ones_like(is_done)
+    return ids.gather(-1, rank).squeeze(-1), is_done.squeeze(-1)

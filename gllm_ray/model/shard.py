@@ -1,0 +1,263 @@
+"""One stage of any transformers decoder: its own layers, and the ends it needs.
+
+The model class of the checkpoint is built on the meta device and pruned there: layers of other
+stages become pass-throughs, the layer before the first own one returns what the previous stage
+sent, and the modules before or after the stack lose their weights where they are not needed.
+Then the model's own `forward` runs: rotary embeddings, per-layer types, embedding and logit
+scaling stay its business.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from gllm_ray.errors import ConfigError
+from gllm_ray.model.attention.interface import PAGED, PROBE, cache_latents, probe_forward
+from gllm_ray.model.inputs import PackedInputs
+from gllm_ray.model.kv_cache import AttentionGeometry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterCounts:
+    """Parameters of a whole model, by what can be placed apart.
+
+    Attributes:
+        layers: One per decoder layer.
+        embedding: What runs before the layers.
+        head: What runs after them, a tied head included.
+    """
+
+    layers: tuple[int, ...]
+    embedding: int
+    head: int
+
+
+def count_parameters(config: PreTrainedConfig) -> ParameterCounts:
+    """Build a model without memory and count its parameters."""
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    decoder, layers = _find_layers(model)
+    before, after = _ends(model, decoder, layers)
+    return ParameterCounts(
+        layers=tuple(_num_parameters(layer) for layer in layers),
+        embedding=sum(map(_num_parameters, before.values())),
+        head=sum(map(_num_parameters, after.values())),
+    )
+
+
+class Shard:
+    """The layers `[first_layer, last_layer)` of a model, with embedding and head at the ends."""
+
+    def __init__(self, config: PreTrainedConfig, first_layer: int, last_layer: int) -> None:
+        self._config = config
+        self._first_layer = first_layer
+        self._last_layer = last_layer
+        self._received: torch.Tensor | None = None
+        self._sent: torch.Tensor | None = None
+        self._model: PreTrainedModel | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it embeds tokens."""
+        return self._first_layer == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it computes logits."""
+        return self._last_layer == self._config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states between stages."""
+        return self._config.hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights and of the hidden states."""
+        return self.model.dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters held, a tied one counted once."""
+        return _num_parameters(self.model)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory these parameters take."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The pruned model; loaded by `load`."""
+        assert self._model is not None
+        return self._model
+
+    def parameters_to_load(self) -> dict[str, torch.Tensor]:
+        """Names and shapes of the shard's own tensors, a tied one once, without memory."""
+        with torch.device("meta"):
+            model = self._pruned_class()(self._config)
+        return {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if name not in model.all_tied_weights_keys
+        }
+
+    def load(self, tensors: Mapping[str, object], dtype: torch.dtype, device: torch.device) -> None:
+        """Take the shard's own tensors out of a checkpoint's, through transformers' conversions.
+
+        Raises:
+            ConfigError: A tensor is missing or has another shape than config.json says.
+        """
+        model, report = self._pruned_class().from_pretrained(
+            None,
+            config=self._config,
+            state_dict=dict(tensors),
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=PAGED,
+            output_loading_info=True,
+        )
+        for fault in ("missing_keys", "mismatched_keys"):
+            if report[fault]:
+                raise ConfigError(
+                    f"the checkpoint does not fit its config.json, {fault.replace('_', ' ')}: "
+                    f"{sorted(map(str, report[fault]))[:5]}"
+                )
+        cache_latents(model)
+        self._model = model
+
+    def probe(self, num_tokens: int) -> dict[nn.Module, AttentionGeometry]:
+        """Run random tokens through the shard and note what each attention module caches."""
+        model, device = self.model, self.model.device
+        positions = torch.arange(num_tokens, device=device).unsqueeze(0)
+        hidden = torch.zeros(
+            1, num_tokens, self._config.hidden_size, dtype=model.dtype, device=device
+        )
+        model.set_attn_implementation(PROBE)
+        try:
+            with probe_forward() as geometries:
+                self._forward(torch.zeros_like(positions), positions, positions[0, -1:], hidden)
+        finally:
+            model.set_attn_implementation(PAGED)
+        return geometries
+
+    def forward(self, inputs: PackedInputs, hidden: torch.Tensor | None) -> torch.Tensor:
+        """Run the stage over a packed batch.
+
+        Args:
+            inputs: The batch.
+            hidden: `[num_tokens, hidden_size]` of the previous stage, None on the first.
+
+        Returns:
+            `[num_tokens, hidden_size]`, or on the last stage the logits `[num_samples,
+            vocab_size]` of the sampled rows.
+        """
+        received = hidden.unsqueeze(0) if hidden is not None else None
+        return self._forward(inputs.input_ids, inputs.position_ids, inputs.sample_rows, received)
+
+    def _forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        logits_rows: torch.Tensor,
+        received: torch.Tensor | None,
+    ) -> torch.Tensor:
+        self._received = received
+        tokens = {"input_ids": input_ids} if self.is_first else {"inputs_embeds": received}
+        if self.is_last:
+            output = self.model(
+                **tokens, position_ids=position_ids, use_cache=False, logits_to_keep=logits_rows
+            )
+            return output.logits[0]
+        self.model.get_decoder()(**tokens, position_ids=position_ids, use_cache=False)
+        return self._sent[0]
+
+    def _pruned_class(self) -> type[PreTrainedModel]:
+        """The model's class, pruned as soon as it is built, so that transformers can load it."""
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)]
+
+        def build(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+            model_class.__init__(model, config)
+            self._prune(model)
+
+        # transformers looks weight conversions up by the name of the class.
+        namespace = {"__init__": build, "__module__": model_class.__module__}
+        return type(model_class.__name__, (model_class,), namespace)
+
+    def _prune(self, model: PreTrainedModel) -> None:
+        decoder, layers = _find_layers(model)
+        for index, layer in enumerate(layers):
+            if not self._first_layer <= index < self._last_layer:
+                _strip(layer)
+        if not self.is_first:
+            layers[self._first_layer - 1].forward = self._receive
+        layers[self._last_layer - 1].register_forward_hook(self._send)
+        before, after = _ends(model, decoder, layers)
+        is_tied = bool(model.all_tied_weights_keys)
+        if not self.is_first:
+            for name, module in before.items():
+                if not (self.is_last and is_tied and module is model.get_input_embeddings()):
+                    model.set_submodule(name, _NoEmbedding())
+        if not self.is_last:
+            for name in after:
+                model.set_submodule(name, nn.Identity())
+            model.all_tied_weights_keys = {}
+        # The rest of the checkpoint belongs to the other stages.
+        model._keys_to_ignore_on_load_unexpected = {"."}  # noqa: SLF001 - the loader's own switch
+
+    def _receive(self, *_: object, **__: object) -> torch.Tensor:
+        return self._received
+
+    def _send(self, _: nn.Module, __: tuple[object, ...], output: torch.Tensor) -> None:
+        self._sent = output
+
+
+class _NoEmbedding(nn.Module):
+    """Adds nothing, where a later stage's `forward` still adds position embeddings."""
+
+    def forward(self, *_: object, **__: object) -> torch.Tensor:
+        return torch.zeros(())
+
+
+def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    decoder = model.get_decoder()
+    for module in decoder.children():
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return decoder, module
+    raise ConfigError(f"{type(model).__name__} has no list of decoder layers; it cannot be served")
+
+
+def _ends(
+    model: PreTrainedModel, decoder: nn.Module, layers: nn.ModuleList
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The modules with weights that run before, and those that run after the layers, by name."""
+    names = {module: name for name, module in model.named_modules()}
+    parents = [module for module in model.modules() if decoder in module.modules()]
+    ends = [
+        module
+        for parent in parents
+        for module in parent.children()
+        if module not in parents and module is not layers and _num_parameters(module)
+    ]
+    before = {names[module]: module for module in ends if isinstance(module, nn.Embedding)}
+    after = {names[module]: module for module in ends if not isinstance(module, nn.Embedding)}
+    return before, after
+
+
+def _strip(layer: nn.Module) -> None:
+    """Make a layer of another stage a pass-through; its plain attributes stay readable."""
+    layer._modules.clear()  # noqa: SLF001 - no public way to drop what a module holds
+    layer._parameters.clear()  # noqa: SLF001
+    layer._buffers.clear()  # noqa: SLF001
+    layer.forward = _pass_through
+
+
+def _pass_through(hidden: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return hidden
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,78 @@
+"""All stages in one process: the pipeline without a cluster."""
+
+import asyncio
+from collections import deque
+from typing import Self
+
+from gllm_ray.config import ServiceConfig
+from gllm_ray.errors import PipelineError, StageLostError
+from gllm_ray.messages import MicroBatch, MicroBatchResult, StageInfo
+from gllm_ray.model.checkpoint import open_checkpoint
+from gllm_ray.partition import size_kv_cache
+from gllm_ray.stages.worker import StageWorker
+
+
+class LocalPipeline:
+    """Implements `Pipeline`; a micro-batch runs through all stages when its result is awaited.
+
+    Attributes:
+        stages: What each stage holds.
+        num_blocks: KV blocks of every stage.
+    """
+
+    def __init__(
+        self, workers: tuple[StageWorker, ...], stages: tuple[StageInfo, ...], num_blocks: int
+    ) -> None:
+        self._workers = workers
+        self._submitted: deque[MicroBatch] = deque()
+        self._failure: PipelineError | None = None
+        self.stages = stages
+        self.num_blocks = num_blocks
+
+    @classmethod
+    def start(cls, config: ServiceConfig) -> Self:
+        """Load every stage and reserve the KV cache that fits on all of them.
+
+        Raises:
+            ConfigError: The model cannot be served with this configuration.
+        """
+        workers = tuple(
+            StageWorker(config, stage_id) for stage_id in range(config.pipeline.num_stages)
+        )
+        stages = tuple(worker.load() for worker in workers)
+        max_model_len = open_checkpoint(config.model).max_model_len
+        num_blocks = size_kv_cache(stages, config.kv_cache.block_size, max_model_len)
+        for worker in workers:
+            worker.allocate_kv_cache(num_blocks)
+        return cls(workers, stages, num_blocks)
+
+    def submit(self, batch: MicroBatch) -> None:
+        """Queue a micro-batch."""
+        self._submitted.append(batch)
+
+    async def next_result(self) -> MicroBatchResult:
+        """Run the oldest queued micro-batch through all stages.
+
+        Raises:
+            PipelineError: A stage failed; no later call succeeds.
+        """
+        if self._failure is not None:
+            raise self._failure
+        batch = self._submitted.popleft()
+        try:
+            return await asyncio.to_thread(self._run, batch)
+        except Exception as error:
+            self._failure = StageLostError(f"micro-batch {batch.batch_id} failed: {error!r}")
+            raise self._failure from error
+
+    async def close(self) -> None:
+        """Drop the stages; results not yet returned are lost."""
+        self._failure = PipelineError("the pipeline is closed")
+        self._submitted.clear()
+        self._workers = ()
+
+    def _run(self, batch: MicroBatch) -> MicroBatchResult:
+        output = None
+        for worker in self._workers:
+            output = worker.execute(batch, output)
+        return MicroBatchResult(batch_id=batch.batch_id, token_ids=output)

@@ -1,0 +1,185 @@
+"""One stage without a cluster: a shard of the model and the KV cache of its layers."""
+
+import os
+import socket
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from gllm_ray.config import ServiceConfig
+from gllm_ray.errors import ConfigError
+from gllm_ray.messages import MicroBatch, StageInfo
+from gllm_ray.model.attention.interface import paged_forward
+from gllm_ray.model.checkpoint import open_checkpoint
+from gllm_ray.model.inputs import pack
+from gllm_ray.model.kv_cache import (
+    AttentionGeometry,
+    LayerKvCache,
+    allocate_kv_cache,
+    block_bytes,
+)
+from gllm_ray.model.sampler import sample
+from gllm_ray.model.shard import Shard, count_parameters
+from gllm_ray.model.weights import SafetensorsReader, dummy_tensors
+from gllm_ray.partition import explicit_layers, split_layers
+
+_CPU_PROBE_TOKENS = 2
+
+
+class StageWorker:
+    """Holds the layers of one stage and runs micro-batches through them.
+
+    Attributes:
+        bytes_read: Bytes of weights read from the checkpoint by `load`.
+    """
+
+    def __init__(self, config: ServiceConfig, stage_id: int) -> None:
+        self._config = config
+        self._stage_id = stage_id
+        self._device = torch.device(config.pipeline.device)
+        self._shard: Shard | None = None
+        self._geometries: dict[nn.Module, AttentionGeometry] = {}
+        self._caches: dict[nn.Module, LayerKvCache] = {}
+        self.bytes_read = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this stage embeds tokens."""
+        return self._stage_id == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage draws tokens."""
+        return self._stage_id == self._config.pipeline.num_stages - 1
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states between stages; known after `load`."""
+        return self._loaded_shard.hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights, KV cache and hidden states; known after `load`."""
+        return self._loaded_shard.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stage computes."""
+        return self._device
+
+    @property
+    def _loaded_shard(self) -> Shard:
+        if self._shard is None:
+            raise RuntimeError("the stage holds no shard before load()")
+        return self._shard
+
+    @torch.inference_mode()
+    def load(self) -> StageInfo:
+        """Check the checkpoint, build this stage's shard and read its weights.
+
+        Raises:
+            ConfigError: The checkpoint or the layer split cannot be served.
+        """
+        checkpoint = open_checkpoint(self._config.model)
+        self._prepare_device()
+        model_config = AutoConfig.from_pretrained(checkpoint.directory)
+        first_layer, last_layer = self._layer_range(model_config)
+        dtype = self._choose_dtype(model_config)
+        shard = Shard(model_config, first_layer, last_layer)
+        if self._config.model.load_format == "dummy":
+            shard.load(
+                dummy_tensors(shard.parameters_to_load(), dtype, self._device), dtype, self._device
+            )
+        else:
+            reader = SafetensorsReader(checkpoint.weight_files)
+            shard.load(reader.tensors, dtype, self._device)
+            self.bytes_read = reader.bytes_read
+        self._shard = shard
+        self._geometries = shard.probe(self._num_probe_tokens(checkpoint.max_model_len))
+        kv_block_bytes = block_bytes(
+            self._geometries, self._config.kv_cache.block_size, shard.dtype
+        )
+        return StageInfo(
+            stage_id=self._stage_id,
+            node=socket.gethostname(),
+            first_layer=first_layer,
+            last_layer=last_layer,
+            num_parameters=shard.num_parameters,
+            weight_bytes=shard.weight_bytes,
+            kv_block_bytes=kv_block_bytes,
+            max_kv_blocks=self._kv_cache_bytes() // kv_block_bytes,
+        )
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Reserve the KV cache; block ids run from 0 to `num_blocks - 1`."""
+        num_slots = num_blocks * self._config.kv_cache.block_size
+        self._caches = allocate_kv_cache(self._geometries, num_slots, self.dtype, self._device)
+
+    @torch.inference_mode()
+    def execute(
+        self, batch: MicroBatch, hidden: torch.Tensor | None
+    ) -> torch.Tensor | tuple[int, ...]:
+        """Run a micro-batch through this stage.
+
+        Args:
+            batch: What to compute; every stage gets the same.
+            hidden: `[num_tokens, hidden_size]` from the previous stage, None on the first.
+
+        Returns:
+            Hidden states of the same shape, or on the last stage one token id for each sequence
+            whose `sampling` is set.
+        """
+        inputs = pack(batch, self._config.kv_cache.block_size, self._device)
+        with paged_forward(inputs, self._caches):
+            output = self._loaded_shard.forward(inputs, hidden)
+        if not self.is_last:
+            return output
+        sampled = [seq for seq in batch.sequences if seq.sampling is not None]
+        return sample(output, [seq.sampling for seq in sampled], [seq.end for seq in sampled])
+
+    def _prepare_device(self) -> None:
+        transformers_logging.disable_progress_bar()
+        if self._device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ConfigError("pipeline.device='cuda': torch finds no GPU here; use cpu")
+            torch.cuda.set_device(0)
+            self._device = torch.device("cuda", 0)
+        else:
+            cores = len(os.sched_getaffinity(0))
+            share = max(1, cores // self._config.pipeline.num_stages)
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
+
+    def _layer_range(self, model_config: PreTrainedConfig) -> tuple[int, int]:
+        pipeline = self._config.pipeline
+        if pipeline.layers == "auto":
+            counts = count_parameters(model_config)
+            ranges = split_layers(counts.layers, counts.embedding, counts.head, pipeline.num_stages)
+        else:
+            ranges = explicit_layers(pipeline.layers, model_config.num_hidden_layers)
+        return ranges[self._stage_id]
+
+    def _choose_dtype(self, model_config: PreTrainedConfig) -> torch.dtype:
+        name = self._config.model.dtype
+        if name != "auto":
+            return getattr(torch, name)
+        if model_config.dtype is not None:
+            return model_config.dtype
+        return torch.float32 if self._device.type == "cpu" else torch.bfloat16
+
+    def _num_probe_tokens(self, max_model_len: int) -> int:
+        """On a GPU as many as a micro-batch may hold, so that the peak of activations is seen."""
+        if self._device.type == "cpu":
+            return _CPU_PROBE_TOKENS
+        scheduler = self._config.scheduler
+        return min(scheduler.policy.max_prefill_tokens + scheduler.max_decodes, max_model_len)
+
+    def _kv_cache_bytes(self) -> int:
+        if self._config.kv_cache.kv_cache_bytes is not None:
+            return self._config.kv_cache.kv_cache_bytes
+        free, total = torch.cuda.mem_get_info(self._device)
+        stats = torch.cuda.memory_stats(self._device)
+        peak_activations = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
+        reserved_for_others = total * (1 - self._config.kv_cache.memory_utilization)
+        return max(0, int(free - peak_activations - reserved_for_others))
