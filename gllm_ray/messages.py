@@ -166,3 +166,20 @@ class StepInterval:
     batch_id: int
     start_s: float
     end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """How much an engine holds at this moment.
+
+    Attributes:
+        num_requests: Requests accepted and not ended.
+        num_in_flight: Micro-batches submitted and not committed.
+        kv_utilization: Share of the KV blocks in use, 0 to 1.
+        num_preemptions: Preemptions since the start.
+    """
+
+    num_requests: int
+    num_in_flight: int
+    kv_utilization: float
+    num_preemptions: int

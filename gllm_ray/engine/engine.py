@@ -9,7 +9,7 @@ import logging
 
 from gllm_ray.errors import PipelineError
 from gllm_ray.interfaces import Pipeline
-from gllm_ray.messages import GenerationRequest, TokenEvent
+from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
 from gllm_ray.scheduling import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,20 @@ class Engine:
         if not events:
             self._raise_if_broken()
         return events
+
+    def load(self) -> EngineLoad:
+        """How much the engine holds now.
+
+        Raises:
+            PipelineError: The pipeline is broken.
+        """
+        self._raise_if_broken()
+        return EngineLoad(
+            num_requests=self._scheduler.num_requests,
+            num_in_flight=self._scheduler.num_in_flight,
+            kv_utilization=self._scheduler.kv_utilization,
+            num_preemptions=self._scheduler.num_preemptions,
+        )
 
     async def step(self) -> None:
         """Fill the pipeline, then take one result out of it."""

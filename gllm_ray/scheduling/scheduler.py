@@ -71,6 +71,11 @@ class Scheduler:
         self._next_batch_id = 0
 
     @property
+    def num_requests(self) -> int:
+        """Requests accepted and not ended."""
+        return len(self._sequences)
+
+    @property
     def is_idle(self) -> bool:
         """No request is alive."""
         return not self._sequences

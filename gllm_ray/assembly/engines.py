@@ -1,0 +1,37 @@
+"""Engines from a configuration."""
+
+from gllm_ray.config import ServiceConfig
+from gllm_ray.engine.engine import Engine
+from gllm_ray.interfaces import Pipeline
+from gllm_ray.model.checkpoint import open_checkpoint
+from gllm_ray.scheduling import Scheduler, make_policy
+from gllm_ray.stages.local_pipeline import LocalPipeline
+
+
+def build_engine(
+    config: ServiceConfig, pipeline: Pipeline, *, num_blocks: int, max_model_len: int
+) -> Engine:
+    """An engine over a running pipeline whose stages have `num_blocks` KV blocks each."""
+    scheduler = Scheduler(
+        make_policy(config.scheduler.policy),
+        num_stages=config.pipeline.num_stages,
+        num_blocks=num_blocks,
+        block_size=config.kv_cache.block_size,
+        max_model_len=max_model_len,
+        max_in_flight=config.pipeline.max_in_flight or config.pipeline.num_stages,
+        max_decodes=config.scheduler.max_decodes,
+    )
+    return Engine(scheduler, pipeline)
+
+
+def build_local_engine(config: ServiceConfig) -> Engine:
+    """An engine with all stages in this process, for notebooks and tests; blocks while it loads.
+
+    Raises:
+        ConfigError: The model cannot be served as configured.
+    """
+    pipeline = LocalPipeline.start(config)
+    max_model_len = open_checkpoint(config.model).max_model_len
+    return build_engine(
+        config, pipeline, num_blocks=pipeline.num_blocks, max_model_len=max_model_len
+    )

@@ -1,0 +1,50 @@
+"""The global scheduler of one pipeline as a Ray actor."""
+
+import ray
+
+from gllm_ray.assembly.engines import build_engine
+from gllm_ray.config import ServiceConfig
+from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
+from gllm_ray.stages.ray_pipeline import RayPipeline, StageGroup
+
+
+# A process of its own, so that HTTP work never holds the lock that the engine loop needs. One that
+# Ray restarted would know none of its requests.
+@ray.remote(max_restarts=0, max_task_retries=0, enable_task_events=False)
+class SchedulerActor:
+    """Owns the engine; offers its `EngineEndpoint` to the replica.
+
+    Args:
+        config: The replica's configuration.
+        group: The stages to schedule for.
+        max_model_len: Tokens a sequence may have.
+    """
+
+    def __init__(self, config: ServiceConfig, group: StageGroup, max_model_len: int) -> None:
+        self._engine = build_engine(
+            config, RayPipeline(group), num_blocks=group.num_blocks, max_model_len=max_model_len
+        )
+
+    async def start(self) -> None:
+        """Begin to serve; called once, before anything else."""
+        self._engine.start()
+
+    async def add(self, request: GenerationRequest) -> None:
+        """Accept a request; see `EngineEndpoint.add`."""
+        await self._engine.add(request)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request early; see `EngineEndpoint.abort`."""
+        await self._engine.abort(request_id)
+
+    async def next_events(self) -> list[TokenEvent]:
+        """Wait for events; see `EngineEndpoint.next_events`."""
+        return await self._engine.next_events()
+
+    async def load(self) -> EngineLoad:
+        """How much the engine holds; raises what broke it."""
+        return self._engine.load()
+
+    async def close(self) -> None:
+        """Stop the engine loop and the stages."""
+        await self._engine.close()
