@@ -77,6 +77,7 @@ class Harness:
     outputs: dict[str, list[int]] = field(default_factory=dict)
     ends: dict[str, FinishReason] = field(default_factory=dict)
     epochs: dict[int, int] = field(default_factory=dict)
+    prompt_ends: dict[int, int] = field(default_factory=dict)  # of the epoch, output recomputed
     log: list[MicroBatch | TokenEvent] = field(default_factory=list)
 
     def __post_init__(self):
@@ -178,19 +179,17 @@ class Harness:
         request = self.requests[str(item.seq_id)]
         known = list(request.prompt_token_ids) + self.outputs[request.request_id]
         assert list(item.token_ids) == known[item.start : item.end]
+        if item.start == 0:
+            self.prompt_ends[item.seq_id] = len(known)
         assert (item.sampling is not None) == (item.end == len(known))
 
     def check_budget(self, batch):
         # Law 10: within the policy's bounds, except the one batch that ends a stall.
         is_stall = not self.in_flight
-        num_decodes = sum(self.is_decode(item) for item in batch.sequences)
+        num_decodes = sum(item.start >= self.prompt_ends[item.seq_id] for item in batch.sequences)
         num_prefill_tokens = batch.num_tokens - num_decodes
         assert num_decodes <= self.setting.max_decodes
         assert num_prefill_tokens <= (256 if is_stall else self.setting.policy.max_prefill_tokens)
-
-    def is_decode(self, item):
-        request = self.requests[str(item.seq_id)]
-        return item.num_scheduled_tokens == 1 and item.start >= len(request.prompt_token_ids)
 
     def check_blocks(self):
         scheduler = self.scheduler
