@@ -1,0 +1,160 @@
+"""The demo service over real HTTP, through the official client, against transformers."""
+
+import asyncio
+import time
+
+import httpx
+import openai
+import pytest
+
+QUESTION = "Write a function that adds two numbers."
+CODE = "def read_lines(path):\n"
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    return openai.OpenAI(base_url=f"{service.base_url}/v1", api_key="unused", max_retries=0)
+
+
+def chat(client, service, content=QUESTION, **options):
+    options = {"max_tokens": 48, "temperature": 0} | options
+    return client.chat.completions.create(
+        model=service.model, messages=[{"role": "user", "content": content}], **options
+    )
+
+
+def test_two_stages_and_their_layers_are_reported(service):
+    info = service.info()
+    assert [stage["stage_id"] for stage in info["stages"]] == [0, 1]
+    assert info["stages"][0]["last_layer"] == info["stages"][1]["first_layer"]
+    assert info["num_blocks"] == min(stage["max_kv_blocks"] for stage in info["stages"])
+
+
+def test_models_are_listed_and_found(client, service):
+    assert [model.id for model in client.models.list()] == [service.model]
+    assert client.models.retrieve(service.model).id == service.model
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("another")
+
+
+def test_chat_answer_equals_transformers_greedy(client, service, truth):
+    answer = chat(client, service)
+    expected = truth.chat(QUESTION, 48)
+    assert answer.choices[0].message.content == expected
+    assert len(set(expected.split())) > 3
+    num_prompt_tokens = len(truth.chat_ids(QUESTION))
+    num_tokens = len(truth.generate(truth.chat_ids(QUESTION), 48))
+    assert answer.usage.prompt_tokens == num_prompt_tokens
+    assert answer.usage.completion_tokens == num_tokens
+    assert answer.usage.total_tokens == num_prompt_tokens + num_tokens
+    assert answer.choices[0].finish_reason == ("length" if num_tokens == 48 else "stop")
+
+
+def test_streamed_chat_equals_the_whole_answer(client, service, truth):
+    chunks = list(chat(client, service, stream=True, stream_options={"include_usage": True}))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == truth.chat(QUESTION, 48)
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens > 0
+    reasons = [c.choices[0].finish_reason for c in chunks if c.choices]
+    assert reasons[:-1] == [None] * (len(reasons) - 1)
+    assert reasons[-1] in ("stop", "length")
+
+
+def test_completion_equals_transformers_greedy(client, service, truth):
+    answer = client.completions.create(
+        model=service.model, prompt=CODE, max_tokens=40, temperature=0
+    )
+    assert answer.choices[0].text == truth.complete(CODE, 40)
+
+
+def test_stop_string_cuts_the_text_before_it(client, service, truth):
+    whole = truth.chat(QUESTION, 48)
+    stop = whole[7:12]
+    answer = chat(client, service, stop=[stop])
+    assert answer.choices[0].message.content == whole[: whole.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens < 48
+    service.wait_until_idle()
+
+
+def test_same_seed_same_text_and_other_seeds_other_text(client, service):
+    def draw(seed):
+        answer = chat(client, service, seed=seed, temperature=1.0, max_tokens=32)
+        return answer.choices[0].message.content
+
+    assert draw(7) == draw(7)
+    assert len({draw(seed) for seed in range(4)}) > 1
+
+
+def test_ignore_eos_runs_to_the_limit(client, service):
+    answer = chat(client, service, max_tokens=200, extra_body={"ignore_eos": True})
+    assert answer.usage.completion_tokens == 200
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_32_concurrent_streams_each_get_their_own_answer(service, truth):
+    prompts = [f"def function_{i}(value, count={i}):\n" for i in range(32)]
+
+    async def stream(client, prompt):
+        parts = await client.completions.create(
+            model=service.model, prompt=prompt, max_tokens=24, temperature=0, stream=True
+        )
+        return "".join([part.choices[0].text async for part in parts])
+
+    async def run():
+        async with openai.AsyncOpenAI(
+            base_url=f"{service.base_url}/v1", api_key="unused", max_retries=0
+        ) as client:
+            return await asyncio.gather(*(stream(client, prompt) for prompt in prompts))
+
+    assert asyncio.run(run()) == [truth.complete(prompt, 24) for prompt in prompts]
+    assert service.wait_until_idle()["kv_utilization"] == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks(service, stream):
+    body = {
+        "model": service.model,
+        "prompt": CODE,
+        "max_tokens": 900,
+        "ignore_eos": True,
+        "stream": stream,
+    }
+    url = f"{service.base_url}/v1/completions"
+
+    async def leave():
+        async with httpx.AsyncClient(timeout=30) as client:
+            if stream:
+                async with client.stream("POST", url, json=body) as response:
+                    async for _ in response.aiter_lines():
+                        break
+            else:
+                task = asyncio.create_task(client.post(url, json=body))
+                while not service.info()["load"]["num_requests"]:
+                    await asyncio.sleep(0.02)
+                task.cancel()
+
+    start = time.monotonic()
+    asyncio.run(leave())
+    load = service.wait_until_idle(timeout_s=5)
+    assert load["kv_utilization"] == 0
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"model": "another"}, openai.NotFoundError, ["another"]),
+        ({"temperature": 3}, openai.BadRequestError, ["temperature"]),
+        ({"n": 2}, openai.BadRequestError, ["n"]),
+        ({"max_tokens": 5000}, openai.BadRequestError, ["maximum context length is"]),
+        ({"extra_body": {"beam_width": 4}}, openai.BadRequestError, ["beam_width"]),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(client, service, options, error, words):
+    with pytest.raises(error) as caught:
+        client.chat.completions.create(
+            **({"model": service.model, "messages": [{"role": "user", "content": "hi"}]} | options)
+        )
+    assert all(word in str(caught.value) for word in words)
