@@ -23,9 +23,8 @@ READY_TIMEOUT_S = 300.0
 # What to show once a line of the service's log matches.
 _PHASES = [
     (re.compile(r"Started a local Ray instance"), "starting Serve"),
-    (re.compile(r"starting (\d+) stage actors"), "starting {} stage actors"),
     (re.compile(r"loading shard (\d+)"), "loading shard {}"),
-    (re.compile(r"stage (\d+) on .* parameters"), "shard {} loaded"),
+    (re.compile(r"stage (\d+) loaded"), "shard {} loaded"),
 ]
 _FAILURES = re.compile(r"(ConfigError: .*|deploy failed.*|DEPLOY_FAILED.*)")
 

@@ -1,0 +1,66 @@
+"""The Serve deployment: one replica owns one pipeline and answers HTTP for it."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.util import get_current_placement_group
+
+from gllm_ray.assembly.replica import PipelineReplica
+from gllm_ray.config import ServiceConfig
+from gllm_ray.engine.client import EngineClient
+from gllm_ray.messages import GenerationRequest, TokenEvent
+from gllm_ray.model.tokenizer import Tokenizer
+from gllm_ray.serving.observability import log_with_serve
+from gllm_ray.serving.openai_api import build_api
+
+logger = logging.getLogger(__name__)
+
+
+@serve.deployment
+@serve.ingress()
+class LLMServer:
+    """Starts a pipeline in the replica's placement group and serves it; a `GenerationService`."""
+
+    async def __init__(self, config: ServiceConfig) -> None:
+        log_with_serve()
+        self._config = config
+        self._pipeline = await PipelineReplica.start(config, get_current_placement_group())
+        model = config.model
+        self.model_name = model.name
+        self.max_model_len = self._pipeline.max_model_len
+        self.tokenizer = await asyncio.to_thread(
+            Tokenizer.load, model.tokenizer or model.path, model.revision
+        )
+        self._client = EngineClient(self._pipeline)
+        await self._client.start()
+        logger.info("ready: model=%s num_stages=%d", model.name, config.pipeline.num_stages)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve once the replica is initialized; the routes then close over it."""
+        return build_api(self)
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
+        """Run a request; closing the generator early aborts it. See `EngineClient.generate`."""
+        return self._client.generate(request)
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises."""
+        await self._client.check_health()
+        await self._pipeline.check_health()
+
+    async def server_info(self) -> dict[str, Any]:
+        """What this replica serves, on which stages, and how busy it is."""
+        group = self._pipeline.group
+        return {
+            "model": self.model_name,
+            "max_model_len": self.max_model_len,
+            "block_size": self._config.kv_cache.block_size,
+            "num_blocks": group.num_blocks,
+            "stages": [asdict(info) for info in group.infos],
+            "load": asdict(await self._pipeline.load()),
+        }
