@@ -4,26 +4,26 @@
 `ConfigError`, one line a mistake; nothing is coerced, ignored or silently replaced.
 """
 
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from gllm_ray.errors import ConfigError
+from gllm_ray.strict_schema import StrictModel, find_mistakes
 
 PACKAGE_SCHEME = "package://"
+_PACKAGE_PATH = re.compile(r"package://[A-Za-z_]\w*/.+")
+_BYTES = "a positive number of bytes or text such as 512MiB"
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def _parse_bytes(value: object) -> object:
     """Turn `"4GiB"` into bytes; leave anything else for the type check."""
-    if isinstance(value, str):
-        number = value.rstrip("BiKMGT ")
-        unit = value[len(number) :].strip()
-        try:
-            return int(float(number) * _UNITS[unit])
-        except (KeyError, ValueError):
-            raise ValueError("must be a number of bytes, or text such as 512MiB or 4GiB") from None
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,9}(?:\.\d+)?) ?(\w+)", value)):
+        return int(float(match[1]) * _UNITS.get(match[2], 0))
     return value
 
 
@@ -31,22 +31,23 @@ def _list_to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-ByteSize = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=1)]
+ByteSize = Annotated[
+    int,
+    BeforeValidator(_parse_bytes),
+    Field(ge=1, json_schema_extra={"allowed": _BYTES}),
+]
 LayerSplit = Annotated[
-    Literal["auto"] | tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_list_to_tuple)
+    Literal["auto"] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(max_length=256)],
+    BeforeValidator(_list_to_tuple),
 ]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ModelConfig(_Settings):
+class ModelConfig(StrictModel):
     """Which model, and how its weights are read."""
 
     path: str = Field(
         min_length=1,
-        description="A directory, a Hugging Face model id, or package://<package>/<directory>.",
+        description="A directory, a Hugging Face id, or `package://<package>/<directory>`.",
     )
     served_name: str | None = Field(
         default=None, min_length=1, description="The name clients use; null: `path` as written."
@@ -55,7 +56,7 @@ class ModelConfig(_Settings):
         default=None, min_length=1, description="Where the tokenizer lies; null: with the model."
     )
     revision: str | None = Field(
-        default=None, min_length=1, description="Branch, tag or commit of a Hugging Face model id."
+        default=None, min_length=1, description="Branch, tag or commit of a Hugging Face id."
     )
     load_format: Literal["safetensors", "dummy"] = Field(
         default="safetensors", description="dummy: seeded random weights; only config.json is read."
@@ -64,7 +65,9 @@ class ModelConfig(_Settings):
         default="auto", description="Of weights, KV cache and activations; auto: as in config.json."
     )
     max_model_len: int | None = Field(
-        default=None, ge=1, description="Prompt and output tokens a sequence may have; null: all."
+        default=None,
+        ge=1,
+        description="Prompt and output tokens of a sequence; null: what the model was made for.",
     )
 
     @property
@@ -72,8 +75,18 @@ class ModelConfig(_Settings):
         """The model's name in the API."""
         return self.served_name or self.path
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.path.startswith(PACKAGE_SCHEME) and not _PACKAGE_PATH.fullmatch(self.path):
+            raise ValueError(f"path={self.path!r}: must be package://<package>/<directory>")
+        if self.revision is not None and self.path.startswith((PACKAGE_SCHEME, "/", ".")):
+            raise ValueError(
+                f"revision={self.revision!r}: must be left out when path is a directory"
+            )
+        return self
 
-class PipelineConfig(_Settings):
+
+class PipelineConfig(StrictModel):
     """How many stages, and where each runs."""
 
     num_stages: int = Field(default=1, ge=1, le=256, description="Stage actors in the chain.")
@@ -83,10 +96,10 @@ class PipelineConfig(_Settings):
     )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="Where every stage runs.")
     gpus_per_stage: float = Field(
-        default=1.0, gt=0, le=1, description="GPUs a stage reserves when on cuda."
+        default=1.0, gt=0, le=1, description="GPUs a stage reserves on cuda."
     )
     cpus_per_stage: float = Field(
-        default=1.0, gt=0, description="CPUs a stage reserves."
+        default=1.0, gt=0, description="CPUs a stage reserves; its threads on cpu."
     )
     accelerator_type: str | None = Field(
         default=None, min_length=1, description="Ray's accelerator type of each stage, e.g. L40S."
@@ -106,55 +119,74 @@ class PipelineConfig(_Settings):
     def _check(self) -> Self:
         if self.layers != "auto" and len(self.layers) != self.num_stages:
             raise ValueError(
-                f"layers={list(self.layers)}: lists {len(self.layers)} stages, must list "
-                f"num_stages={self.num_stages}"
+                f"layers={list(self.layers)}: must list num_stages={self.num_stages} stages, "
+                f"not {len(self.layers)}"
             )
         if self.activation_transport == "nccl" and self.device == "cpu":
-            raise ValueError("activation_transport='nccl': needs device=cuda; use gloo on cpu")
-        if self.accelerator_type is not None and self.device == "cpu":
             raise ValueError(
-                f"accelerator_type={self.accelerator_type!r}: needs device=cuda; must be null on cpu"
+                "activation_transport='nccl': must be auto, gloo or object_store when device is cpu"
             )
+        for key, unset in (("accelerator_type", None), ("gpus_per_stage", 1.0)):
+            if self.device == "cpu" and (value := getattr(self, key)) != unset:
+                raise ValueError(f"{key}={value!r}: must be left out when device is cpu")
         return self
 
 
-class KvCacheConfig(_Settings):
+class KvCacheConfig(StrictModel):
     """The paged KV cache of every stage."""
 
     block_size: int = Field(default=16, ge=1, le=1024, description="Tokens a block holds.")
     memory_utilization: float = Field(
-        default=0.9, gt=0, le=1, description="GPU memory for weights and KV cache."
+        default=0.9, gt=0, le=1, description="Share of a GPU for weights, activations and KV cache."
     )
     kv_cache_bytes: ByteSize | None = Field(
-        default=None, description="KV cache of one stage; needed on cpu; on cuda it replaces "
-        "memory_utilization.",
+        default=None,
+        description="KV cache of one stage, instead of memory_utilization; required on cpu.",
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kv_cache_bytes is not None and self.memory_utilization != 0.9:
+            raise ValueError(
+                f"memory_utilization={self.memory_utilization}: must be left out when "
+                "kv_cache_bytes is given"
+            )
+        return self
 
-class TokenThrottlingConfig(_Settings):
+
+class TokenThrottlingConfig(StrictModel):
     """gLLM's token throttling; the symbols are the paper's."""
 
-    name: Literal["token_throttling"] = "token_throttling"
-    max_prefill_tokens: int = Field(default=2048, ge=1, description="#MaxP: prefill upper bound.")
-    min_prefill_tokens: int = Field(default=32, ge=1, description="#MinP: prefill lower bound.")
+    name: Literal["token_throttling"] = Field(
+        default="token_throttling", description="The scheduling policy."
+    )
+    max_prefill_tokens: int = Field(
+        default=2048, ge=1, description="Most prefill tokens of a micro-batch, #MaxP."
+    )
+    min_prefill_tokens: int = Field(
+        default=32, ge=1, description="Fewest while prompts wait, #MinP."
+    )
     prefill_iterations: int = Field(
-        default=8, ge=1, description="#T: micro-batches over which waiting tokens are spread."
+        default=8, ge=1, description="Micro-batches over which waiting tokens are spread, #T."
     )
     kv_threshold: float = Field(
-        default=0.05, ge=0, lt=1, description="KVt: free share that stops prefill."
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="Free share of the KV cache at which prefill stops, KVthresh.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.min_prefill_tokens > self.max_prefill_tokens:
             raise ValueError(
-                f"min_prefill_tokens={self.min_prefill_tokens}: must be at most "
+                f"min_prefill_tokens={self.min_prefill_tokens}: must be <= "
                 f"max_prefill_tokens={self.max_prefill_tokens}"
             )
         return self
 
 
-class SchedulerConfig(_Settings):
+class SchedulerConfig(StrictModel):
     """The global scheduler."""
 
     policy: TokenThrottlingConfig = Field(
@@ -163,13 +195,15 @@ class SchedulerConfig(_Settings):
     max_decodes: int = Field(default=512, ge=1, description="Decodes in one micro-batch.")
 
 
-class DeploymentConfig(_Settings):
+class DeploymentConfig(StrictModel):
     """How Ray Serve runs the replicas, one pipeline each."""
 
     min_replicas: int = Field(default=1, ge=0, description="Fewest replicas.")
     max_replicas: int = Field(default=1, ge=1, description="Most replicas.")
     target_ongoing_requests: float = Field(
-        default=64, gt=0, description="Requests a replica should hold on average."
+        default=64,
+        gt=0,
+        description="Requests a replica should hold on average; more start another replica.",
     )
     max_ongoing_requests: int = Field(
         default=1024, ge=1, description="Requests a replica takes before Serve queues them."
@@ -182,13 +216,12 @@ class DeploymentConfig(_Settings):
     def _check(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(
-                f"min_replicas={self.min_replicas}: must be at most "
-                f"max_replicas={self.max_replicas}"
+                f"min_replicas={self.min_replicas}: must be <= max_replicas={self.max_replicas}"
             )
         return self
 
 
-class ServiceConfig(_Settings):
+class ServiceConfig(StrictModel):
     """All of `args`: what one replica of the service is built from."""
 
     model: ModelConfig
@@ -201,7 +234,7 @@ class ServiceConfig(_Settings):
     def _check(self) -> Self:
         if self.pipeline.device == "cpu" and self.kv_cache.kv_cache_bytes is None:
             raise ValueError(
-                "kv_cache.kv_cache_bytes=null: must be set when pipeline.device is cpu, e.g. 1GiB"
+                f"kv_cache.kv_cache_bytes=null: must be {_BYTES} when pipeline.device is cpu"
             )
         return self
 
@@ -212,33 +245,9 @@ def parse_service_config(args: dict[str, Any]) -> ServiceConfig:
     Raises:
         ConfigError: One line for each mistake, naming the key, the value and what is allowed.
     """
-    try:
-        return ServiceConfig.model_validate(args)
-    except ValidationError as error:
-        raise ConfigError("\n".join(describe_mistakes(error))) from None
-
-
-def describe_mistakes(error: ValidationError, prefix: str = "") -> list[str]:
-    """One line a mistake: `key=value: what is allowed`."""
-    return list(dict.fromkeys(_describe(dict(item), prefix) for item in error.errors()))
-
-
-def _describe(item: dict[str, Any], prefix: str) -> str:
-    # pydantic puts the tags of a union's members into the path; they are no keys of the file.
-    location = [part for part in item["loc"] if not _is_union_tag(part)]
-    key = prefix + ".".join(str(part) for part in location)
-    if item["type"] == "extra_forbidden":
-        return f"{key}={item['input']!r}: unknown key"
-    if item["type"] == "missing":
-        return f"{key}: required, but not given"
-    reason = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if item["type"] == "value_error" and isinstance(item["input"], dict | BaseModel):
-        return f"{key}.{reason}" if key else reason
-    return f"{key}={item['input']!r}: must be {reason.removeprefix('must be ')}"
-
-
-def _is_union_tag(part: object) -> bool:
-    return isinstance(part, str) and ("[" in part or "(" in part)
+    if mistakes := find_mistakes(ServiceConfig, args):
+        raise ConfigError("\n".join(mistakes))
+    return ServiceConfig.model_validate(args)
 
 
 def resolve_package_path(path: str) -> str:
@@ -249,10 +258,8 @@ def resolve_package_path(path: str) -> str:
     """
     if not path.startswith(PACKAGE_SCHEME):
         return path
-    from importlib.util import find_spec
-
     package, _, directory = path.removeprefix(PACKAGE_SCHEME).partition("/")
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise ConfigError(f"model.path={path!r}: there is no package {package!r}")
+        raise ConfigError(f"{path}: must name an installed package, and {package!r} is none")
     return str(Path(spec.origin).parent / directory)

@@ -1,0 +1,79 @@
+"""The command line: check a configuration file, serve it, list the keys it may have.
+
+Neither Ray nor torch is imported: a file is checked where they are not installed.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from gllm_ray import __version__
+from gllm_ray.config import ServiceConfig
+from gllm_ray.errors import ConfigError
+from gllm_ray.serve_file import load_serve_file, service_config
+from gllm_ray.serve_schema import Application
+from gllm_ray.strict_schema import key_table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status, and does not return from a good `serve`."""
+    options = _parser().parse_args(arguments)
+    if options.command == "keys":
+        print(key_table(ServiceConfig))
+        return 0
+    if not all([_validate(path) for path in options.files]):  # noqa: C419 every file is checked
+        return 1
+    if options.command == "serve":
+        _become_serve_run(options.files[0], options.address)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gllm-ray", description="Pipeline-parallel LLM inference on Ray Serve."
+    )
+    parser.add_argument("--version", action="version", version=f"gllm-ray {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    validate = commands.add_parser("validate", help="check configuration files; starts nothing")
+    validate.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    serve = commands.add_parser("serve", help="check a configuration file, then `serve run` it")
+    serve.add_argument("files", nargs=1, type=Path, metavar="FILE")
+    serve.add_argument("--address", help="the Ray cluster to join; `local`: start one")
+    commands.add_parser("keys", help="print every key of `args` as a Markdown table")
+    return parser
+
+
+def _validate(path: Path) -> bool:
+    try:
+        applications = load_serve_file(path).applications
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return False
+    print(f"OK {path}: {'; '.join(map(_summary, applications))}", flush=True)
+    return True
+
+
+def _summary(application: Application) -> str:
+    config = service_config(application)
+    if config is None:
+        return f"{application.import_path}, whose args are not checked"
+    pipeline, deployment = config.pipeline, config.deployment
+    device = "CPU" if pipeline.device == "cpu" else f"{pipeline.gpus_per_stage:g} GPU"
+    fewest, most = deployment.min_replicas, deployment.max_replicas
+    replicas = ("" if fewest == most else f"{fewest} to ") + _count(most, "replica")
+    return f"{config.model.name}, {_count(pipeline.num_stages, 'stage')} x {device}, {replicas}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _become_serve_run(path: Path, address: str | None) -> None:
+    # `serve run` goes on for ever after a wrong file, so this command checks it first.
+    serve = str(Path(sys.executable).with_name("serve"))
+    os.execv(serve, [serve, "run", str(path), *(["--address", address] if address else [])])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

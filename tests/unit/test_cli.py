@@ -1,0 +1,112 @@
+"""The `gllm-ray` command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gllm_ray
+from gllm_ray.cli import main
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "configs" / "demo.yaml"
+
+
+@pytest.fixture
+def wrong_file(tmp_path: Path) -> Path:
+    """The demo's configuration with one mistake."""
+    path = tmp_path / "wrong.yaml"
+    text = DEMO.read_text(encoding="utf-8")
+    path.write_text(text.replace("num_stages: 2", "num_stages: 0"), encoding="utf-8")
+    return path
+
+
+def run(*arguments: str | Path, python: str | Path = sys.executable) -> subprocess.CompletedProcess:
+    """The command in a process of its own."""
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    return subprocess.run(
+        [python, "-m", "gllm_ray.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+
+
+def test_a_right_file_is_one_line_that_says_what_it_serves(capsys):
+    assert main(["validate", str(DEMO)]) == 0
+    assert capsys.readouterr() == (f"OK {DEMO}: gllm-ray-demo, 2 stages x CPU, 1 replica\n", "")
+
+
+def test_a_file_with_another_application_says_that_its_args_are_not_checked(capsys, tmp_path):
+    path = tmp_path / "other.yaml"
+    path.write_text("applications: [{import_path: 'a:b'}]", encoding="utf-8")
+    assert main(["validate", str(path)]) == 0
+    assert capsys.readouterr().out == f"OK {path}: a:b, whose args are not checked\n"
+
+
+def test_every_file_is_checked_and_one_wrong_one_is_enough_to_fail(capsys, wrong_file):
+    assert main(["validate", str(wrong_file), str(DEMO)]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith(f"OK {DEMO}: ")
+    assert err == (
+        f"{wrong_file}: applications[0].args.pipeline.num_stages=0: "
+        "must be an integer from 1 to 256\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["validate"], ["serve"], ["serve", "a", "b"], ["x"]])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: gllm-ray" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"gllm-ray {gllm_ray.__version__}\n"
+
+
+def test_validation_imports_neither_ray_nor_torch():
+    code = (
+        "import sys, gllm_ray.cli as cli; assert cli.main(sys.argv[1:]) == 0; "
+        "heavy = {'ray', 'torch', 'transformers', 'fastapi', 'numpy'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "validate", *sorted(ROOT.glob("configs/*.yaml"))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.fixture
+def python_beside_serve(tmp_path: Path) -> Path:
+    """An interpreter with a `serve` beside it that prints how it was called."""
+    python, serve = tmp_path / "python", tmp_path / "serve"
+    python.symlink_to(sys.executable)
+    serve.write_text('#!/bin/sh\necho "$@"\nexit 7\n', encoding="utf-8")
+    serve.chmod(0o755)
+    return python
+
+
+def test_serve_becomes_the_serve_run_of_the_same_environment(python_beside_serve):
+    result = run("serve", DEMO, "--address", "local", python=python_beside_serve)
+    assert result.stdout.splitlines()[1:] == [f"run {DEMO} --address local"]
+    assert result.returncode == 7
+
+
+def test_serve_never_runs_a_wrong_file(python_beside_serve, wrong_file):
+    result = run("serve", wrong_file, python=python_beside_serve)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,198 @@
+"""`ServiceConfig`: what it takes, and the one line it gives for what it does not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+import gllm_ray
+from gllm_ray.config import ServiceConfig, parse_service_config, resolve_package_path
+from gllm_ray.errors import ConfigError
+from gllm_ray.strict_schema import find_mistakes, key_table
+
+CPU_ARGS: dict[str, Any] = {
+    "model": {"path": "org/model"},
+    "pipeline": {"num_stages": 2, "device": "cpu"},
+    "kv_cache": {"kv_cache_bytes": "1GiB"},
+}
+
+
+def with_value(path: str, value: object) -> dict[str, Any]:
+    """`CPU_ARGS` with the value at a dotted path replaced."""
+    args: dict[str, Any] = {section: dict(values) for section, values in CPU_ARGS.items()}
+    *sections, key = path.split(".")
+    mapping = args
+    for section in sections:
+        mapping = mapping.setdefault(section, {})
+    mapping[key] = value
+    return args
+
+
+def key_paths() -> list[str]:
+    """Every key of `args`, as `gllm-ray keys` lists them."""
+    return [row.split("`")[1] for row in key_table(ServiceConfig).splitlines()[2:]]
+
+
+BYTES = "must be a positive number of bytes or text such as 512MiB"
+MISTAKES = [
+    ("pipeline.num_stages", 0, "=0: must be an integer from 1 to 256"),
+    ("pipeline.num_stages", 257, "=257: must be an integer from 1 to 256"),
+    ("pipeline.num_stages", "2", "='2': must be an integer from 1 to 256"),
+    ("pipeline.num_stages", 2.0, "=2.0: must be an integer from 1 to 256"),
+    ("pipeline.num_stages", True, "=true: must be an integer from 1 to 256"),
+    ("pipeline.num_stages", None, "=null: must be an integer from 1 to 256"),
+    ("pipeline.layers", [1, 0], "=[1, 0]: must be auto, or a list, each item an integer >= 1"),
+    ("pipeline.layers", "even", "='even': must be auto, or a list, each item an integer >= 1"),
+    ("pipeline.layers", [4, 4, 4], "=[4, 4, 4]: must list num_stages=2 stages, not 3"),
+    ("pipeline.device", "gpu", "='gpu': must be cuda or cpu"),
+    ("pipeline.gpus_per_stage", 1.5, "=1.5: must be a number > 0 and <= 1"),
+    ("pipeline.gpus_per_stage", 0.5, "=0.5: must be left out when device is cpu"),
+    ("pipeline.accelerator_type", "L40S", "='L40S': must be left out when device is cpu"),
+    ("pipeline.cpus_per_stage", float("inf"), "=inf: must be finite: a number > 0"),
+    ("pipeline.max_in_flight", 0, "=0: must be an integer >= 1, or null"),
+    (
+        "pipeline.activation_transport",
+        "nccl",
+        "='nccl': must be auto, gloo or object_store when device is cpu",
+    ),
+    ("pipeline", None, "=null: must be a mapping"),
+    ("pipeline", [2], "=[2]: must be a mapping"),
+    ("model.path", "", "='': must be text that is not empty"),
+    ("model.path", "package://x", "='package://x': must be package://<package>/<directory>"),
+    ("model.dtype", "fp8", "='fp8': must be auto, float32, bfloat16 or float16"),
+    ("kv_cache.kv_cache_bytes", "3 gigs", f"='3 gigs': {BYTES}, or null"),
+    ("kv_cache.kv_cache_bytes", "infGiB", f"='infGiB': {BYTES}, or null"),
+    ("kv_cache.kv_cache_bytes", 0, f"=0: {BYTES}, or null"),
+    ("kv_cache.kv_cache_bytes", None, f"=null: {BYTES} when pipeline.device is cpu"),
+    ("kv_cache.memory_utilization", 0, "=0: must be a number > 0 and <= 1"),
+    ("kv_cache.memory_utilization", 0.5, "=0.5: must be left out when kv_cache_bytes is given"),
+    ("scheduler.policy.kv_threshold", 1, "=1: must be a number >= 0 and < 1"),
+    ("scheduler.policy.name", "fcfs", "='fcfs': must be token_throttling"),
+    ("scheduler.policy.min_prefill_tokens", 4096, "=4096: must be <= max_prefill_tokens=2048"),
+    ("deployment.min_replicas", 2, "=2: must be <= max_replicas=1"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "rest"), MISTAKES)
+def test_an_impossible_value_is_one_line_of_key_value_and_range(key, value, rest):
+    with pytest.raises(ConfigError) as caught:
+        parse_service_config(with_value(key, value))
+    assert str(caught.value) == key + rest
+
+
+@pytest.mark.parametrize("key", key_paths())
+def test_every_key_refuses_a_wrong_type_in_one_line_that_names_it(key):
+    (line,) = find_mistakes(ServiceConfig, with_value(key, {"x": 1}))
+    assert line.startswith(f"{key}={{...}}: must be ")
+
+
+def test_a_missing_key_is_named_with_what_it_allows():
+    assert find_mistakes(ServiceConfig, {"model": {}}, "applications[0].args") == [
+        "applications[0].args.model.path: required, but not given; must be text that is not empty"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        ("pipeline.num_stage", "did you mean num_stages?"),
+        ("modle", "did you mean model?"),
+        ("num_stages", "did you mean pipeline.num_stages?"),  # known, but elsewhere
+        ("pipeline.kv_cache", "did you mean kv_cache?"),
+        ("scheduler.xyz", "known keys: policy, max_decodes"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(key, suggestion):
+    assert find_mistakes(ServiceConfig, with_value(key, 7)) == [
+        f"{key}=7: unknown key; {suggestion}"
+    ]
+
+
+def test_every_mistake_has_its_own_line():
+    args = {"model": {"path": 1}, "pipeline": {"num_stages": 0, "layers": [0]}, "x": 1}
+    assert [line.split("=")[0] for line in find_mistakes(ServiceConfig, args)] == [
+        "model.path",
+        "pipeline.num_stages",
+        "pipeline.layers",
+        "x",
+    ]
+
+
+@pytest.mark.parametrize("key", ["hf_token", "api_key", "apiKey", "client_secret", "password"])
+def test_a_secret_is_never_echoed(key):
+    for value in ("s3cr3t", ["s3cr3t"], {"x": "s3cr3t"}):
+        (line,) = find_mistakes(ServiceConfig, with_value(f"model.{key}", value))
+        assert "s3cr3t" not in line
+
+
+def test_what_a_misplaced_mapping_holds_is_never_echoed():
+    (line,) = find_mistakes(ServiceConfig, with_value("model.path", [{"hf_token": "s3cr3t"}]))
+    assert line == "model.path=[{...}]: must be text that is not empty"
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=200) | st.dates(),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=99) | st.integers() | st.booleans(), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["model", *key_paths(), "pipeline.x"]), ANYTHING)
+def test_whatever_the_value_mistakes_are_bounded_single_lines(path, value):
+    for line in find_mistakes(ServiceConfig, with_value(path, value)):
+        assert line.isprintable()
+        assert len(line) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("1B", 1), ("512MiB", 512 * 2**20), ("1.5 GiB", 3 * 2**29), ("2TiB", 2**41), (4096, 4096)],
+)
+def test_bytes_are_read_in_binary_units(text, num_bytes):
+    config = parse_service_config(with_value("kv_cache.kv_cache_bytes", text))
+    assert config.kv_cache.kv_cache_bytes == num_bytes
+
+
+def test_a_configuration_survives_a_round_trip_and_cannot_be_changed():
+    config = parse_service_config(with_value("pipeline.layers", [3, 5]))
+    assert config.pipeline.layers == (3, 5)
+    assert parse_service_config(config.model_dump()) == config
+    assert ServiceConfig.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ValidationError, match="frozen"):
+        config.pipeline.num_stages = 3
+
+
+def test_a_gpu_needs_no_key_but_the_model():
+    config = parse_service_config({"model": {"path": "org/model"}})
+    assert (config.pipeline.device, config.pipeline.num_stages) == ("cuda", 1)
+    assert config.model.name == "org/model"
+
+
+def test_a_revision_of_a_directory_is_refused():
+    args = with_value("model.revision", "main")
+    assert find_mistakes(ServiceConfig, args) == []
+    args["model"]["path"] = "./model"
+    assert find_mistakes(ServiceConfig, args) == [
+        "model.revision='main': must be left out when path is a directory"
+    ]
+
+
+def test_a_package_path_is_a_directory_of_the_installed_package():
+    assert resolve_package_path("package://gllm_ray/demo/model") == str(
+        Path(gllm_ray.__file__).parent / "demo" / "model"
+    )
+    assert resolve_package_path("org/model") == "org/model"
+    with pytest.raises(ConfigError, match="no_such_package"):
+        resolve_package_path("package://no_such_package/model")
+
+
+def test_the_documentation_lists_exactly_the_keys_of_the_schema():
+    readme = Path(__file__).parents[2] / "configs" / "README.md"
+    assert key_table(ServiceConfig) in readme.read_text(encoding="utf-8")
