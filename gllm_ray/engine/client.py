@@ -1,0 +1,133 @@
+"""One stream of events for each request, out of the one stream an engine gives.
+
+The engine's events are fetched for all requests at once, so the cost of a fetch, such as a call to
+another process, is shared; a consumer that lags gets what gathered meanwhile in one piece.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+
+from gllm_ray.errors import GllmRayError, InvalidRequestError, PipelineError
+from gllm_ray.interfaces import EngineEndpoint
+from gllm_ray.messages import GenerationRequest, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+
+class _Stream:
+    """Events of one request that its consumer has not taken yet."""
+
+    def __init__(self) -> None:
+        self.events: list[TokenEvent] = []
+        self.has_news = asyncio.Event()
+
+
+class EngineClient:
+    """Runs requests on an engine, each in a stream of its own.
+
+    Args:
+        endpoint: The engine; nobody else may call its `next_events`.
+    """
+
+    def __init__(self, endpoint: EngineEndpoint) -> None:
+        self._endpoint = endpoint
+        self._streams: dict[str, _Stream] = {}
+        self._aborts: set[asyncio.Task[None]] = set()
+        self._pump_task: asyncio.Task[None] | None = None
+        self._failure: PipelineError | None = None
+
+    async def start(self) -> None:
+        """Begin to fetch events; called once, before the first request."""
+        self._pump_task = asyncio.create_task(self._pump())
+        self._pump_task.add_done_callback(self._on_pump_done)
+
+    async def close(self) -> None:
+        """End every open stream with a `PipelineError`; the engine itself goes on."""
+        if self._pump_task is not None:
+            self._pump_task.cancel()
+            await asyncio.wait([self._pump_task])
+        await asyncio.gather(*self._aborts)
+
+    async def check_health(self) -> None:
+        """Return if requests can be served.
+
+        Raises:
+            PipelineError: The engine is broken.
+        """
+        if self._failure is not None:
+            # Without this, each raise would add its frames to the one before.
+            raise self._failure.with_traceback(None)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
+        """Run a request; closing the generator early aborts it.
+
+        Yields:
+            The events since the last yield, at least one; the last list ends with the terminal
+            event.
+
+        Raises:
+            InvalidRequestError: The request can never be served.
+            OverloadedError: The engine takes no requests now.
+            PipelineError: The engine is broken, or broke while it held the request.
+        """
+        await self.check_health()
+        if request.request_id in self._streams:
+            raise InvalidRequestError(f"request_id={request.request_id!r} is in use already")
+        stream = self._streams[request.request_id] = _Stream()
+        is_alive = True
+        try:
+            try:
+                await self._endpoint.add(request)
+            except GllmRayError:
+                is_alive = False
+                raise
+            while is_alive:
+                events = await self._take(stream)
+                is_alive = events[-1].finish_reason is None
+                yield events
+        finally:
+            del self._streams[request.request_id]
+            if is_alive and self._failure is None:
+                await self._abort(request.request_id)
+
+    async def _take(self, stream: _Stream) -> list[TokenEvent]:
+        while not stream.events:
+            await self.check_health()
+            stream.has_news.clear()
+            await stream.has_news.wait()
+        events, stream.events = stream.events, []
+        return events
+
+    async def _abort(self, request_id: str) -> None:
+        """Abort in a task of its own: the consumer is often being cancelled, again and again."""
+
+        async def abort() -> None:
+            with contextlib.suppress(PipelineError):
+                await self._endpoint.abort(request_id)
+
+        task = asyncio.create_task(abort())
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+        await asyncio.shield(task)
+
+    async def _pump(self) -> None:
+        while True:
+            for event in await self._endpoint.next_events():
+                stream = self._streams.get(event.request_id)
+                if stream is not None:  # Else it was closed early.
+                    stream.events.append(event)
+                    stream.has_news.set()
+
+    def _on_pump_done(self, pump: asyncio.Task[None]) -> None:
+        error = None if pump.cancelled() else pump.exception()
+        if isinstance(error, PipelineError):
+            self._failure = error
+        elif error is None:
+            self._failure = PipelineError("the service is shutting down")
+        else:
+            logger.error("fetching events failed", exc_info=error)
+            self._failure = PipelineError(f"internal error: {type(error).__name__}")
+        for stream in self._streams.values():
+            stream.has_news.set()

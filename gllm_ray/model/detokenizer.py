@@ -1,0 +1,160 @@
+"""Tokens in, final text out: nothing that was handed over is ever taken back.
+
+Text is held while it may still change: the bytes of an unfinished UTF-8 sequence, and the end of
+the text while it may be the beginning of a stop string.
+"""
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+_REPLACEMENT = "\ufffd"
+# An unfinished UTF-8 sequence has at most 3 bytes, so it spans at most 3 tokens with text.
+_MAX_PENDING_TOKENS = 8
+
+
+class TextDecoder(Protocol):
+    """Decodes a sequence token by token."""
+
+    def step(self, token_id: int) -> str:
+        """Append a token; return the text that became final."""
+
+    def flush(self) -> str:
+        """Return the text of what is still pending; the sequence has ended."""
+
+
+class ByteLevelDecoder:
+    """For tokens that are byte strings: exact on any sequence, invalid UTF-8 included.
+
+    Args:
+        token_bytes: The bytes of a token.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def step(self, token_id: int) -> str:
+        """Append a token; return the text that became final."""
+        return self._utf8.decode(self._token_bytes(token_id))
+
+    def flush(self) -> str:
+        """Return U+FFFD if the sequence ended within a character."""
+        return self._utf8.decode(b"", final=True)
+
+
+class WindowDecoder:
+    """For any other tokenizer: decodes the last few tokens again with each new one.
+
+    The tokens of the last text that was handed over stay in the window, because a token's text may
+    depend on what stands before it. Exact where the whole text is valid UTF-8. A byte-fallback
+    decoder spells a whole run of bytes as U+FFFD once one of them is invalid; text of the run that
+    was handed over before then stays as it was.
+
+    Args:
+        decode: The text of a list of tokens.
+        context_ids: The last tokens before the first one to decode.
+    """
+
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], context_ids: Sequence[int] = ()
+    ) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._move_window(context_ids)
+
+    def step(self, token_id: int) -> str:
+        """Append a token; return the text that became final."""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        num_pending = len(self._window) - self._num_context
+        if text.endswith(_REPLACEMENT) and num_pending < _MAX_PENDING_TOKENS:
+            return ""
+        return self._hand_over(text)
+
+    def flush(self) -> str:
+        """Return the text of the tokens still pending."""
+        return self._hand_over(self._decode(self._window))
+
+    def _hand_over(self, text: str) -> str:
+        pending = self._window[self._num_context :]
+        is_continued = text.startswith(self._context)
+        new = text[len(self._context) :] if is_continued else self._decode(pending)
+        if new:
+            self._move_window(pending)
+        elif len(pending) >= _MAX_PENDING_TOKENS:
+            del self._window[self._num_context :]  # None of them has text.
+        return new
+
+    def _move_window(self, context_ids: Sequence[int]) -> None:
+        self._window = list(context_ids)
+        self._num_context = len(self._window)
+        self._context = self._decode(self._window)
+
+
+class StopMatcher:
+    """Ends a text before the stop string that is complete first, the longest of several.
+
+    Args:
+        stop_strings: None of them empty.
+    """
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self.is_stopped = False
+        self._stop_strings = stop_strings
+        self._held = ""
+
+    def step(self, text: str) -> str:
+        """Append text; return what can no longer be part of a stop string."""
+        text = self._held + text
+        matches = [
+            (start + len(stop), start)
+            for stop in self._stop_strings
+            if (start := text.find(stop)) >= 0
+        ]
+        if matches:
+            self.is_stopped = True
+            self._held = ""
+            return text[: min(matches)[1]]
+        num_final = min(
+            (self._find_start(text, stop) for stop in self._stop_strings), default=len(text)
+        )
+        self._held = text[num_final:]
+        return text[:num_final]
+
+    def flush(self) -> str:
+        """Return the text held back; no more follows."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _find_start(text: str, stop: str) -> int:
+        """Where the end of `text` may begin `stop`; the length of `text` if nowhere."""
+        start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+        while start >= 0:
+            if stop.startswith(text[start:]):
+                return start
+            start = text.find(stop[0], start + 1)
+        return len(text)
+
+
+class Detokenizer:
+    """The text of one output, as it grows."""
+
+    def __init__(self, decoder: TextDecoder, stop_strings: Sequence[str] = ()) -> None:
+        self._decoder = decoder
+        self._matcher = StopMatcher(stop_strings)
+
+    @property
+    def is_stopped(self) -> bool:
+        """A stop string is complete; the text ends before it."""
+        return self._matcher.is_stopped
+
+    def step(self, token_id: int) -> str:
+        """Append a token; return the text that became final. Not to be called once stopped."""
+        return self._matcher.step(self._decoder.step(token_id))
+
+    def flush(self) -> str:
+        """Return the text held so far; the output has ended."""
+        text = self._matcher.step(self._decoder.flush())
+        return text + self._matcher.flush()

@@ -1,0 +1,172 @@
+"""Text to tokens: encoding, the chat template, and which tokens end an output.
+
+Only what the `tokenizers` library can read is served, and never code that came with a model.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from jinja2 import TemplateError
+from tokenizers import decoders
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from gllm_ray.errors import ConfigError, InvalidRequestError
+from gllm_ray.model.checkpoint import find_directory
+from gllm_ray.model.detokenizer import ByteLevelDecoder, Detokenizer, TextDecoder, WindowDecoder
+
+# Enough for any decoder to see whether the first output token continues a text.
+_NUM_CONTEXT_TOKENS = 8
+_BYTE_OF_CHAR = {char: byte for byte, char in bytes_to_unicode().items()}
+
+
+class Tokenizer:
+    """A model's tokenizer; safe to use from several threads.
+
+    Args:
+        tokenizer: What `transformers` loaded.
+        stop_token_ids: Tokens that end an output.
+        vocab_size: Rows of the model's embedding; None: as many as the tokenizer has tokens.
+
+    Attributes:
+        max_token_chars: No token stands for more characters than this.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        stop_token_ids: frozenset[int] = frozenset(),
+        vocab_size: int | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        # Settings a tokenizer.json may carry; a prompt is served whole or refused.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._special_ids = {
+            token_id
+            for token_id, token in self._backend.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self._is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
+        self._token_bytes: dict[int, bytes] = {}
+        self.stop_token_ids = stop_token_ids
+        self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+        self.max_token_chars = max(map(len, self._backend.get_vocab()))
+
+    @classmethod
+    def load(
+        cls, path: str, revision: str | None = None, *, model_directory: Path | None = None
+    ) -> Self:
+        """Load a tokenizer from wherever a model may lie.
+
+        Args:
+            path: A directory, a `package://` address or a Hugging Face model id.
+            revision: Branch, tag or commit, if `path` is a model id.
+            model_directory: Where config.json and generation_config.json lie, if not at `path`.
+
+        Raises:
+            ConfigError: There is no tokenizer, or it needs code from the model's repository.
+        """
+        directory = find_directory(path, revision)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"no usable tokenizer at {path!r}: {error}") from error
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ConfigError(
+                f"tokenizer at {path!r} is a {type(tokenizer).__name__}: a tokenizer.json is needed"
+            )
+        config = _read_json((model_directory or directory) / "config.json")
+        config |= config.get("text_config", {})
+        generation = _read_json((model_directory or directory) / "generation_config.json")
+        eos = (tokenizer.eos_token_id, config.get("eos_token_id"), generation.get("eos_token_id"))
+        return cls(
+            tokenizer,
+            stop_token_ids=frozenset(_token_ids(eos)),
+            vocab_size=config.get("vocab_size"),
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, with the special tokens the model expects around one.
+
+        Raises:
+            InvalidRequestError: The text has half of a surrogate pair, which is no character.
+        """
+        return self._encode(text, add_special_tokens=True)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens of a conversation, up to where the model's answer begins.
+
+        Args:
+            messages: Each with `role` and `content`.
+
+        Raises:
+            InvalidRequestError: There is no template, or it refuses the messages.
+        """
+        if self._tokenizer.chat_template is None:
+            raise InvalidRequestError(
+                "This model has no chat template; use /v1/completions instead", param="messages"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise InvalidRequestError(
+                f"The model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return self._encode(text, add_special_tokens=False)
+
+    def new_detokenizer(
+        self, prompt_ids: Sequence[int], stop_strings: Sequence[str] = ()
+    ) -> Detokenizer:
+        """A detokenizer for one output; special tokens have no text."""
+        decoder: TextDecoder
+        if self._is_byte_level:
+            decoder = ByteLevelDecoder(self._bytes_of)
+        else:
+            decoder = WindowDecoder(self._decode, prompt_ids[-_NUM_CONTEXT_TOKENS:])
+        return Detokenizer(decoder, stop_strings)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        except UnicodeEncodeError:
+            raise InvalidRequestError("The text has half of a surrogate pair") from None
+        ids: list[int] = encoding.ids
+        return ids
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        known = self._token_bytes.get(token_id)
+        if known is None:
+            token = self._backend.id_to_token(token_id)
+            is_silent = token is None or token_id in self._special_ids
+            known = self._token_bytes[token_id] = b"" if is_silent else _token_bytes(token)
+        return known
+
+
+def _token_bytes(token: str) -> bytes:
+    """What a byte-level decoder makes of a token; an added one may be spelled as plain text."""
+    if all(char in _BYTE_OF_CHAR for char in token):
+        return bytes(_BYTE_OF_CHAR[char] for char in token)
+    return token.encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return content
+
+
+def _token_ids(fields: Iterable[int | list[int] | None]) -> Iterator[int]:
+    """All ids of fields that may hold one, several or none."""
+    for field in fields:
+        if field is not None:
+            yield from [field] if isinstance(field, int) else field

@@ -1,0 +1,137 @@
+"""The one table from an exception to an HTTP status and a body in OpenAI's shape.
+
+What a client is told is bounded, and an error that was not raised on purpose tells nothing.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gllm_ray.errors import GllmRayError, InvalidRequestError, OverloadedError, PipelineError
+
+_MAX_MISTAKES = 10
+_MAX_CHARS = 200
+_MAX_MESSAGE_CHARS = _MAX_MISTAKES * _MAX_CHARS
+_PIPELINE_RETRY_AFTER_S = 5
+
+_INVALID = "invalid_request_error"
+_NOT_AN_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
+# By pydantic's type of a mistake: our code, and our words where pydantic's are not the client's.
+_MISTAKES = {
+    "extra_forbidden": ("unknown_parameter", "is not a known parameter"),
+    "json_invalid": ("invalid_json", "the body is not valid JSON"),
+    "missing": ("missing_required_parameter", "is required"),
+    "unsupported_parameter": ("unsupported_parameter", None),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HttpError:
+    """What a client is told of an exception."""
+
+    status: int
+    message: str
+    type: str
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] | None = None
+
+    @classmethod
+    def of(cls, error: Exception) -> "HttpError":
+        """Look an exception up in the table."""
+        match error:
+            case InvalidRequestError(message=message, code=code, param=param):
+                status = 404 if code == "model_not_found" else 400
+                return cls(status, message, _INVALID, code, param)
+            case RequestValidationError():
+                return _describe_mistakes(error)
+            case HTTPException():
+                return cls(error.status_code, error.detail, _INVALID, headers=error.headers)
+            case OverloadedError(message=message):
+                retry = {"Retry-After": str(math.ceil(error.retry_after_s))}
+                return cls(429, message, "rate_limit_error", "server_busy", headers=retry)
+            case PipelineError():
+                retry = {"Retry-After": str(_PIPELINE_RETRY_AFTER_S)}
+                return cls(503, str(error), "server_error", "engine_unavailable", headers=retry)
+        return cls(500, "internal error", "server_error", "server_error")
+
+    def body(self) -> str:
+        """JSON in the shape of OpenAI's errors."""
+        # ASCII, because a client's text may hold what UTF-8 cannot encode.
+        return json.dumps(
+            {
+                "error": {
+                    "message": self.message[:_MAX_MESSAGE_CHARS],
+                    "type": self.type,
+                    "param": self.param and self.param[:_MAX_CHARS],
+                    "code": self.code,
+                }
+            }
+        )
+
+
+def _describe_mistakes(error: RequestValidationError) -> HttpError:
+    mistakes = [_describe_mistake(item) for item in error.errors()[:_MAX_MISTAKES]]
+    lines, codes, params = zip(*mistakes, strict=True)
+    return HttpError(400, "; ".join(lines), _INVALID, codes[0], params[0])
+
+
+def _describe_mistake(item: Mapping[str, Any]) -> tuple[str, str, str | None]:
+    """The line, the code and the parameter of one mistake."""
+    code, words = _MISTAKES.get(item["type"], ("invalid_value", None))
+    words = words or item["msg"]
+    _, *path = item["loc"]
+    if item["type"] == "json_invalid":
+        return words, code, None
+    if not path:
+        return _NOT_AN_OBJECT, "invalid_json", None
+    param = path[0] + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path[1:])
+    # A number is the client's own and short; text may be a prompt.
+    value = f"={item['input']}" if isinstance(item["input"], int | float) else ""
+    return f"{param[:_MAX_CHARS]}{value}: {words}"[:_MAX_CHARS], code, param
+
+
+async def handle_error(_request: Request, error: Exception) -> Response:
+    """Answer with the table's row; an exception handler of the application."""
+    told = HttpError.of(error)
+    return Response(told.body(), told.status, told.headers, media_type="application/json")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every error of an application in OpenAI's shape."""
+    for kind in (GllmRayError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, handle_error)
+
+
+class BodyLimit:
+    """ASGI middleware that reads no more of a request's body than it may have.
+
+    Args:
+        app: Answers the `HTTPException` 413 that reading a longer body raises.
+        max_body_bytes: The most a body may have.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        num_bytes = 0
+
+        async def limited_receive() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                raise HTTPException(413, f"the body is larger than {self._max_body_bytes} bytes")
+            return message
+
+        await self._app(scope, limited_receive, send)

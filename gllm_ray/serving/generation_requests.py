@@ -1,0 +1,113 @@
+"""From a validated body to token requests that fit the model, or a refusal that says why not."""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gllm_ray.errors import InvalidRequestError
+from gllm_ray.messages import GenerationRequest, SamplingParams
+from gllm_ray.model.tokenizer import Tokenizer
+from gllm_ray.serving.openai_protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationParams,
+)
+
+_DEFAULT_COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBuilder:
+    """Makes token requests for one model.
+
+    Attributes:
+        tokenizer: The model's.
+        max_model_len: Tokens of prompt and output a sequence may have.
+    """
+
+    tokenizer: Tokenizer
+    max_model_len: int
+
+    async def from_chat(self, body: ChatCompletionRequest, name: str) -> list[GenerationRequest]:
+        """The request for a conversation; by default its answer may fill the context.
+
+        Raises:
+            InvalidRequestError: The model cannot serve it.
+        """
+        messages = [message.as_template_input() for message in body.messages]
+        self._refuse_endless(sum(len(message["content"]) for message in messages), "messages")
+        # In a thread, because a long text takes long.
+        prompt = await asyncio.to_thread(self.tokenizer.apply_chat_template, messages)
+        max_tokens = self._max_tokens(
+            len(prompt), body.answer_limit, default=self.max_model_len, param="messages"
+        )
+        return [self._request(body, f"{name}-0", prompt, max_tokens)]
+
+    async def from_completion(self, body: CompletionRequest, name: str) -> list[GenerationRequest]:
+        """A request for each prompt.
+
+        Raises:
+            InvalidRequestError: The model cannot serve one of them.
+        """
+        requests = []
+        for index, text_or_ids in enumerate(body.prompt):
+            prompt = text_or_ids
+            if isinstance(prompt, str):
+                self._refuse_endless(len(prompt), "prompt")
+                prompt = await asyncio.to_thread(self.tokenizer.encode, prompt)
+            max_tokens = self._max_tokens(
+                len(prompt), body.max_tokens, default=_DEFAULT_COMPLETION_TOKENS, param="prompt"
+            )
+            requests.append(self._request(body, f"{name}-{index}", prompt, max_tokens))
+        return requests
+
+    def _request(
+        self, body: GenerationParams, request_id: str, prompt: Sequence[int], max_tokens: int
+    ) -> GenerationRequest:
+        if not all(0 <= token_id < self.tokenizer.vocab_size for token_id in prompt):
+            raise InvalidRequestError(
+                f"the prompt has a token id outside 0 to {self.tokenizer.vocab_size - 1}",
+                param="prompt",
+            )
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=tuple(prompt),
+            max_tokens=max_tokens,
+            sampling=SamplingParams(
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                top_k=max(body.top_k or 0, 0),
+                min_p=body.min_p or 0.0,
+                seed=secrets.randbits(63) if body.seed is None else body.seed,
+            ),
+            stop_token_ids=frozenset() if body.ignore_eos else self.tokenizer.stop_token_ids,
+        )
+
+    def _max_tokens(
+        self, num_prompt_tokens: int, requested: int | None, *, default: int, param: str
+    ) -> int:
+        """The output's limit; a default never makes a prompt too long."""
+        room = self.max_model_len - num_prompt_tokens
+        max_tokens = min(default, max(room, 1)) if requested is None else requested
+        if max_tokens > room:
+            raise self._too_long(
+                f"you requested {num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} in "
+                f"the {param}, {max_tokens} in the completion)",
+                param,
+            )
+        return max_tokens
+
+    def _refuse_endless(self, num_chars: int, param: str) -> None:
+        """Spare the tokenizer a text that cannot fit, however it is cut into tokens."""
+        if num_chars > self.max_model_len * self.tokenizer.max_token_chars:
+            raise self._too_long(f"you sent {num_chars} characters in the {param}", param)
+
+    def _too_long(self, excess: str, param: str) -> InvalidRequestError:
+        # Clients know a context overflow by the words before the number.
+        return InvalidRequestError(
+            f"This model's maximum context length is {self.max_model_len} tokens. "
+            f"However, {excess}. Please reduce the length of the {param} or completion.",
+            param=param,
+            code="context_length_exceeded",
+        )

@@ -1,0 +1,158 @@
+"""The routes of OpenAI's API, over any service that runs token requests."""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Annotated, Any, Protocol
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from gllm_ray.errors import InvalidRequestError
+from gllm_ray.messages import GenerationRequest, TokenEvent
+from gllm_ray.model.tokenizer import Tokenizer
+from gllm_ray.serving.errors import BodyLimit, install_error_handlers
+from gllm_ray.serving.generation_requests import RequestBuilder
+from gllm_ray.serving.openai_protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationParams,
+)
+from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead, response_body
+from gllm_ray.serving.streaming import stream_response
+from gllm_ray.serving.text_stream import collect_outputs, merge_deltas, text_deltas
+
+MAX_BODY_BYTES = 8 * 2**20
+
+
+class GenerationService(Protocol):
+    """What the routes need of a replica.
+
+    Attributes:
+        model_name: The one model, as clients name it.
+        max_model_len: Tokens of prompt and output a sequence may have.
+        tokenizer: The model's.
+    """
+
+    model_name: str
+    max_model_len: int
+    tokenizer: Tokenizer
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
+        """Run a request; closing the generator early aborts it."""
+
+    async def check_health(self) -> None:
+        """Return if requests can be served.
+
+        Raises:
+            PipelineError: They cannot.
+        """
+
+
+def build_api(service: GenerationService, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+    """The application that serves one model."""
+    # FastAPI's pages of documentation load scripts from elsewhere.
+    app = FastAPI(title="gllm_ray", docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.state.created = int(time.time())
+    app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
+    install_error_handlers(app)
+    app.include_router(router)
+    return app
+
+
+async def _service(request: Request) -> GenerationService:
+    service: GenerationService = request.app.state.service
+    return service
+
+
+router = APIRouter()
+Service = Annotated[GenerationService, Depends(_service)]
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatCompletionRequest, service: Service) -> Response:
+    """Answer a conversation."""
+    _check(body, service)
+    head = ResponseHead.new(model=body.model, is_chat=True)
+    builder = RequestBuilder(service.tokenizer, service.max_model_len)
+    return await _respond(service, body, head, await builder.from_chat(body, head.id))
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionRequest, service: Service) -> Response:
+    """Continue a text, or several."""
+    _check(body, service)
+    head = ResponseHead.new(model=body.model, is_chat=False)
+    builder = RequestBuilder(service.tokenizer, service.max_model_len)
+    return await _respond(service, body, head, await builder.from_completion(body, head.id))
+
+
+@router.get("/v1/models")
+async def list_models(request: Request, service: Service) -> Response:
+    """The one model."""
+    return JSONResponse({"object": "list", "data": [_model_card(request, service)]})
+
+
+@router.get("/v1/models/{model:path}")
+async def retrieve_model(model: str, request: Request, service: Service) -> Response:
+    """The one model, if it is the one asked for."""
+    _check_model(model, service)
+    return JSONResponse(_model_card(request, service))
+
+
+@router.get("/health")
+async def health(service: Service) -> Response:
+    """Whether requests can be served."""
+    await service.check_health()
+    return JSONResponse({"status": "ok"})
+
+
+async def _respond(
+    service: GenerationService,
+    body: GenerationParams,
+    head: ResponseHead,
+    requests: Sequence[GenerationRequest],
+) -> Response:
+    streams = [
+        text_deltas(
+            index,
+            service.generate(request),
+            service.tokenizer.new_detokenizer(request.prompt_token_ids, body.stop or ()),
+        )
+        for index, request in enumerate(requests)
+    ]
+    deltas = streams[0] if len(streams) == 1 else merge_deltas(streams)
+    num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+    if body.stream:
+        options = body.stream_options
+        writer = ChunkWriter(head, include_usage=bool(options and options.include_usage))
+        return await stream_response(deltas, writer, num_prompt_tokens)
+    outputs = await collect_outputs(deltas, len(requests))
+    return JSONResponse(response_body(head, outputs, num_prompt_tokens))
+
+
+def _check(body: GenerationParams, service: GenerationService) -> None:
+    _check_model(body.model, service)
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequestError(
+            "stream_options is only allowed when stream is true", param="stream_options"
+        )
+
+
+def _check_model(model: str, service: GenerationService) -> None:
+    if model != service.model_name:
+        raise InvalidRequestError(
+            f"The model {model[:200]!r} does not exist; this server has {service.model_name!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _model_card(request: Request, service: GenerationService) -> dict[str, Any]:
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": request.app.state.created,
+        "owned_by": "gllm_ray",
+        "max_model_len": service.max_model_len,
+    }

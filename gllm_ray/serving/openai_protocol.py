@@ -1,0 +1,178 @@
+"""The requests of OpenAI's API: a parameter is honoured or refused by name, never ignored.
+
+A parameter that cannot be honoured yet is accepted with the values that ask for nothing, because
+clients send their defaults.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from gllm_ray.errors import InvalidRequestError
+
+_MAX_STOP_STRINGS = 16
+_MAX_STOP_CHARS = 1024
+_MAX_PROMPTS = 128
+
+
+def _only(*neutral: object) -> AfterValidator:
+    """Accept null and the values that ask for nothing."""
+
+    def check(value: object) -> object:
+        # `True == 1`, so the types are compared, too.
+        is_neutral = any(
+            value == item and isinstance(value, bool) is isinstance(item, bool) for item in neutral
+        )
+        if value is not None and not is_neutral:
+            raise PydanticCustomError("unsupported_parameter", "is not supported yet; leave it out")
+        return value
+
+    return AfterValidator(check)
+
+
+def _parse_stop(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _parse_content(value: object) -> object:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list):
+        raise PydanticCustomError("content_type", "must be text or a list of text parts")
+    return value
+
+
+def _parse_prompts(value: object) -> object:
+    """One prompt or several, each text or token ids, as a list of prompts."""
+    prompts = value if isinstance(value, list) and not _is_token_ids(value) else [value]
+    if not prompts or not all(isinstance(item, str) or _is_token_ids(item) for item in prompts):
+        raise PydanticCustomError(
+            "prompt_type", "must be text, a list of token ids, or a list of such prompts"
+        )
+    return prompts
+
+
+def _is_token_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Schema):
+    """What a stream tells beside its text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[object, _only(False)] = None
+
+
+class GenerationParams(_Schema):
+    """What both endpoints take; `top_k`, `min_p` and `ignore_eos` are not OpenAI's."""
+
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, description="0 or -1: no limit.")
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]] | None,
+        Field(max_length=_MAX_STOP_STRINGS),
+        BeforeValidator(_parse_stop),
+    ] = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    frequency_penalty: Annotated[object, _only(0)] = None
+    logit_bias: Annotated[object, _only({})] = None
+    n: Annotated[object, _only(1)] = None
+    presence_penalty: Annotated[object, _only(0)] = None
+    user: Annotated[object, _only("")] = None
+
+
+class CompletionRequest(GenerationParams):
+    """The body of POST /v1/completions."""
+
+    prompt: Annotated[list[Any], Field(max_length=_MAX_PROMPTS), BeforeValidator(_parse_prompts)]
+
+    best_of: Annotated[object, _only(1)] = None
+    echo: Annotated[object, _only(False)] = None
+    logprobs: Annotated[object, _only()] = None
+    suffix: Annotated[object, _only("")] = None
+
+
+class TextPart(_Schema):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Schema):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart], BeforeValidator(_parse_content)]
+
+    # Clients send the empty fields of an earlier answer back.
+    annotations: Annotated[object, _only([])] = None
+    audio: Annotated[object, _only()] = None
+    function_call: Annotated[object, _only()] = None
+    name: Annotated[object, _only()] = None
+    refusal: Annotated[object, _only()] = None
+    tool_calls: Annotated[object, _only([])] = None
+
+    def as_template_input(self) -> dict[str, str]:
+        """The message as chat templates know it; the developer is their system."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": "".join(part.text for part in self.content)}
+
+
+class ChatCompletionRequest(GenerationParams):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    audio: Annotated[object, _only()] = None
+    function_call: Annotated[object, _only("none", "auto")] = None
+    functions: Annotated[object, _only([])] = None
+    logprobs: Annotated[object, _only(False)] = None
+    metadata: Annotated[object, _only({})] = None
+    modalities: Annotated[object, _only(["text"])] = None
+    moderation: Annotated[object, _only()] = None
+    parallel_tool_calls: Annotated[object, _only(True)] = None
+    prediction: Annotated[object, _only()] = None
+    prompt_cache_key: Annotated[object, _only("")] = None
+    prompt_cache_options: Annotated[object, _only()] = None
+    prompt_cache_retention: Annotated[object, _only()] = None
+    reasoning_effort: Annotated[object, _only()] = None
+    response_format: Annotated[object, _only({"type": "text"})] = None
+    safety_identifier: Annotated[object, _only("")] = None
+    service_tier: Annotated[object, _only("auto", "default")] = None
+    store: Annotated[object, _only(False)] = None
+    tool_choice: Annotated[object, _only("none", "auto")] = None
+    tools: Annotated[object, _only([])] = None
+    top_logprobs: Annotated[object, _only(0)] = None
+    verbosity: Annotated[object, _only("medium")] = None
+    web_search_options: Annotated[object, _only()] = None
+
+    @property
+    def answer_limit(self) -> int | None:
+        """Tokens the answer may have, if either spelling limits them.
+
+        Raises:
+            InvalidRequestError: The two disagree.
+        """
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise InvalidRequestError(
+                f"max_tokens={self.max_tokens} and max_completion_tokens="
+                f"{self.max_completion_tokens} differ; give one of them",
+                param="max_tokens",
+            )
+        return next(iter(limits), None)

@@ -1,0 +1,125 @@
+"""The responses of OpenAI's API, whole and in chunks."""
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from gllm_ray.serving.text_stream import TextDelta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseHead:
+    """What every chunk of a response repeats.
+
+    Attributes:
+        id: `chatcmpl-...` or `cmpl-...`, unique.
+        created: Seconds since the epoch.
+        model: The model's name in the API.
+        is_chat: A chat completion, else a completion.
+    """
+
+    id: str
+    created: int
+    model: str
+    is_chat: bool
+
+    @classmethod
+    def new(cls, *, model: str, is_chat: bool) -> Self:
+        """A head with an id of its own."""
+        name = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        return cls(id=name, created=int(time.time()), model=model, is_chat=is_chat)
+
+    def fields(self, kind: str) -> dict[str, Any]:
+        """The fields before `choices`; `kind` is that of a chat response."""
+        kind = kind if self.is_chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def usage(num_prompt_tokens: int, num_output_tokens: int) -> dict[str, int]:
+    """What a response cost."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": num_prompt_tokens + num_output_tokens,
+    }
+
+
+def response_body(
+    head: ResponseHead, outputs: Sequence[TextDelta], num_prompt_tokens: int
+) -> dict[str, Any]:
+    """The body of a response that is not streamed."""
+    choices = [
+        {
+            "index": output.index,
+            **(
+                {"message": {"role": "assistant", "content": output.text, "refusal": None}}
+                if head.is_chat
+                else {"text": output.text}
+            ),
+            "logprobs": None,
+            "finish_reason": output.finish_reason,
+        }
+        for output in outputs
+    ]
+    num_output_tokens = sum(output.num_tokens for output in outputs)
+    return {
+        **head.fields("chat.completion"),
+        "choices": choices,
+        "usage": usage(num_prompt_tokens, num_output_tokens),
+    }
+
+
+class ChunkWriter:
+    """Spells a streamed response as server-sent events.
+
+    The JSON around a text is spelled once, because a chunk is written for every few tokens.
+
+    Args:
+        head: What every chunk repeats.
+        include_usage: Chunks carry `usage`, which is null but in the last.
+    """
+
+    def __init__(self, head: ResponseHead, *, include_usage: bool) -> None:
+        self._is_chat = head.is_chat
+        self._include_usage = include_usage
+        self._head = _dumps(head.fields("chat.completion.chunk"))[:-1] + ',"choices":['
+        self._tail = '],"usage":null}' if include_usage else "]}"
+        self._begun: set[int] = set()
+
+    def write(self, delta: TextDelta) -> str:
+        """The events for a delta: role, text and finish reason, those that there are."""
+        events = ""
+        if self._is_chat and delta.index not in self._begun:
+            self._begun.add(delta.index)
+            events += self._chunk(delta.index, '"delta":{"role":"assistant","content":""}')
+        if delta.text:
+            text = _dumps(delta.text)
+            content = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
+            events += self._chunk(delta.index, content)
+        if delta.finish_reason is not None:
+            content = '"delta":{}' if self._is_chat else '"text":""'
+            events += self._chunk(delta.index, content, f'"{delta.finish_reason}"')
+        return events
+
+    def write_end(self, num_prompt_tokens: int, num_output_tokens: int) -> str:
+        """The events after the last delta."""
+        done = _event("[DONE]")
+        if not self._include_usage:
+            return done
+        cost = _dumps(usage(num_prompt_tokens, num_output_tokens))
+        return _event(f'{self._head}],"usage":{cost}}}') + done
+
+    def _chunk(self, index: int, content: str, finish_reason: str = "null") -> str:
+        choice = f'{{"index":{index},{content},"logprobs":null,"finish_reason":{finish_reason}}}'
+        return _event(self._head + choice + self._tail)
+
+
+def _event(data: str) -> str:
+    return f"data: {data}\n\n"
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,101 @@
+"""From the token events of a request to the growth of its text."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from gllm_ray.errors import PipelineError
+from gllm_ray.messages import FinishReason, TokenEvent
+from gllm_ray.model.detokenizer import Detokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """How far one output grew.
+
+    Attributes:
+        index: Which of the response's outputs, from 0.
+        text: The new text, possibly empty.
+        num_tokens: The new tokens.
+        finish_reason: Set on the last delta of the output, and only there.
+    """
+
+    index: int
+    text: str
+    num_tokens: int
+    finish_reason: FinishReason | None = None
+
+
+async def text_deltas(
+    index: int, events: AsyncGenerator[list[TokenEvent], None], detokenizer: Detokenizer
+) -> AsyncGenerator[TextDelta, None]:
+    """Turn each list of events into one delta; a complete stop string closes `events`.
+
+    Raises:
+        PipelineError: The server ended the request before it was complete.
+    """
+    async with aclosing(events):
+        async for step in events:
+            delta = _text_delta(index, step, detokenizer)
+            yield delta
+            if delta.finish_reason is not None:
+                return
+
+
+def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokenizer) -> TextDelta:
+    text, num_tokens = "", 0
+    for event in events:
+        if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+            raise PipelineError(event.error or "the server ended the request early; send it again")
+        if event.token_id is not None:
+            num_tokens += 1
+            # A token that ends the output has no text.
+            if event.finish_reason is not FinishReason.STOP:
+                text += detokenizer.step(event.token_id)
+        if event.finish_reason is not None and not detokenizer.is_stopped:
+            text += detokenizer.flush()
+        if detokenizer.is_stopped:
+            return TextDelta(index, text, num_tokens, FinishReason.STOP)
+    return TextDelta(index, text, num_tokens, events[-1].finish_reason)
+
+
+async def merge_deltas(
+    streams: Sequence[AsyncGenerator[TextDelta, None]],
+) -> AsyncGenerator[TextDelta, None]:
+    """Yield the deltas of several outputs as they come; if one fails, all are closed."""
+    pending = {asyncio.ensure_future(anext(stream, None)): stream for stream in streams}
+    try:
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                stream = pending.pop(task)
+                delta = task.result()
+                if delta is not None:
+                    yield delta
+                    pending[asyncio.ensure_future(anext(stream, None))] = stream
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
+
+
+async def collect_outputs(
+    deltas: AsyncGenerator[TextDelta, None], num_outputs: int
+) -> list[TextDelta]:
+    """Wait for the end of every output; each as one delta, in the order of their index."""
+    grown: list[list[TextDelta]] = [[] for _ in range(num_outputs)]
+    async with aclosing(deltas):
+        async for delta in deltas:
+            grown[delta.index].append(delta)
+    return [
+        TextDelta(
+            index,
+            "".join(delta.text for delta in output),
+            sum(delta.num_tokens for delta in output),
+            output[-1].finish_reason,
+        )
+        for index, output in enumerate(grown)
+    ]
