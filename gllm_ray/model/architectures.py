@@ -13,7 +13,7 @@ _SERVED = """
     gemma3_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite
     granite_swa granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe
     hy_v3 hyperclovax jais2 jetmoe kolibri1 laguna llama mellum mimo_v2_flash minicpm3 minimax_m2
-    minimax_m3_vl_text ministral ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3
+    ministral ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3
     olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open
     stablelm starcoder2 vaultgemma youtu
 """
@@ -28,7 +28,7 @@ _REASONS = {
         falcon gptj gpt_neo codegen bloom mpt gpt_neox_japanese diffllama doge
     """,
     "its sparse-attention indexer needs a dense mask": """
-        deepseek_v32 deepseek_v4 glm_moe_dsa axk2 hy_v4 dots3_note
+        deepseek_v32 deepseek_v4 glm_moe_dsa axk2 hy_v4 dots3_note minimax_m3_vl_text
     """,
     "its layers share KV, or its masks are not those of plain or sliding-window attention": """
         gemma3n_text gemma4_text gemma4_unified llama4_text cohere_compass_text
@@ -39,14 +39,22 @@ _REASONS = {
 
 def refusal_reason(model_type: str, config: dict[str, Any]) -> str | None:
     """Why a model with this `config.json` cannot be served, or None if it can."""
-    width = config.get("hidden_size")
-    if model_type == "opt" and config.get("word_embed_proj_dim", width) != width:
-        return "its embedding is projected to another width (word_embed_proj_dim)"
     if model_type in _SERVED.split():
-        return None
+        return _unusual_setting(config)
     for reason, model_types in _REASONS.items():
         if model_type in model_types.split():
             return reason
     if "text_config" in config:
         return "it reads more than text; use the text-only checkpoint of the same model"
     return "its tokens were never compared with those of transformers' generate"
+
+
+def _unusual_setting(config: dict[str, Any]) -> str | None:
+    """Why this variant of a served architecture cannot be served, or None if it can."""
+    width = config.get("hidden_size")
+    if config.get("word_embed_proj_dim", width) != width:
+        return "its embedding is projected to another width (word_embed_proj_dim)"
+    odd_layers = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if odd_layers:
+        return f"it has layers of type {', '.join(sorted(odd_layers))}"
+    return None

@@ -14,6 +14,7 @@ from gllm_ray.model.architectures import refusal_reason
 
 _DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+_LENGTH_DEPENDENT_ROPES = ("longrope", "su")
 _INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 
@@ -26,7 +27,7 @@ class Checkpoint:
         directory: Where config.json lies.
         model_type: The architecture, in transformers' spelling.
         max_model_len: Tokens of prompt and output a sequence may have.
-        weight_files: The safetensors file of each tensor; empty for `load_format: dummy`.
+        weight_files: The safetensors files; none for `load_format: dummy`.
     """
 
     directory: Path
@@ -112,7 +113,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _max_model_len(model: ModelConfig, config: dict[str, Any]) -> int:
-    limit = next((config[key] for key in _LENGTH_KEYS if config.get(key)), None)
+    limit = _num_positions(config)
     if limit is None and model.max_model_len is None:
         raise ConfigError(
             f"model.path={model.path!r}: its config.json sets none of {', '.join(_LENGTH_KEYS)}; "
@@ -122,9 +123,19 @@ def _max_model_len(model: ModelConfig, config: dict[str, Any]) -> int:
         return int(limit)
     if limit is not None and model.max_model_len > limit:
         raise ConfigError(
-            f"model.max_model_len={model.max_model_len}: the model has {limit} positions; lower it"
+            f"model.max_model_len={model.max_model_len}: the model can serve {limit} positions; "
+            "lower it"
         )
     return model.max_model_len
+
+
+def _num_positions(config: dict[str, Any]) -> int | None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) in _LENGTH_DEPENDENT_ROPES:
+        # Past the original length these turn every key of the batch another way.
+        key = "original_max_position_embeddings"
+        return config.get(key) or rope.get(key)
+    return next((config[key] for key in _LENGTH_KEYS if config.get(key)), None)
 
 
 def _weight_files(directory: Path, path: str) -> tuple[Path, ...]:

@@ -48,7 +48,7 @@ def paged_attention(
     pieces = [(chunk.rows, _prefill(query, cache, chunk, rule)) for chunk in inputs.prefills]
     pieces += [
         (inputs.decode_rows[part], _decode(query, cache, inputs, part, rule))
-        for part in _decode_parts(cache, inputs)
+        for part in _decode_parts(query, cache, inputs)
     ]
     output = query.new_empty(query.shape[1], query.shape[0], pieces[0][1].shape[-1])
     for rows, piece in pieces:
@@ -56,82 +56,109 @@ def paged_attention(
     return output
 
 
-def _decode_parts(cache: LayerKvCache, inputs: PackedInputs) -> list[slice]:
+def _decode_parts(query: torch.Tensor, cache: LayerKvCache, inputs: PackedInputs) -> list[slice]:
     num_decodes, longest = inputs.decode_slots.shape
     if num_decodes == 0:
         return []
-    step = max(1, _MAX_WORKSPACE // (longest * cache.geometry.num_values))
+    num_heads, _, head_dim = query.shape
+    is_expanded = cache.geometry.expand is not None
+    per_position = 2 * num_heads * head_dim if is_expanded else cache.geometry.num_values
+    step = max(1, _MAX_WORKSPACE // (longest * per_position))
     return [slice(first, first + step) for first in range(0, num_decodes, step)]
 
 
 def _decode(
-    query: torch.Tensor,
-    cache: LayerKvCache,
-    inputs: PackedInputs,
-    part: slice,
-    rule: ScoreRule,
+    query: torch.Tensor, cache: LayerKvCache, inputs: PackedInputs, part: slice, rule: ScoreRule
 ) -> torch.Tensor:
-    slots, context_lens = inputs.decode_slots[part], inputs.context_lens[part, None]
+    """One row a sequence: the rows of a batch element are the query heads of one KV head."""
+    slots, lengths = inputs.decode_slots[part], inputs.context_lens[part, None]
+    window = cache.geometry.window
+    if window is not None and window < slots.shape[1]:
+        first = (lengths - window).clamp(min=0)
+        slots = slots.gather(1, first + torch.arange(window, device=slots.device))
+        lengths = lengths - first
     keys, values = _gather(cache, slots)
-    positions = torch.arange(slots.shape[1], device=slots.device)
-    allowed = positions < context_lens
-    if cache.geometry.window is not None:
-        allowed &= positions >= context_lens - cache.geometry.window
-    rows = query[:, inputs.decode_rows[part]].transpose(0, 1).unsqueeze(2)
-    return _attend(rows, keys, values, allowed[:, None, :], rule).squeeze(2)
+    is_allowed = torch.arange(slots.shape[1], device=slots.device) < lengths
+    rows = query[:, inputs.decode_rows[part]]
+    grouped = rows.unflatten(0, (len(keys), -1)).transpose(1, 2)
+    sinks = rule.sinks.view(len(keys), 1, -1, 1) if rule.sinks is not None else None
+    output = _attend(grouped, keys, values, is_allowed[:, None], rule, sinks)
+    return output.transpose(0, 1).flatten(1, 2)
 
 
 def _prefill(
     query: torch.Tensor, cache: LayerKvCache, chunk: PrefillChunk, rule: ScoreRule
 ) -> torch.Tensor:
-    keys, values = _gather(cache, chunk.slots[None])
-    key_positions = torch.arange(len(chunk.slots), device=query.device)
-    query_positions = key_positions[chunk.start :, None]
-    rows = query[None, :, chunk.rows]
-    step = max(1, _MAX_WORKSPACE // (len(chunk.slots) * query.shape[0]))
+    """Many rows of one sequence, some at a time."""
+    window = cache.geometry.window
+    first_seen = max(0, chunk.start - window + 1) if window is not None else 0
+    keys, values = _gather(cache, chunk.slots[None, first_seen:])
+    key_positions = torch.arange(first_seen, len(chunk.slots), device=query.device)
+    rows = query[:, chunk.rows]
+    step = max(1, _MAX_WORKSPACE // (len(key_positions) * len(query)))
     pieces = []
-    for first in range(0, rows.shape[2], step):
-        part = slice(first, first + step)
-        allowed = key_positions <= query_positions[part]
-        if cache.geometry.window is not None:
-            allowed &= key_positions > query_positions[part] - cache.geometry.window
-        pieces.append(_attend(rows[:, :, part], keys, values, allowed[None], rule))
-    return torch.cat(pieces, dim=2)[0].transpose(0, 1)
+    for first in range(0, rows.shape[1], step):
+        part = rows[:, first : first + step]
+        positions = chunk.start + torch.arange(first, first + part.shape[1], device=query.device)
+        is_allowed = key_positions <= positions[:, None]
+        if window is not None:
+            is_allowed &= key_positions > positions[:, None] - window
+        pieces.append(_attend_rows(part, keys, values, is_allowed, rule))
+    return torch.cat(pieces, dim=1).transpose(0, 1)
+
+
+def _attend_rows(
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    is_allowed: torch.Tensor,
+    rule: ScoreRule,
+) -> torch.Tensor:
+    """`[num_heads, rows, d]` over one sequence, by torch's fused attention where it can."""
+    if rule.softcap is None and rule.sinks is None:
+        return functional.scaled_dot_product_attention(
+            rows[None],
+            keys.transpose(0, 1),
+            values.transpose(0, 1),
+            attn_mask=is_allowed,
+            scale=rule.scale,
+            enable_gqa=True,
+        )[0]
+    num_heads, num_rows, _ = rows.shape
+    group = num_heads // len(keys)
+    grouped = rows.reshape(len(keys), 1, group * num_rows, -1)
+    sinks = None
+    if rule.sinks is not None:
+        sinks = rule.sinks.repeat_interleave(num_rows).view(len(keys), 1, -1, 1)
+    output = _attend(grouped, keys, values, is_allowed.repeat(group, 1), rule, sinks)
+    return output.view(num_heads, num_rows, -1)
 
 
 def _gather(cache: LayerKvCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values `[n, heads, length, width]` at the slots `[n, length]`."""
-    keys = cache.keys[:, slots].transpose(0, 1)
-    values = cache.values[:, slots].transpose(0, 1)
-    if cache.geometry.expand is not None:
-        return cache.geometry.expand(keys, values)
-    return keys, values
+    """Keys and values `[heads, n, length, width]` at the slots `[n, length]`."""
+    keys = cache.keys.index_select(1, slots.flatten()).unflatten(1, slots.shape)
+    values = cache.values.index_select(1, slots.flatten()).unflatten(1, slots.shape)
+    if cache.geometry.expand is None:
+        return keys, values
+    keys, values = cache.geometry.expand(keys.transpose(0, 1), values.transpose(0, 1))
+    return keys.transpose(0, 1), values.transpose(0, 1)
 
 
 def _attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    allowed: torch.Tensor,
+    is_allowed: torch.Tensor,
     rule: ScoreRule,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Masked softmax attention of `[n, heads, rows, d]` over `[n, kv_heads, length, d]`.
-
-    `allowed` is `[n, rows, length]`; query heads share KV heads in consecutive groups.
-    """
-    num, num_heads, num_rows, width = query.shape
-    num_kv_heads = keys.shape[1]
-    grouped = query.reshape(num, num_kv_heads, -1, width)
-    scores = grouped @ keys.transpose(-1, -2) * rule.scale
-    scores = scores.view(num, num_heads, num_rows, -1)
+    """Softmax attention of `[heads, n, rows, d]` over `[heads, n, length, d]`."""
+    scores = query @ keys.transpose(-1, -2) * rule.scale
     if rule.softcap is not None:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    scores = scores.masked_fill(~allowed[:, None], float("-inf"))
-    if rule.sinks is not None:
-        sinks = rule.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(num, -1, num_rows, 1)
-        scores = torch.cat([scores, sinks], dim=-1)
+    scores = scores.masked_fill(~is_allowed, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype).expand(*sinks.shape[:1], *scores.shape[1:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    if rule.sinks is not None:
-        weights = weights[..., :-1]
-    weights = weights.reshape(num, num_kv_heads, -1, weights.shape[-1])
-    return (weights @ values).view(num, num_heads, num_rows, -1)
+    return weights[..., : keys.shape[2]] @ values

@@ -1,0 +1,77 @@
+"""Greedy tokens equal those of transformers' `generate`, however the work is cut up."""
+
+import pytest
+
+from gllm_ray.messages import SamplingParams
+from gllm_ray.stages.local_pipeline import LocalPipeline
+from tests.numerics.models import CONFIGS, MAX_TOKENS, WINDOW
+from tests.numerics.serving import WHOLE, chunks_of, run, service_config
+
+all_models = pytest.mark.parametrize("name", CONFIGS)
+all_depths = pytest.mark.parametrize("num_stages", [1, 2, 4])
+
+
+@all_models
+def test_continuations_under_test_have_several_distinct_tokens(name, small_model):
+    for tokens in small_model(name).continuations:
+        assert len(tokens) == MAX_TOKENS
+        assert len(set(tokens)) >= 3
+
+
+@all_models
+@all_depths
+@pytest.mark.parametrize(
+    "policy", [WHOLE, chunks_of(7), chunks_of(3)], ids=["whole", "sevens", "threes"]
+)
+def test_tokens_equal_generate_for_any_stages_and_chunks(
+    name, num_stages, policy, small_model, local_pipeline
+):
+    model = small_model(name)
+    result = run(local_pipeline(name, num_stages), model.prompts, MAX_TOKENS, policy=policy)
+    assert result.tokens == model.continuations
+    if policy is not WHOLE:
+        assert any(_is_mixed(batch) for batch in result.batches)
+
+
+@all_models
+@all_depths
+def test_tokens_equal_generate_under_preemption(name, num_stages, small_model, local_pipeline):
+    model = small_model(name)
+    result = run(
+        local_pipeline(name, num_stages),
+        model.prompts,
+        MAX_TOKENS,
+        policy=chunks_of(7),
+        num_blocks=12,
+    )
+    assert result.num_preemptions > 0
+    assert result.tokens == model.continuations
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+def test_tokens_do_not_depend_on_the_block_size(block_size, small_model):
+    model = small_model("gemma2")
+    pipeline = LocalPipeline.start(service_config(model.path, num_stages=2, block_size=block_size))
+    result = run(pipeline, model.prompts, MAX_TOKENS, policy=chunks_of(5), block_size=block_size)
+    assert result.tokens == model.continuations
+
+
+def test_prompts_outgrow_the_sliding_window(small_model):
+    prompts = small_model("mistral").prompts
+    assert max(map(len, prompts)) > 2 * WINDOW
+
+
+def test_sampled_tokens_depend_neither_on_stages_nor_on_chunks(small_model, local_pipeline):
+    prompts = small_model("llama").prompts
+    sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=7)
+    results = [
+        run(local_pipeline("llama", stages), prompts, MAX_TOKENS, policy=policy, sampling=sampling)
+        for stages, policy in [(1, WHOLE), (2, chunks_of(5)), (4, chunks_of(3))]
+    ]
+    assert results[0].tokens == results[1].tokens == results[2].tokens
+    assert results[0].tokens != small_model("llama").continuations
+
+
+def _is_mixed(batch) -> bool:
+    lengths = [seq.num_scheduled_tokens for seq in batch.sequences]
+    return min(lengths) == 1 and max(lengths) > 1
