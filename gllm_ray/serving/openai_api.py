@@ -107,6 +107,12 @@ async def health(service: Service) -> Response:
     return JSONResponse({"status": "ok"})
 
 
+@router.get("/server_info")
+async def server_info(service: Service) -> Response:
+    """What is served, on which stages, and how busy it is."""
+    return JSONResponse(await service.server_info())
+
+
 async def _respond(
     service: GenerationService,
     body: GenerationParams,
