@@ -55,7 +55,7 @@ class PipelineReplica:
             PipelineError: A process died; no actor is left behind.
         """
         max_model_len = open_checkpoint(config.model).max_model_len
-        group = await start_stage_group(config, max_model_len, placement_group)
+        group = await start_stage_group(config, placement_group)
         strategy = None
         if placement_group is not None:
             strategy = PlacementGroupSchedulingStrategy(
