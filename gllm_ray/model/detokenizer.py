@@ -60,7 +60,9 @@ class WindowDecoder:
         self, decode: Callable[[Sequence[int]], str], context_ids: Sequence[int] = ()
     ) -> None:
         self._decode = decode
-        self._window: list[int] = []
+        # A context that begins or ends within a character would spoil the text after it.
+        while context_ids and _REPLACEMENT in decode(context_ids):
+            context_ids = context_ids[1:]
         self._move_window(context_ids)
 
     def step(self, token_id: int) -> str:

@@ -91,12 +91,9 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, with the special tokens the model expects around one.
-
-        Raises:
-            InvalidRequestError: The text has half of a surrogate pair, which is no character.
-        """
-        return self._encode(text, add_special_tokens=True)
+        """Tokens of a text, with the special tokens the model expects around one."""
+        ids: list[int] = self._backend.encode(text).ids
+        return ids
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Tokens of a conversation, up to where the model's answer begins.
@@ -112,14 +109,15 @@ class Tokenizer:
                 "This model has no chat template; use /v1/completions instead", param="messages"
             )
         try:
-            text = self._tokenizer.apply_chat_template(
+            text: Any = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
-        return self._encode(text, add_special_tokens=False)
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     def new_detokenizer(
         self, prompt_ids: Sequence[int], stop_strings: Sequence[str] = ()
@@ -132,14 +130,6 @@ class Tokenizer:
             decoder = WindowDecoder(self._decode, prompt_ids[-_NUM_CONTEXT_TOKENS:])
         return Detokenizer(decoder, stop_strings)
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
-        except UnicodeEncodeError:
-            raise InvalidRequestError("The text has half of a surrogate pair") from None
-        ids: list[int] = encoding.ids
-        return ids
-
     def _decode(self, token_ids: Sequence[int]) -> str:
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
         return text
@@ -148,8 +138,8 @@ class Tokenizer:
         known = self._token_bytes.get(token_id)
         if known is None:
             token = self._backend.id_to_token(token_id)
-            is_silent = token is None or token_id in self._special_ids
-            known = self._token_bytes[token_id] = b"" if is_silent else _token_bytes(token)
+            has_text = token is not None and token_id not in self._special_ids
+            known = self._token_bytes[token_id] = _token_bytes(token) if has_text else b""
         return known
 
 

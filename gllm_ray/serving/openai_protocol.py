@@ -4,6 +4,7 @@ A parameter that cannot be honoured yet is accepted with the values that ask for
 clients send their defaults.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -11,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from gllm_ray.errors import InvalidRequestError
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_CHARS = 1024
 _MAX_PROMPTS = 128
@@ -46,11 +48,16 @@ def _parse_content(value: object) -> object:
 def _parse_prompts(value: object) -> object:
     """One prompt or several, each text or token ids, as a list of prompts."""
     prompts = value if isinstance(value, list) and not _is_token_ids(value) else [value]
-    if not prompts or not all(isinstance(item, str) or _is_token_ids(item) for item in prompts):
+    if not prompts or not all(_is_text(item) or _is_token_ids(item) for item in prompts):
         raise PydanticCustomError(
             "prompt_type", "must be text, a list of token ids, or a list of such prompts"
         )
     return prompts
+
+
+def _is_text(value: object) -> bool:
+    # JSON can spell half of a surrogate pair, which is no character.
+    return isinstance(value, str) and not _SURROGATE.search(value)
 
 
 def _is_token_ids(value: object) -> bool:
