@@ -27,5 +27,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	later, and $(PYTHON) is %d.%d: name another, as in PYTHON=python3.11" % sys.version_info[:2])'
 	@echo "installing gllm_ray and what it needs into .venv (some minutes the first time)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -1,5 +1,6 @@
 """The whole file: YAML, Ray Serve's keys, and our `args` in it."""
 
+import ast
 import copy
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 
 from gllm_ray import serve_schema
 from gllm_ray.errors import ConfigError
-from gllm_ray.serve_file import IMPORT_PATH, load_serve_file, service_config
+from gllm_ray.serve_file import DEPLOYMENT_NAME, IMPORT_PATH, load_serve_file, service_config
 from gllm_ray.serve_schema import ServeFile
 from gllm_ray.strict_schema import find_mistakes
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-DEMO = (Path(__file__).parents[2] / "configs" / "demo.yaml").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+DEMO = (ROOT / "configs" / "demo.yaml").read_text(encoding="utf-8")
 
 # Every mapping of Serve's schema that has keys of its own, once.
 FULL: dict[str, Any] = {
@@ -260,6 +262,15 @@ OVERRIDE = "    deployments: [{name: %s}]\n    args:"
 def test_a_mistake_in_one_of_our_applications_is_one_line(old, new, line, tmp_path):
     assert old in DEMO
     assert mistakes_in(DEMO.replace(old, new, 1), tmp_path / "c.yaml") == [line]
+
+
+def test_the_names_a_file_must_give_are_those_of_the_code():
+    # Parsed, not imported: that would load Ray and torch.
+    module, function = IMPORT_PATH.split(":")
+    sources = [ROOT / f"{module.replace('.', '/')}.py", ROOT / "gllm_ray" / "serving" / "server.py"]
+    nodes = [node for path in sources for node in ast.parse(path.read_text("utf-8")).body]
+    assert function in {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    assert DEPLOYMENT_NAME in {node.name for node in nodes if isinstance(node, ast.ClassDef)}
 
 
 def test_mistakes_in_and_around_args_are_told_together(tmp_path):
