@@ -96,7 +96,7 @@ def _download(model_id: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"model.path={model_id!r}: there is no such directory, and the Hugging Face Hub "
-            f"cannot provide it at revision {revision or 'main'}: {error}"
+            f"cannot provide revision {revision or 'main'}: {str(error).splitlines()[0]}"
         ) from None
 
 
@@ -140,7 +140,7 @@ def _num_positions(config: dict[str, Any]) -> int | None:
 
 def _weight_files(directory: Path, path: str) -> tuple[Path, ...]:
     if (directory / _INDEX_FILE).is_file():
-        names = sorted(set(_read_json(directory / _INDEX_FILE)["weight_map"].values()))
+        names = sorted(set(_read_json(directory / _INDEX_FILE).get("weight_map", {}).values()))
         files = tuple(directory / name for name in names)
     else:
         files = (directory / _SINGLE_FILE,)

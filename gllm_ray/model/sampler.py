@@ -65,38 +65,53 @@ def _draw(
         device=logits.device,
         dtype=torch.float64,
     )
-    probs = torch.softmax(logits / columns[:, :1], dim=-1)
-    tokens, is_done = _draw_among(probs, min(_NUM_CANDIDATES, vocab_size), columns)
+    log_probs = torch.log_softmax(logits / columns[:, :1].float(), dim=-1)
+    tokens, is_done = _draw_among(log_probs, min(_NUM_CANDIDATES, vocab_size), columns)
     rest = (~is_done).nonzero().flatten()
     if len(rest):
-        tokens[rest], _ = _draw_among(probs[rest], vocab_size, columns[rest])
+        tokens[rest], _ = _draw_among(log_probs[rest], vocab_size, columns[rest])
     return tokens
 
 
 def _draw_among(
-    probs: torch.Tensor, num_candidates: int, columns: torch.Tensor
+    log_probs: torch.Tensor, num_candidates: int, columns: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw from the most likely tokens.
 
     Returns:
         The token of each row, and whether the candidates were enough to tell it.
     """
-    vocab_size = probs.shape[-1]
+    vocab_size = log_probs.shape[-1]
     _, top_k, top_p, min_p, uniforms = columns.unsqueeze(-1).unbind(1)
-    candidates, ids = probs.topk(num_candidates)
+    candidates, ids = _most_likely(log_probs, num_candidates)
+    candidates = candidates.double().exp()
     cumulative = candidates.cumsum(dim=-1)
-    in_top_k = torch.arange(num_candidates, device=probs.device) < top_k
-    top_k_mass = (candidates * in_top_k).sum(dim=-1, keepdim=True)
+    in_top_k = torch.arange(num_candidates, device=ids.device) < top_k
+    keeps_all_ranks = top_k >= vocab_size
+    top_k_mass = torch.where(
+        keeps_all_ranks, 1.0, (candidates * in_top_k).sum(dim=-1, keepdim=True)
+    )
     in_top_p = (cumulative - candidates < top_p * top_k_mass) | (top_p >= 1)
     kept = in_top_k & in_top_p & (candidates >= min_p * candidates[:, :1])
 
-    keeps_all = (top_k >= vocab_size) & (top_p >= 1) & (min_p <= 0)
+    keeps_all = keeps_all_ranks & (top_p >= 1) & (min_p <= 0)
     kept_mass = torch.where(keeps_all, 1.0, (candidates * kept).sum(dim=-1, keepdim=True))
     target = uniforms * kept_mass
     rank = (cumulative <= target).sum(dim=-1, keepdim=True)
     rank = rank.clamp(max=kept.sum(dim=-1, keepdim=True) - 1)
-    is_cut_inside = ~kept[:, -1:] & ((top_k <= num_candidates) | (top_p >= 1))
+    is_mass_known = keeps_all_ranks | (top_k <= num_candidates) | (top_p >= 1)
+    is_cut_inside = ~kept[:, -1:] & is_mass_known
     is_done = is_cut_inside | (keeps_all & (target < cumulative[:, -1:]))
-    if num_candidates == vocab_size:
-        is_done = torch.ones_like(is_done)
+    # Tokens as likely as the last candidate may be missing among the candidates.
+    is_done &= candidates.gather(-1, rank) > candidates[:, -1:]
+    is_done |= num_candidates == vocab_size
     return ids.gather(-1, rank).squeeze(-1), is_done.squeeze(-1)
+
+
+def _most_likely(log_probs: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest of each row and their token ids, equal ones in the order of their ids."""
+    if num == log_probs.shape[-1]:
+        return log_probs.sort(dim=-1, descending=True, stable=True)
+    ids = log_probs.topk(num, sorted=False).indices.sort(dim=-1).values
+    largest, order = log_probs.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return largest, ids.gather(-1, order)

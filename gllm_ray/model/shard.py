@@ -118,13 +118,14 @@ class Shard:
             dtype=dtype,
             device_map={"": device},
             attn_implementation=PAGED,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
         for fault in ("missing_keys", "mismatched_keys"):
             if report[fault]:
                 raise ConfigError(
-                    f"the checkpoint does not fit its config.json, {fault.replace('_', ' ')}: "
-                    f"{sorted(map(str, report[fault]))[:5]}"
+                    f"model.path={self._config.name_or_path!r}: its weights do not fit its "
+                    f"config.json, {fault.replace('_', ' ')}: {sorted(report[fault])[:3]}"
                 )
         cache_latents(model)
         self._model = model

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from gllm_ray.errors import ConfigError
 
 _DUMMY_STD = 0.02
 
@@ -20,11 +22,14 @@ class SafetensorsReader:
 
     Attributes:
         tensors: A lazy tensor for every name in the files.
+
+    Raises:
+        ConfigError: A file is damaged.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._read_sizes: list[int] = []
-        self._open_files = [safe_open(file, framework="pt") for file in files]
+        self._open_files = [_open(file) for file in files]
         self.tensors = {
             name: _LazyTensor(file.get_slice(name), self._read_sizes)
             for file in self._open_files
@@ -35,6 +40,13 @@ class SafetensorsReader:
     def bytes_read(self) -> int:
         """Bytes of all tensors read so far."""
         return sum(self._read_sizes)
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ConfigError(f"{str(file)!r} is no intact safetensors file: {error}") from None
 
 
 class _LazyTensor:

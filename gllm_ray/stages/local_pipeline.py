@@ -5,7 +5,7 @@ from collections import deque
 from typing import Self
 
 from gllm_ray.config import ServiceConfig
-from gllm_ray.errors import PipelineError, StageLostError
+from gllm_ray.errors import PipelineError
 from gllm_ray.messages import MicroBatch, MicroBatchResult, StageInfo
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.partition import size_kv_cache
@@ -62,7 +62,7 @@ class LocalPipeline:
         try:
             return await asyncio.to_thread(self._run, batch)
         except Exception as error:
-            self._failure = StageLostError(f"micro-batch {batch.batch_id} failed: {error!r}")
+            self._failure = PipelineError(f"micro-batch {batch.batch_id} failed: {error!r}")
             raise self._failure from error
 
     async def close(self) -> None:

@@ -1,0 +1,122 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gllm_ray.messages import SamplingParams
+from gllm_ray.model import sampler
+from gllm_ray.model.sampler import sample, uniform
+
+
+def random_logits(num_rows, vocab_size, seed=0, std=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    return std * torch.randn(num_rows, vocab_size, generator=generator)
+
+
+rules = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+    top_k=st.sampled_from([0, 1, 5, 300, 5000]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5]),
+    seed=st.integers(-(2**70), 2**70),
+)
+
+
+@given(st.lists(rules, min_size=1, max_size=6), st.sampled_from([40, 700]), st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_a_draw_depends_on_its_own_row_alone(params, vocab_size, seed):
+    logits = random_logits(len(params), vocab_size, seed)
+    positions = list(range(10, 10 + len(params)))
+    together = sample(logits, params, positions)
+    alone = [
+        sample(logits[row : row + 1], [params[row]], [positions[row]])[0]
+        for row in range(len(params))
+    ]
+    assert list(together) == alone
+
+
+@given(rules, st.integers(0, 99), st.floats(0.1, 8), st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_the_shortlist_of_candidates_changes_no_draw(params, seed, std, has_ties):
+    logits = random_logits(4, 700, seed, std)
+    logits = logits.round() if has_ties else logits
+    shortlisted = sample(logits, [params] * 4, range(4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "_NUM_CANDIDATES", 700)
+        assert sample(logits, [params] * 4, range(4)) == shortlisted
+
+
+@given(st.integers(0, 2**64), st.integers(0, 99))
+@settings(deadline=None)
+def test_temperature_0_and_top_k_1_both_take_the_most_likely(seed, logits_seed):
+    logits = random_logits(3, 50, logits_seed)
+    best = tuple(logits.argmax(dim=-1).tolist())
+    assert sample(logits, [SamplingParams(seed=seed)] * 3, range(3)) == best
+    only_one = SamplingParams(temperature=5.0, top_k=1, seed=seed)
+    assert sample(logits, [only_one] * 3, range(3)) == best
+
+
+def draw_many(logits, num_draws, **params):
+    """Draws of one row at many positions."""
+    params = SamplingParams(seed=3, **params)
+    rows = logits.expand(num_draws, -1)
+    return sample(rows, [params] * num_draws, range(num_draws))
+
+
+PROBS = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
+
+
+@pytest.mark.parametrize(
+    ("params", "support"),
+    [
+        ({}, {0, 1, 2, 3, 4, 5}),
+        ({"top_k": 3}, {0, 1, 2}),
+        ({"top_p": 0.64}, {0, 1}),
+        ({"top_p": 0.66}, {0, 1, 2}),
+        ({"top_p": 0.01}, {0}),
+        ({"min_p": 0.2}, {0, 1, 2, 3}),
+        ({"min_p": 1.0}, {0}),
+        # top_p counts against the mass that top_k left: 0.4 of 0.65 is 0.615.
+        ({"top_k": 2, "top_p": 0.62}, {0, 1}),
+        ({"top_k": 2, "top_p": 0.61}, {0}),
+    ],
+)
+def test_draws_cover_exactly_the_kept_tokens(params, support):
+    assert set(draw_many(PROBS.log(), 600, temperature=1.0, **params)) == support
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_draws_follow_the_softmax_of_the_scaled_logits(temperature):
+    num_draws = 20_000
+    draws = draw_many(PROBS.log(), num_draws, temperature=temperature)
+    expected = torch.softmax(PROBS.log() / temperature, dim=-1)
+    observed = torch.bincount(torch.tensor(draws), minlength=6) / num_draws
+    deviation = (expected * (1 - expected) / num_draws).sqrt()
+    assert ((observed - expected).abs() < 4 * deviation).all()
+
+
+def test_kept_tokens_keep_their_proportions():
+    num_draws = 20_000
+    draws = draw_many(PROBS.log(), num_draws, temperature=1.0, top_k=2)
+    share = draws.count(0) / num_draws
+    assert abs(share - 0.4 / 0.65) < 4 * math.sqrt(0.25 / num_draws)
+
+
+def test_a_flat_row_wider_than_the_shortlist_reaches_its_last_token():
+    draws = draw_many(torch.zeros(400), 8000, temperature=1.0)
+    assert set(draws) == set(range(400))
+
+
+def test_uniforms_are_even_and_change_with_seed_and_position():
+    numbers = [uniform(seed, position) for seed in range(100) for position in range(100)]
+    assert len(set(numbers)) == len(numbers)
+    assert all(0 <= number < 1 for number in numbers)
+    buckets = torch.histc(torch.tensor(numbers, dtype=torch.float64), bins=10, min=0, max=1)
+    assert ((buckets - 1000).abs() < 5 * 30).all()
+
+
+def test_no_rows_give_no_tokens():
+    assert sample(torch.empty(0, 50), [], []) == ()
