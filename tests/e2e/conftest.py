@@ -27,6 +27,12 @@ class Service:
     def info(self):
         return get_json(f"{self.base_url}/server_info")
 
+    def wait_until_busy(self, timeout_s=10):
+        deadline = time.monotonic() + timeout_s
+        while not self.info()["load"]["num_requests"]:
+            assert time.monotonic() < deadline, "no request arrived"
+            time.sleep(0.02)
+
     def wait_until_idle(self, timeout_s=10):
         deadline = time.monotonic() + timeout_s
         while (load := self.info()["load"])["num_requests"]:
@@ -69,6 +75,7 @@ class Truth:
     """The demo model in plain transformers: what the service must answer at temperature 0."""
 
     def __init__(self):
+        torch.set_num_threads(1)  # the service computes on the same cores
         path = resolve_package_path("package://gllm_ray/demo/model")
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
