@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import re
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import yaml
 
 from gllm_ray.demo.chat import ChatTiming, get_json, stream_chat
-from gllm_ray.demo.serve_process import ServeProcess
+from gllm_ray.demo.serve_process import ServeProcess, free_port
 
 CONFIG_FILE = Path("configs/demo.yaml")
 PROMPT = "Write a function that returns the largest number in a list."
@@ -155,7 +154,7 @@ def _with_free_port(config_file: Path, port: int | None) -> Iterator[tuple[Path,
     """Yield a configuration whose port is free, and the port."""
     config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     wanted = config["http_options"]["port"] if port is None else port
-    free = _free_port(wanted)
+    free = free_port(wanted)
     if free == config["http_options"]["port"]:
         yield config_file, free
         return
@@ -166,15 +165,6 @@ def _with_free_port(config_file: Path, port: int | None) -> Iterator[tuple[Path,
         yaml.safe_dump(config, copy)
         copy.flush()
         yield Path(copy.name), free
-
-
-def _free_port(wanted: int) -> int:
-    for candidate in (wanted, 0):
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("127.0.0.1", candidate))
-            return int(listener.getsockname()[1])
-    raise OSError(f"no port is free on 127.0.0.1 (tried {wanted})")
 
 
 def _interrupt(*_: object) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -81,6 +82,21 @@ class ServeProcess:
         return f"{''.join(list(self.log_lines())[-num_lines:])}(whole log: {self.log_file})"
 
 
+def free_port(wanted: int = 0) -> int:
+    """The port that is wanted, or another if it is in use; 0 wants any.
+
+    Raises:
+        OSError: No port is free.
+    """
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", wanted))
+        except OSError:
+            listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 def _ray_environment(directory: Path) -> dict[str, str]:
     variables = {
         "RAY_ADDRESS": "local",
@@ -101,6 +117,8 @@ def _ray_environment(directory: Path) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{directory}/metrics.sock",
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{directory}/server-state",
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         }
     return {name: os.environ.get(name, value) for name, value in variables.items()}
 

@@ -1,7 +1,6 @@
 """`serve run configs/demo.yaml` as a user runs it, once for all tests here."""
 
 import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gllm_ray.config import resolve_package_path
 from gllm_ray.demo.chat import get_json
-from gllm_ray.demo.serve_process import ServeProcess
+from gllm_ray.demo.serve_process import ServeProcess, free_port
 
 REPOSITORY = Path(__file__).parents[2]
 READY_TIMEOUT_S = 180
@@ -39,12 +38,6 @@ class Service:
             assert time.monotonic() < deadline, f"requests are still open: {load}"
             time.sleep(0.05)
         return load
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
