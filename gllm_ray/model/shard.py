@@ -86,8 +86,9 @@ class Shard:
 
     @property
     def weight_bytes(self) -> int:
-        """Memory these parameters take."""
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+        """Memory the weights take, persistent buffers included."""
+        tensors = self.model.state_dict().values()
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
     @property
     def model(self) -> PreTrainedModel:

@@ -1,0 +1,158 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from gllm_ray.config import ModelConfig
+from gllm_ray.errors import ConfigError
+from gllm_ray.model.checkpoint import find_directory, open_checkpoint
+
+LLAMA = {"model_type": "llama", "max_position_embeddings": 128, "hidden_size": 64}
+
+
+@pytest.fixture
+def checkpoint_dir(tmp_path):
+    """Writes a config.json and empty files; the checks read no weights."""
+
+    def write(config=LLAMA, files=("model.safetensors",)):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for name in files:
+            (tmp_path / name).touch()
+        return tmp_path
+
+    return write
+
+
+def open_path(path, **settings):
+    return open_checkpoint(ModelConfig(path=str(path), **settings))
+
+
+def test_a_servable_checkpoint_tells_its_length_and_files(checkpoint_dir):
+    path = checkpoint_dir()
+    checkpoint = open_path(path)
+    assert checkpoint.directory == path
+    assert checkpoint.model_type == "llama"
+    assert checkpoint.max_model_len == 128
+    assert checkpoint.weight_files == (path / "model.safetensors",)
+
+
+def test_an_index_names_each_weight_file_once(checkpoint_dir):
+    shards = ("a-1.safetensors", "a-2.safetensors")
+    path = checkpoint_dir(files=shards)
+    weight_map = {"x": shards[1], "y": shards[0], "z": shards[1]}
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert open_path(path).weight_files == tuple(path / name for name in shards)
+    (path / shards[1]).unlink()
+    with pytest.raises(ConfigError, match=r"there is no a-2.safetensors"):
+        open_path(path)
+
+
+def test_dummy_weights_need_config_json_alone(checkpoint_dir):
+    assert open_path(checkpoint_dir(files=()), load_format="dummy").weight_files == ()
+
+
+def test_a_missing_path_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"model.path='/no/such/model': there is no directory"):
+        open_path("/no/such/model")
+
+
+def test_a_directory_without_config_json_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no config.json in"):
+        open_path(tmp_path)
+
+
+def test_a_config_json_that_is_no_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"no valid JSON"):
+        open_path(tmp_path)
+
+
+def test_a_checkpoint_that_brings_code_is_refused(checkpoint_dir):
+    path = checkpoint_dir(LLAMA | {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}})
+    with pytest.raises(ConfigError, match=r"auto_map.*never run"):
+        open_path(path)
+
+
+def test_a_checkpoint_of_pickles_alone_is_refused(checkpoint_dir):
+    path = checkpoint_dir(files=("pytorch_model.bin",))
+    with pytest.raises(ConfigError, match=r"only safetensors.*it has pytorch_model.bin"):
+        open_path(path)
+
+
+def test_a_quantized_checkpoint_is_refused_by_its_method(checkpoint_dir):
+    path = checkpoint_dir(LLAMA | {"quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(ConfigError, match=r"quantized \(awq\)"):
+        open_path(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "mamba"}, "state beside the KV cache"),
+        ({"model_type": "bloom"}, "outside of transformers' attention interface"),
+        ({"model_type": "deepseek_v32"}, "sparse-attention indexer"),
+        ({"model_type": "gemma3", "text_config": {}}, "more than text"),
+        ({"model_type": "brand_new"}, "never compared"),
+        ({}, "never compared"),
+        (LLAMA | {"layer_types": ["full_attention", "mamba"]}, "layers of type mamba"),
+        ({"model_type": "opt", "hidden_size": 8, "word_embed_proj_dim": 4}, "another width"),
+    ],
+)
+def test_an_unsupported_architecture_is_refused_with_its_reason(config, reason, checkpoint_dir):
+    with pytest.raises(ConfigError, match=reason) as caught:
+        open_path(checkpoint_dir(config))
+    assert repr(str(config.get("model_type"))) in str(caught.value)
+
+
+def test_a_configured_length_may_be_shorter_but_not_longer_than_the_model(checkpoint_dir):
+    path = checkpoint_dir()
+    assert open_path(path, max_model_len=127).max_model_len == 127
+    with pytest.raises(ConfigError, match=r"max_model_len=129: the model can serve 128 positions"):
+        open_path(path, max_model_len=129)
+
+
+def test_a_model_that_tells_no_length_needs_a_configured_one(checkpoint_dir):
+    path = checkpoint_dir({"model_type": "llama"})
+    with pytest.raises(ConfigError, match=r"set model.max_model_len"):
+        open_path(path)
+    assert open_path(path, max_model_len=50).max_model_len == 50
+
+
+def test_length_dependent_rotary_embeddings_are_served_up_to_their_original_length(checkpoint_dir):
+    rope = {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}
+    config = LLAMA | {"rope_scaling": rope, "original_max_position_embeddings": 32}
+    path = checkpoint_dir(config)
+    assert open_path(path).max_model_len == 32
+    with pytest.raises(ConfigError, match=r"can serve 32 positions"):
+        open_path(path, max_model_len=33)
+
+
+def test_a_package_address_leads_into_the_package():
+    directory = find_directory("package://gllm_ray/model")
+    assert (directory / "checkpoint.py").is_file()
+
+
+def test_an_id_that_the_hub_cannot_provide_is_refused(tmp_path):
+    """Offline, so that the answer is the same with and without a network."""
+    script = "import sys; from gllm_ray.model.checkpoint import find_directory as f; f(sys.argv[1])"
+    result = subprocess.run(
+        [sys.executable, "-c", script, "someone/some-model"],
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert "ConfigError: model.path='someone/some-model': there is no such directory" in last_line
+    assert "revision main" in last_line
+
+
+def test_checking_a_checkpoint_imports_no_tensor_library():
+    script = (
+        "import sys, gllm_ray.model.checkpoint;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,0 +1,40 @@
+import torch
+
+from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
+from gllm_ray.model.inputs import pack
+
+
+def test_rows_are_packed_side_by_side_with_their_slots():
+    def sequence(start, token_ids, block_table, sampling=None):
+        return ScheduledSequence(
+            seq_id=start,
+            epoch=0,
+            start=start,
+            token_ids=token_ids,
+            block_table=block_table,
+            sampling=sampling,
+        )
+
+    greedy = SamplingParams()
+    batch = MicroBatch(
+        batch_id=0,
+        sequences=(
+            sequence(5, (40,), (7, 2), greedy),
+            sequence(2, (41,), (3,), greedy),
+            sequence(3, (42, 43, 44), (1, 5)),
+            sequence(0, (45, 46), (6,), greedy),
+        ),
+    )
+    inputs = pack(batch, 4, torch.device("cpu"))
+    assert inputs.input_ids.tolist() == [[40, 41, 42, 43, 44, 45, 46]]
+    assert inputs.position_ids.tolist() == [[5, 2, 3, 4, 5, 0, 1]]
+    assert inputs.slot_mapping.tolist() == [9, 14, 7, 20, 21, 24, 25]
+    assert inputs.decode_rows.tolist() == [0, 1]
+    assert inputs.decode_slots.tolist() == [[28, 29, 30, 31, 8, 9], [12, 13, 14, 12, 12, 12]]
+    assert inputs.context_lens.tolist() == [6, 3]
+    assert [(chunk.rows, chunk.start) for chunk in inputs.prefills] == [
+        (slice(2, 5), 3),
+        (slice(5, 7), 0),
+    ]
+    assert inputs.prefills[0].slots.tolist() == [4, 5, 6, 7, 20, 21]
+    assert inputs.sample_rows.tolist() == [0, 1, 6]

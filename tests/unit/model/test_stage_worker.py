@@ -1,0 +1,191 @@
+"""What a stage loads, and how large it makes its KV cache."""
+
+import functools
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gllm_ray.errors import ConfigError
+from gllm_ray.stages.worker import StageWorker
+from tests.numerics.models import save_checkpoint
+from tests.numerics.serving import service_config
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    @functools.cache
+    def save(name):
+        path = tmp_path_factory.mktemp(name)
+        save_checkpoint(name, path)
+        return path
+
+    return save
+
+
+def load_stages(path, num_stages, **settings):
+    config = service_config(path, num_stages=num_stages, **settings)
+    workers = [StageWorker(config, stage_id) for stage_id in range(num_stages)]
+    return workers, [worker.load() for worker in workers]
+
+
+def parameters(worker):
+    return dict(worker._loaded_shard.model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_stages_read_their_own_tensors_and_together_each_tensor_once(name, num_stages, checkpoint):
+    path = checkpoint(name)
+    workers, infos = load_stages(path, num_stages)
+    tensors = load_file(path / "model.safetensors")
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    shared_by_both_ends = 0
+    if num_stages > 1 and name == "gpt2":
+        shared_by_both_ends = tensors["transformer.wte.weight"].nbytes
+    assert sum(worker.bytes_read for worker in workers) == total + shared_by_both_ends
+    assert [worker.bytes_read for worker in workers] == [info.weight_bytes for info in infos]
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_a_tied_embedding_is_read_by_both_ends_and_by_no_other_stage(num_stages, checkpoint):
+    path = checkpoint("llama_tied")
+    workers, _ = load_stages(path, num_stages)
+    embedding = "model.embed_tokens.weight"
+    holders = [stage for stage, worker in enumerate(workers) if embedding in parameters(worker)]
+    assert holders == [0, num_stages - 1]
+    tensors = load_file(path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert sum(worker.bytes_read for worker in workers) == total + tensors[embedding].nbytes
+
+
+def test_stages_hold_the_layers_they_report_and_nothing_on_meta(checkpoint):
+    workers, infos = load_stages(checkpoint("llama"), 3, layers=[1, 2, 1])
+    assert [(info.first_layer, info.last_layer) for info in infos] == [(0, 1), (1, 3), (3, 4)]
+    for worker, info in zip(workers, infos, strict=True):
+        names = parameters(worker)
+        layers = {int(name.split(".")[2]) for name in names if name.startswith("model.layers.")}
+        assert layers == set(range(info.first_layer, info.last_layer))
+        assert ("model.embed_tokens.weight" in names) == worker.is_first
+        assert ("model.norm.weight" in names) == ("lm_head.weight" in names) == worker.is_last
+        model = worker._loaded_shard.model
+        assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+        assert info.num_parameters == sum(tensor.numel() for tensor in names.values())
+
+
+def test_auto_split_gives_the_ends_fewer_layers(tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=2000,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    ).save_pretrained(tmp_path)
+    _, infos = load_stages(tmp_path, 3, load_format="dummy")
+    sizes = [info.last_layer - info.first_layer for info in infos]
+    assert sizes[1] > max(sizes[0], sizes[2])
+    assert max(info.num_parameters for info in infos) < 1.2 * min(
+        info.num_parameters for info in infos
+    )
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3_moe"])
+def test_dummy_weights_are_the_same_however_the_model_is_split(name, checkpoint, tmp_path):
+    shutil.copy(checkpoint(name) / "config.json", tmp_path)
+    (whole,), _ = load_stages(tmp_path, 1, load_format="dummy")
+    expected = parameters(whole)
+    seen = set()
+    for num_stages in (2, 4):
+        workers, _ = load_stages(tmp_path, num_stages, load_format="dummy")
+        for worker in workers:
+            assert worker.bytes_read == 0
+            for tensor_name, tensor in parameters(worker).items():
+                assert torch.equal(tensor, expected[tensor_name])
+                seen.add(tensor_name)
+    assert seen == set(expected)
+    matrices = [tensor for tensor in expected.values() if tensor.ndim > 1]
+    assert all(tensor.std() > 0 for tensor in matrices)
+    assert not torch.equal(
+        expected["model.layers.0.self_attn.q_proj.weight"],
+        expected["model.layers.1.self_attn.q_proj.weight"],
+    )
+
+
+def test_kv_blocks_are_what_fits_into_the_configured_bytes(checkpoint):
+    _, (info,) = load_stages(checkpoint("llama"), 1, block_size=4)
+    num_layers, num_kv_heads, head_dim = 4, 2, 16
+    assert info.kv_block_bytes == 2 * num_layers * num_kv_heads * head_dim * 4 * 4
+    assert info.max_kv_blocks == 2**20 // info.kv_block_bytes
+
+
+def test_latent_attention_caches_latents_alone(checkpoint):
+    _, (info,) = load_stages(checkpoint("deepseek_v3"), 1, block_size=4)
+    num_layers, kv_lora_rank, qk_rope_head_dim = 4, 16, 8
+    assert info.kv_block_bytes == num_layers * (kv_lora_rank + qk_rope_head_dim) * 4 * 4
+
+
+def test_dtype_is_the_configured_one_or_that_of_config_json(checkpoint, tmp_path):
+    (worker,), (info,) = load_stages(checkpoint("llama"), 1)
+    assert worker.dtype is torch.float32
+    (worker,), (half,) = load_stages(checkpoint("llama"), 1, dtype="bfloat16")
+    assert worker.dtype is torch.bfloat16
+    assert 2 * half.weight_bytes == info.weight_bytes
+    assert 2 * half.kv_block_bytes == info.kv_block_bytes
+
+
+def test_more_stages_than_layers_are_refused(checkpoint):
+    with pytest.raises(ConfigError, match=r"num_stages=5: the model has 4 layers"):
+        load_stages(checkpoint("llama"), 5)
+
+
+def test_an_explicit_split_that_misses_the_layers_is_refused(checkpoint):
+    with pytest.raises(ConfigError, match=r"\[2, 3\]: adds up to 5 layers, but the model has 4"):
+        load_stages(checkpoint("llama"), 2, layers=[2, 3])
+
+
+@pytest.fixture
+def damaged_checkpoint(checkpoint, tmp_path):
+    """A copy of the llama checkpoint with changed tensors."""
+
+    def damage(change):
+        path = tmp_path / "damaged"
+        shutil.copytree(checkpoint("llama"), path)
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+
+    return damage
+
+
+UP_PROJ = "model.layers.2.mlp.up_proj.weight"
+
+
+def test_a_missing_tensor_is_refused_by_the_stage_that_owns_it(damaged_checkpoint):
+    path = damaged_checkpoint(lambda tensors: tensors.pop(UP_PROJ))
+    config = service_config(path, num_stages=4)
+    StageWorker(config, 1).load()
+    with pytest.raises(ConfigError, match=rf"missing keys: \['{UP_PROJ}'\]"):
+        StageWorker(config, 2).load()
+
+
+def test_a_tensor_of_another_shape_is_refused(damaged_checkpoint):
+    def shorten(tensors):
+        tensors[UP_PROJ] = tensors[UP_PROJ][:5].clone()
+
+    with pytest.raises(ConfigError, match=rf"mismatched keys: \[\('{UP_PROJ}'"):
+        StageWorker(service_config(damaged_checkpoint(shorten)), 0).load()
+
+
+def test_a_truncated_file_is_refused(checkpoint, tmp_path):
+    path = tmp_path / "truncated"
+    shutil.copytree(checkpoint("llama"), path)
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"no intact safetensors file"):
+        StageWorker(service_config(path), 0).load()
