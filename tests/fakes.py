@@ -121,6 +121,13 @@ class LocalService:
         await self._client.close()
         await self._engine.close()
 
+    async def until_idle(self) -> None:
+        """Return when no request is alive and every KV block is back."""
+        async with asyncio.timeout(5):
+            # The scheduler has no event to wait for.
+            while self.scheduler.kv_utilization or not self.scheduler.is_idle:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
     def generate(self, request: GenerationRequest):
         self.requests.append(request)
         return self._client.generate(request)

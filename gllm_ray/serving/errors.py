@@ -22,7 +22,9 @@ _MAX_MESSAGE_CHARS = _MAX_MISTAKES * _MAX_CHARS
 _PIPELINE_RETRY_AFTER_S = 5
 
 _INVALID = "invalid_request_error"
-_NOT_AN_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
+_NOT_AN_OBJECT = (
+    "the body must be a JSON object in Unicode, sent with Content-Type: application/json"
+)
 # By pydantic's type of a mistake: our code, and our words where pydantic's are not the client's.
 _MISTAKES = {
     "extra_forbidden": ("unknown_parameter", "is not a known parameter"),

@@ -60,6 +60,12 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and not _SURROGATE.search(value)
 
 
+def _check_text(value: str) -> str:
+    if not _is_text(value):
+        raise PydanticCustomError("not_unicode", "must be valid Unicode")
+    return value
+
+
 def _is_token_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
@@ -116,7 +122,7 @@ class TextPart(_Schema):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Annotated[str, AfterValidator(_check_text)]
 
 
 class ChatMessage(_Schema):

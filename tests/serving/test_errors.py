@@ -1,0 +1,234 @@
+"""Every error has OpenAI's shape, is bounded, and tells nothing it should not."""
+
+import asyncio
+import json
+import logging
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from gllm_ray.errors import (
+    ConfigError,
+    GllmRayError,
+    InvalidRequestError,
+    OverloadedError,
+    PipelineError,
+    StageLostError,
+    StageTimeoutError,
+)
+from gllm_ray.serving.errors import install_error_handlers
+from tests.serving.local_api import BODIES, local_api, wait_until
+
+CHAT_PATH, COMPLETION_PATH = BODIES
+JSON = {"Content-Type": "application/json"}
+
+
+def call(tokenizer, method, path, *, max_body_bytes=2**20, **request):
+    async def main():
+        async with local_api(tokenizer, "x", max_body_bytes=max_body_bytes) as (_, http):
+            return await http.request(method, path, **request)
+
+    return asyncio.run(main())
+
+
+def error_of(response):
+    """The error of a response, which must have the shape that clients parse."""
+    assert response.headers["content-type"] == "application/json"
+    (error,) = response.json().values()
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert isinstance(error["type"], str)
+    assert error["code"] is None or isinstance(error["code"], str)
+    assert error["param"] is None or isinstance(error["param"], str)
+    return error
+
+
+TABLE = [
+    (InvalidRequestError("no", param="p", code="c"), 400, "c", None),
+    (InvalidRequestError("no", code="model_not_found"), 404, "model_not_found", None),
+    (OverloadedError("full", retry_after_s=1.2), 429, "server_busy", "2"),
+    (PipelineError("broke"), 503, "engine_unavailable", "5"),
+    (StageLostError("broke"), 503, "engine_unavailable", "5"),
+    (StageTimeoutError("broke"), 503, "engine_unavailable", "5"),
+    (ConfigError("/secret/path"), 500, "server_error", None),
+    (ZeroDivisionError("/secret/path"), 500, "server_error", None),
+]
+
+
+def raised_in_a_route(error):
+    app = FastAPI()
+    install_error_handlers(app)
+
+    @app.get("/")
+    async def fail():
+        raise error
+
+    async def main():
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            return await http.get("/")
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(("error", "status", "code", "retry_after"), TABLE)
+def test_every_exception_has_its_status_and_code(error, status, code, retry_after):
+    response = raised_in_a_route(error)
+    assert (response.status_code, error_of(response)["code"]) == (status, code)
+    assert response.headers.get("retry-after") == retry_after
+    assert "secret" not in response.text
+
+
+def test_the_table_knows_every_error_of_ours():
+    def leaves(kind):
+        return {kind}.union(*(leaves(child) for child in kind.__subclasses__()))
+
+    known = {type(error) for error, *_ in TABLE}
+    assert leaves(GllmRayError) - {GllmRayError} == known - {ZeroDivisionError}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/", 404),
+        ("GET", CHAT_PATH, 405),
+        ("PUT", "/health", 405),
+    ],
+)
+def test_a_path_or_method_that_is_not_served_says_so_in_the_same_shape(
+    tokenizer, method, path, status
+):
+    response = call(tokenizer, method, path)
+    assert response.status_code == status
+    assert error_of(response)["type"] == "invalid_request_error"
+    assert ("allow" in response.headers) == (status == 405)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b"null",
+        b"\xff\xfe\xff",
+        b'{"model": "m", "model": }',
+        b"[" * 100_000,
+        b'{"max_tokens": ' + b"9" * 5000 + b"}",
+        b'{"\\ud800": 1}',
+    ],
+)
+@pytest.mark.parametrize("path", BODIES)
+def test_a_body_that_is_no_json_object_is_a_bad_request(tokenizer, path, content):
+    response = call(tokenizer, "POST", path, content=content, headers=JSON)
+    assert response.status_code == 400
+    error_of(response)
+
+
+def test_a_body_of_another_type_is_told_which_type_is_needed(tokenizer):
+    content = json.dumps(BODIES[CHAT_PATH])
+    for headers in ({"Content-Type": "application/x-www-form-urlencoded"}, {}):
+        response = call(tokenizer, "POST", CHAT_PATH, content=content, headers=headers)
+        assert response.status_code == 400
+        assert "application/json" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400"])
+def test_a_number_that_is_none_is_refused_by_name(tokenizer, number):
+    content = json.dumps(BODIES[CHAT_PATH])[:-1] + f', "temperature": {number}}}'
+    response = call(tokenizer, "POST", CHAT_PATH, content=content, headers=JSON)
+    assert (response.status_code, error_of(response)["param"]) == (400, "temperature")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {f"unknown_{index}": "x" for index in range(5000)},
+        {"k" * 500_000: 1},
+        BODIES[CHAT_PATH] | {"model": "m" * 500_000},
+        BODIES[CHAT_PATH] | {"messages": [{"role": "r" * 90_000, "content": 1}] * 10},
+        BODIES[CHAT_PATH] | {"temperature": 10**4000},
+    ],
+)
+def test_what_is_echoed_is_bounded(tokenizer, body):
+    response = call(tokenizer, "POST", CHAT_PATH, json=body)
+    assert response.status_code in (400, 404)
+    error_of(response)
+    assert len(response.content) < 3000
+
+
+def test_the_first_mistakes_are_all_told(tokenizer):
+    body = BODIES[CHAT_PATH] | {"temperature": 7, "top_p": -1, "typo": 1}
+    message = error_of(call(tokenizer, "POST", CHAT_PATH, json=body))["message"]
+    assert message == (
+        "temperature=7: Input should be less than or equal to 2; "
+        "top_p=-1: Input should be greater than 0; "
+        "typo=1: is not a known parameter"
+    )
+
+
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_no_more_of_a_body_is_read_than_it_may_have(tokenizer, is_chunked):
+    num_sent = 0
+
+    async def pieces():
+        nonlocal num_sent
+        for _ in range(100):
+            num_sent += 1
+            yield b" " * 1000
+
+    async def main():
+        async with local_api(tokenizer, "x", max_body_bytes=10_000) as (_, http):
+            content = pieces() if is_chunked else b" " * 100_000
+            return await http.post(CHAT_PATH, content=content, headers=JSON)
+
+    response = asyncio.run(main())
+    assert response.status_code == 413
+    assert "10000 bytes" in error_of(response)["message"]
+    assert num_sent <= 12
+
+
+def test_a_body_of_just_the_limit_is_read(tokenizer):
+    content = json.dumps(BODIES[CHAT_PATH]).encode()
+    for limit, status in ((len(content), 200), (len(content) - 1, 413)):
+        response = call(
+            tokenizer, "POST", CHAT_PATH, content=content, headers=JSON, max_body_bytes=limit
+        )
+        assert response.status_code == status
+
+
+def test_health_is_that_of_the_engine(tokenizer):
+    async def main():
+        async with local_api(tokenizer, "x", hold_after=0) as (service, http):
+            healthy = await http.get("/health")
+            request = asyncio.create_task(http.post(CHAT_PATH, json=BODIES[CHAT_PATH]))
+            await wait_until(lambda: service.requests)
+            service.pipeline.failure = StageLostError("stage 0 died")
+            service.pipeline.release()
+            return healthy, await request, await http.get("/health"), await http.get("/v1/models")
+
+    healthy, failed, unhealthy, models = asyncio.run(main())
+    assert (healthy.status_code, models.status_code) == (200, 200)
+    for response in (failed, unhealthy):
+        assert response.status_code == 503
+        assert error_of(response)["message"] == "stage 0 died"
+
+
+def test_no_prompt_or_answer_is_logged(tokenizer, caplog):
+    caplog.set_level(logging.DEBUG)
+
+    async def main():
+        chat = BODIES[CHAT_PATH] | {"messages": [{"role": "user", "content": "secret question"}]}
+        async with local_api(tokenizer, "secret answer") as (service, http):
+            for change in ({}, {"stream": True}, {"temperature": 9}, {"max_tokens": 10**6}):
+                response = await http.post(CHAT_PATH, json=chat | change)
+                assert "secret question" not in response.text
+            service.tokenizer = None
+            response = await http.post(CHAT_PATH, json=chat)
+            assert response.status_code == 500
+
+    asyncio.run(main())
+    assert "secret" not in caplog.text

@@ -1,0 +1,277 @@
+"""A parameter is honoured or refused by name, never ignored."""
+
+import asyncio
+import json
+import typing
+
+import pytest
+from openai.types.chat.completion_create_params import (
+    CompletionCreateParamsNonStreaming as ChatParams,
+)
+from openai.types.completion_create_params import (
+    CompletionCreateParamsNonStreaming as CompletionParams,
+)
+
+from gllm_ray.messages import SamplingParams
+from gllm_ray.serving.openai_protocol import ChatCompletionRequest, CompletionRequest
+from tests.serving.local_api import BODIES, CHAT, local_api
+
+CHAT_PATH, COMPLETION_PATH = BODIES
+JSON = {"Content-Type": "application/json"}
+COMMON = {"model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"}
+HONOURED = {
+    CHAT_PATH: COMMON | {"messages", "max_completion_tokens"},
+    COMPLETION_PATH: COMMON | {"prompt"},
+}
+OFFICIAL = {
+    CHAT_PATH: set(typing.get_type_hints(ChatParams)),
+    COMPLETION_PATH: set(typing.get_type_hints(CompletionParams)),
+}
+OWN = {"top_k", "min_p", "ignore_eos"}
+
+# What a client that asks for the feature would send, and what one sends that does not.
+REQUESTS_FOR_MORE = {
+    "audio": {"format": "wav", "voice": "alloy"},
+    "best_of": 2,
+    "echo": True,
+    "frequency_penalty": 0.5,
+    "function_call": {"name": "f"},
+    "functions": [{"name": "f"}],
+    "logit_bias": {"50": -100},
+    "logprobs": True,
+    "metadata": {"key": "value"},
+    "modalities": ["text", "audio"],
+    "moderation": {"model": "m"},
+    "n": 2,
+    "parallel_tool_calls": False,
+    "prediction": {"type": "content", "content": "x"},
+    "presence_penalty": -0.5,
+    "prompt_cache_key": "key",
+    "prompt_cache_options": {"ttl": "1h"},
+    "prompt_cache_retention": "24h",
+    "reasoning_effort": "high",
+    "response_format": {"type": "json_object"},
+    "safety_identifier": "me",
+    "service_tier": "priority",
+    "store": True,
+    "suffix": "end",
+    "tool_choice": "required",
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "top_logprobs": 3,
+    "user": "me",
+    "verbosity": "low",
+    "web_search_options": {"search_context_size": "low"},
+}
+NEUTRAL = {
+    "best_of": 1,
+    "echo": False,
+    "frequency_penalty": 0.0,
+    "function_call": "none",
+    "functions": [],
+    "logit_bias": {},
+    "metadata": {},
+    "modalities": ["text"],
+    "n": 1,
+    "parallel_tool_calls": True,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "service_tier": "auto",
+    "store": False,
+    "suffix": "",
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "user": "",
+    "verbosity": "medium",
+}
+UNSUPPORTED = [(path, name) for path in BODIES for name in sorted(OFFICIAL[path] - HONOURED[path])]
+
+
+def post(tokenizer, path, change, text="x", **options):
+    """The status, the body and the requests that reached the engine."""
+
+    async def main():
+        async with local_api(tokenizer, text, **options) as (service, http):
+            # In ASCII, so that half of a surrogate pair can be spelled.
+            content = json.dumps(BODIES[path] | change)
+            response = await http.post(path, content=content, headers=JSON)
+            return response.status_code, response.json(), service.requests
+
+    return asyncio.run(main())
+
+
+def request_for(tokenizer, path, change, **options):
+    status, body, requests = post(tokenizer, path, change, **options)
+    assert status == 200, body
+    return requests[0]
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_the_schema_knows_exactly_openais_parameters_and_our_own(path):
+    schema = ChatCompletionRequest if path == CHAT_PATH else CompletionRequest
+    assert set(schema.model_fields) == OFFICIAL[path] | OWN
+
+
+@pytest.mark.parametrize(("path", "name"), UNSUPPORTED)
+def test_what_is_not_supported_is_refused_by_name(tokenizer, path, name):
+    status, body, requests = post(tokenizer, path, {name: REQUESTS_FOR_MORE[name]})
+    error = body["error"]
+    assert (status, error["param"], error["code"]) == (400, name, "unsupported_parameter")
+    assert error["type"] == "invalid_request_error"
+    assert f"{name}" in error["message"]
+    assert "not supported" in error["message"]
+    assert requests == []
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_null_and_the_values_that_ask_for_nothing_are_accepted(tokenizer, path):
+    names = OFFICIAL[path] - {"model", "messages", "prompt"}
+    request_for(tokenizer, path, dict.fromkeys(names | OWN))
+    request_for(tokenizer, path, {name: NEUTRAL[name] for name in NEUTRAL.keys() & names})
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [(path, name) for path in BODIES for name in sorted(OFFICIAL[path] | OWN)]
+)
+def test_nonsense_is_refused_by_name(tokenizer, path, name):
+    status, body, _ = post(tokenizer, path, {name: {"nonsense": True}})
+    assert status == 400
+    assert body["error"]["param"].split(".")[0] == name
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("name", ["topp", "guided_json", "chat_template", "€"])
+def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
+    status, body, _ = post(tokenizer, path, {name: 1})
+    assert (status, body["error"]["param"]) == (400, name)
+    assert body["error"]["code"] == "unknown_parameter"
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"seed": 2**63}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"stop": ""}, "stop[0]"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": ["a" * 1025]}, "stop[0]"),
+        ({"stop": [1]}, "stop[0]"),
+        ({"stop": ["\ud800"]}, "stop[0]"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"usage": 1}}, "stream_options.usage"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+        ),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [*CHAT, {"role": "user", "content": [1]}]}, "messages[1].content[0]"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "messages[0].content[0].type",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
+            "messages[0].tool_calls",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages[0].name"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(tokenizer, change, param):
+    status, body, requests = post(tokenizer, CHAT_PATH, change)
+    assert (status, body["error"]["param"]) == (400, param)
+    assert requests == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, "a\ud800", [], [[]], 7, [1.5], [True], [["a"]], ["a", 1], ["a"] * 129, [5, -1], [4096]],
+)
+def test_a_prompt_that_is_none_is_refused(tokenizer, prompt):
+    status, body, requests = post(tokenizer, COMPLETION_PATH, {"prompt": prompt})
+    assert (status, body["error"]["param"]) == (400, "prompt")
+    assert requests == []
+
+
+def test_sampling_parameters_reach_the_engine(tokenizer):
+    sampling = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": -3}
+    for path in BODIES:
+        assert request_for(tokenizer, path, sampling).sampling == SamplingParams(**sampling)
+
+
+def test_the_defaults_are_openais_with_a_seed_for_each_request(tokenizer):
+    seeds = set()
+    for path in BODIES:
+        for change in ({}, {"top_k": -1}):
+            sampling = request_for(tokenizer, path, change).sampling
+            assert (sampling.temperature, sampling.top_p) == (1.0, 1.0)
+            assert (sampling.top_k, sampling.min_p) == (0, 0.0)
+            seeds.add(sampling.seed)
+    assert len(seeds) == 4
+
+
+def test_the_end_tokens_stop_unless_they_are_ignored(tokenizer):
+    for path in BODIES:
+        assert request_for(tokenizer, path, {}).stop_token_ids == tokenizer.stop_token_ids != set()
+        ignoring = {"ignore_eos": True, "max_tokens": 4}
+        assert request_for(tokenizer, path, ignoring).stop_token_ids == set()
+
+
+def test_the_limit_of_tokens_is_the_clients_or_the_default(tokenizer):
+    num_prompt = len(tokenizer.apply_chat_template(CHAT))
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert request_for(tokenizer, CHAT_PATH, {name: 9}).max_tokens == 9
+    both = {"max_tokens": 9, "max_completion_tokens": 9}
+    assert request_for(tokenizer, CHAT_PATH, both).max_tokens == 9
+    assert request_for(tokenizer, CHAT_PATH, {}).max_tokens == 128 - num_prompt
+    assert request_for(tokenizer, COMPLETION_PATH, {"max_tokens": 9}).max_tokens == 9
+    assert request_for(tokenizer, COMPLETION_PATH, {}).max_tokens == 16
+    almost_full = {"prompt": [5] * 120}
+    assert request_for(tokenizer, COMPLETION_PATH, almost_full).max_tokens == 8
+
+
+def test_text_parts_are_one_text_and_the_developer_speaks_as_the_system(tokenizer):
+    parts = [{"type": "text", "text": "a b"}, {"type": "text", "text": " c"}]
+    change = {"messages": [{"role": "developer", "content": parts}, *CHAT]}
+    whole = [{"role": "system", "content": "a b c"}, *CHAT]
+    expected = tuple(tokenizer.apply_chat_template(whole))
+    assert request_for(tokenizer, CHAT_PATH, change).prompt_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "param", "words"),
+    [
+        (CHAT_PATH, {"max_tokens": 128}, "messages", "128 in the completion"),
+        (CHAT_PATH, {"messages": [{"role": "user", "content": "a b " * 99}]}, "messages", "1 in"),
+        (COMPLETION_PATH, {"prompt": [5] * 120, "max_tokens": 9}, "prompt", "(120 in the prompt"),
+        (COMPLETION_PATH, {"prompt": [5] * 128}, "prompt", "you requested 129 tokens"),
+        (COMPLETION_PATH, {"prompt": "a" * 10**5}, "prompt", "100000 characters"),
+        (COMPLETION_PATH, {"prompt": ["a", [5] * 200]}, "prompt", "200 in the prompt"),
+    ],
+)
+def test_what_does_not_fit_the_context_is_refused_in_openais_words(
+    tokenizer, path, change, param, words
+):
+    status, body, requests = post(tokenizer, path, change)
+    error = body["error"]
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+    assert error["message"].startswith("This model's maximum context length is 128 tokens. However")
+    assert words in error["message"]
+    assert requests == []
