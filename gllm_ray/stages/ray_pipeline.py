@@ -1,0 +1,263 @@
+"""The pipeline as a chain of Ray actors.
+
+The owner, whose death ends the stages, calls `start_stage_group`; the process that schedules builds
+a `RayPipeline` on the group, which may cross a process border in between.
+"""
+
+import asyncio
+import contextlib
+import logging
+import pickle
+from collections import deque
+from collections.abc import Awaitable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import (
+    ActorPlacementGroupRemoved,
+    ActorUnschedulableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.util.placement_group import PlacementGroup
+
+from gllm_ray.config import ServiceConfig
+from gllm_ray.errors import GllmRayError, PipelineError, StageLostError
+from gllm_ray.messages import MicroBatch, MicroBatchResult, StageInfo
+from gllm_ray.model.checkpoint import open_checkpoint
+from gllm_ray.partition import size_kv_cache
+from gllm_ray.stages.placement import start_stage
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# How long a failed pipeline waits for the survivors' steps, and then for answers to a ping.
+_DRAIN_TIMEOUT_S = 1.0
+_PING_TIMEOUT_S = 0.5
+
+_LOST = (
+    RayActorError,
+    ActorPlacementGroupRemoved,
+    ActorUnschedulableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    WorkerCrashedError,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageGroup:
+    """Loaded and connected stages: everything a `RayPipeline` needs, and picklable.
+
+    Attributes:
+        stages: The stage actors, in order. They die with the process that started them.
+        infos: What each stage holds.
+        num_blocks: KV blocks of every stage.
+        epoch: The epoch the stages are connected for.
+    """
+
+    stages: tuple[ActorHandle, ...]
+    infos: tuple[StageInfo, ...]
+    num_blocks: int
+    epoch: int
+
+
+async def start_stage_group(
+    config: ServiceConfig, placement_group: PlacementGroup | None = None
+) -> StageGroup:
+    """Start the stage actors, load every shard at the same time, and connect the stages.
+
+    Args:
+        config: The replica's configuration.
+        placement_group: Laid out as `placement.bundles` says; None for anywhere in the cluster.
+
+    Raises:
+        ConfigError: The model cannot be served as configured. No actor is left behind.
+        PipelineError: A stage failed or died. No actor is left behind.
+    """
+    checkpoint = await asyncio.to_thread(open_checkpoint, config.model)
+    stages = tuple(
+        start_stage(config, stage_id, placement_group)
+        for stage_id in range(config.pipeline.num_stages)
+    )
+    try:
+        infos = await asyncio.gather(*map(_load, range(len(stages)), stages))
+        block_size = config.kv_cache.block_size
+        num_blocks = size_kv_cache(infos, block_size, checkpoint.max_model_len)
+        logger.info(
+            "KV cache of each stage: %d blocks of %d tokens, the fewest that fit on any of them",
+            num_blocks,
+            block_size,
+        )
+        await _ask_all(stage.allocate_kv_cache.remote(num_blocks) for stage in stages)
+        await connect_stages(stages, epoch=0)
+    except BaseException:
+        await stop_stages(stages)
+        raise
+    return StageGroup(stages=stages, infos=tuple(infos), num_blocks=num_blocks, epoch=0)
+
+
+async def connect_stages(stages: Sequence[ActorHandle], epoch: int) -> None:
+    """Join neighbours by new edges; from then on the stages take steps of `epoch` only.
+
+    Raises:
+        PipelineError: A stage failed or died.
+    """
+    addresses = await _ask_all(stage.open_edge.remote() for stage in stages[:-1])
+    await _ask_all(
+        stage.connect.remote(epoch, previous)
+        for stage, previous in zip(stages, [None, *addresses], strict=True)
+    )
+
+
+async def stop_stages(stages: Sequence[ActorHandle]) -> None:
+    """Kill the stage actors and wait until they are gone."""
+    for stage in stages:
+        ray.kill(stage)
+    await asyncio.gather(*map(_wait_until_gone, stages))
+
+
+class RayPipeline:
+    """Runs micro-batches through the stages of a group.
+
+    A micro-batch is one actor call per stage. The object ref of a stage's call is an argument of
+    the next stage's call, so Ray carries order and failures down the chain.
+
+    Args:
+        group: Stages that no other `RayPipeline` drives.
+    """
+
+    def __init__(self, group: StageGroup) -> None:
+        self._group = group
+        self._in_flight: deque[tuple[int, list[ray.ObjectRef]]] = deque()
+        self._failure: GllmRayError | None = None
+
+    def submit(self, batch: MicroBatch) -> None:
+        """Call every stage. A broken pipeline drops the micro-batch; `next_result` says why."""
+        if self._failure is not None:
+            return
+        metadata = pickle.dumps(batch, protocol=pickle.HIGHEST_PROTOCOL)  # once for all stages
+        refs: list[ray.ObjectRef] = []
+        for stage in self._group.stages:
+            refs.append(stage.step.remote(self._group.epoch, metadata, refs[-1] if refs else None))
+        self._in_flight.append((batch.batch_id, refs))
+
+    async def next_result(self) -> MicroBatchResult:
+        """Wait for the last stage's answer to the oldest micro-batch.
+
+        Raises:
+            StageLostError: A stage died; the message says which, and why.
+            PipelineError: A step failed, or the pipeline is closed.
+        """
+        if self._failure is not None:
+            raise self._failure
+        batch_id, refs = self._in_flight[0]
+        try:
+            token_ids = await refs[-1]
+        except RayError as error:
+            if self._failure is None:
+                await self._fail(translate_ray_error(error))
+            raise self._failure from error
+        self._in_flight.popleft()
+        return MicroBatchResult(batch_id=batch_id, token_ids=token_ids)
+
+    async def close(self) -> None:
+        """Kill the stages; what is in flight is lost."""
+        if self._failure is None:
+            self._failure = PipelineError("the pipeline is closed")
+        await stop_stages(self._group.stages)
+        await self._drain()
+
+    async def _fail(self, error: GllmRayError) -> None:
+        """End every call in flight, and prefer a stage's death over its consequences."""
+        self._failure = error
+        await self._drain()
+        pings = map(_ping, self._group.stages, self._group.infos)
+        for answer in await asyncio.gather(*pings, return_exceptions=True):
+            if isinstance(answer, StageLostError):
+                self._failure = answer
+                return
+
+    async def _drain(self) -> None:
+        """Consume every ref in flight: survivors fall idle, and no error stays unread."""
+        refs = [ref for _, refs in self._in_flight for ref in refs]
+        self._in_flight.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_TIMEOUT_S):
+                await asyncio.gather(*refs, return_exceptions=True)
+
+
+def translate_ray_error(error: BaseException, stage: str = "a stage") -> GllmRayError:
+    """Say in our errors what Ray reports: the one boundary between the two.
+
+    Args:
+        error: What a call to `stage` raised.
+        stage: How to name the stage.
+    """
+    while isinstance(error, RayTaskError):
+        error = error.cause
+    if isinstance(error, GllmRayError):
+        return error
+    if isinstance(error, _LOST):
+        return StageLostError(f"{stage} was lost: {_reason(error)}")
+    return PipelineError(f"{stage} failed: {type(error).__name__}: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    """The one line of Ray's account that says what happened."""
+    lines = str(error).splitlines() or [""]
+    if getattr(error, "actor_init_failed", False):
+        return lines[-1]
+    line = next((line for line in lines if line.startswith("The actor is dead")), lines[0])
+    return line.partition(" Some common causes include")[0]
+
+
+async def _load(stage_id: int, stage: ActorHandle) -> StageInfo:
+    info = await _ask(stage.load.remote(), f"stage {stage_id}")
+    logger.info(
+        "stage %d loaded on %s: layers %d-%d, %.1f M parameters, %.1f MB, room for %d KV blocks",
+        stage_id,
+        info.node,
+        info.first_layer,
+        info.last_layer - 1,
+        info.num_parameters / 1e6,
+        info.weight_bytes / 1e6,
+        info.max_kv_blocks,
+    )
+    return info
+
+
+async def _ping(stage: ActorHandle, info: StageInfo) -> int:
+    name = f"stage {info.stage_id} (layers {info.first_layer}-{info.last_layer - 1}, {info.node})"
+    async with asyncio.timeout(_PING_TIMEOUT_S):
+        return await _ask(stage.ping.remote(), name)
+
+
+async def _wait_until_gone(stage: ActorHandle) -> None:
+    with contextlib.suppress(RayError):
+        while True:
+            await stage.ping.remote()
+            await asyncio.sleep(0.01)
+
+
+async def _ask(ref: Awaitable[T], stage: str) -> T:
+    try:
+        return await ref
+    except RayError as error:
+        raise translate_ray_error(error, stage) from error
+
+
+async def _ask_all(refs: Iterable[Awaitable[T]]) -> list[T]:
+    """Await one answer of each stage, in order."""
+    return await asyncio.gather(*(_ask(ref, f"stage {i}") for i, ref in enumerate(refs)))

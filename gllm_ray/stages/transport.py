@@ -1,0 +1,181 @@
+"""How hidden states travel from a stage to the next one.
+
+Neighbours share one edge with its own rendezvous store and its own two-rank process group, so a
+lost stage invalidates its own edges and not the whole pipeline.
+"""
+
+from collections import deque
+from datetime import timedelta
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.distributed import ProcessGroupGloo, TCPStore
+
+from gllm_ray.config import PipelineConfig
+
+Transport = Literal["nccl", "gloo", "object_store"]
+
+UPSTREAM, DOWNSTREAM = 0, 1  # ranks of the two ends of an edge
+
+# A receive is posted after the matching send was issued, so this is the time for bytes that are on
+# their way; it also bounds how long one end of an edge waits for the other to join.
+_TIMEOUT = timedelta(seconds=60)
+# Sends that may be under way at once; each keeps its hidden states alive.
+_MAX_PENDING_SENDS = 4
+_NUM_TAGS = 2**31
+
+
+class EdgeAddress(NamedTuple):
+    """Where the upstream end of an edge waits for the downstream end."""
+
+    host: str
+    port: int
+
+
+class ActivationChannel(Protocol):
+    """One end of an edge: the upstream stage sends on it, the downstream stage receives."""
+
+    def send(self, batch_id: int, hidden: torch.Tensor) -> object:
+        """Start to send hidden states, which nobody may change from then on.
+
+        Returns:
+            What the step's object ref must carry to the downstream end; None if nothing.
+
+        Raises:
+            RuntimeError: An earlier send failed.
+        """
+
+    def receive(self, batch_id: int, carried: object, hidden: torch.Tensor) -> None:
+        """Fill `hidden` with what the upstream end sent for the micro-batch.
+
+        Args:
+            batch_id: The micro-batch.
+            carried: What `send` returned.
+            hidden: The contiguous destination, of the shape and dtype that was sent.
+
+        Raises:
+            RuntimeError: The upstream end is gone, or nothing came in time.
+        """
+
+    def close(self) -> None:
+        """Drop what was not received yet; the channel cannot be used again."""
+
+
+class ObjectStoreChannel:
+    """Hidden states as the return value of the step: no connection, but two more copies."""
+
+    def send(self, batch_id: int, hidden: torch.Tensor) -> np.ndarray:
+        """Return the hidden states as bytes, since numpy has no bfloat16."""
+        return hidden.cpu().contiguous().view(torch.uint8).numpy()
+
+    def receive(self, batch_id: int, carried: object, hidden: torch.Tensor) -> None:
+        """Copy out of the object store, whose memory is read-only."""
+        staged = _staging(hidden, "cpu")
+        np.copyto(staged.view(torch.uint8).numpy(), carried)
+        hidden.copy_(staged)
+
+    def close(self) -> None:
+        """Nothing is held here."""
+
+
+class ProcessGroupChannel:
+    """Hidden states point to point over a two-rank process group.
+
+    Args:
+        group: Joins the two ends.
+        end: `UPSTREAM` or `DOWNSTREAM`.
+        device_type: Where the group takes tensors: `cpu` for gloo, `cuda` for NCCL.
+    """
+
+    def __init__(self, group: torch.distributed.ProcessGroup, end: int, device_type: str) -> None:
+        self._group = group
+        self._peer = 1 - end
+        self._device_type = device_type
+        self._pending: deque[tuple[torch.distributed.Work, torch.Tensor]] = deque()
+
+    def send(self, batch_id: int, hidden: torch.Tensor) -> None:
+        """Issue the send; waits only while too many earlier ones are under way."""
+        if len(self._pending) == _MAX_PENDING_SENDS:
+            self._pending.popleft()[0].wait()
+        staged = hidden.to(self._device_type).contiguous()
+        work = self._group.send([staged], self._peer, batch_id % _NUM_TAGS)
+        self._pending.append((work, staged))
+
+    def receive(self, batch_id: int, carried: object, hidden: torch.Tensor) -> None:
+        """Wait for the bytes on gloo; on NCCL make the current stream wait for them."""
+        staged = _staging(hidden, self._device_type)
+        self._group.recv([staged], self._peer, batch_id % _NUM_TAGS).wait()
+        hidden.copy_(staged)
+
+    def close(self) -> None:
+        """Leave the group, so that the other end fails too instead of waiting."""
+        self._pending.clear()
+        self._group.abort()
+        del self._group  # for gloo, abort does nothing, but the last reference ends the connection
+
+
+def resolve_transport(pipeline: PipelineConfig) -> Transport:
+    """The transport in force: `auto` follows the device."""
+    if pipeline.activation_transport != "auto":
+        return pipeline.activation_transport
+    return "nccl" if pipeline.device == "cuda" else "gloo"
+
+
+def host_edge(host: str) -> TCPStore:
+    """Open an edge's rendezvous at its upstream end, on a port the system picks."""
+    return TCPStore(host, 0, 2, is_master=True, timeout=_TIMEOUT, wait_for_workers=False)
+
+
+def find_edge(address: EdgeAddress) -> TCPStore:
+    """Reach an edge's rendezvous from its downstream end."""
+    return TCPStore(*address, 2, is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
+
+
+def join_edge(
+    transport: Literal["nccl", "gloo"], store: TCPStore, end: int, host: str
+) -> ActivationChannel:
+    """Become one end of an edge; returns once data can pass.
+
+    Args:
+        transport: What carries the hidden states.
+        store: The edge's rendezvous.
+        end: `UPSTREAM` or `DOWNSTREAM`.
+        host: Address of this node in the cluster.
+
+    Raises:
+        RuntimeError: The other end did not join in time.
+    """
+    device_type = "cuda" if transport == "nccl" else "cpu"
+    channel = ProcessGroupChannel(_open_group(transport, store, end, host), end, device_type)
+    # NCCL connects at its first transfer, which the first request must not wait for.
+    probe = torch.zeros(1, device=device_type)
+    if end == UPSTREAM:
+        channel.send(0, probe)
+    else:
+        channel.receive(0, None, probe)
+        probe.item()  # on a GPU `receive` returns before the data is there
+    return channel
+
+
+def _open_group(
+    transport: Literal["nccl", "gloo"], store: TCPStore, rank: int, host: str
+) -> "ProcessGroupGloo | torch.distributed.ProcessGroupNCCL":
+    if transport == "nccl":
+        from torch.distributed import ProcessGroupNCCL  # builds for CPU lack it
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = _TIMEOUT  # noqa: SLF001
+        return ProcessGroupNCCL(store, rank, 2, options)
+    options = ProcessGroupGloo._Options()  # noqa: SLF001
+    options._timeout = _TIMEOUT  # noqa: SLF001
+    # By default gloo binds to whatever the host name resolves to, often the loopback.
+    options._devices = [ProcessGroupGloo.create_device(hostname=host)]  # noqa: SLF001
+    return ProcessGroupGloo(store, rank, 2, options)
+
+
+def _staging(hidden: torch.Tensor, device_type: str) -> torch.Tensor:
+    """`hidden` itself where it can be filled directly, else a buffer to copy from."""
+    if hidden.device.type == device_type:
+        return hidden
+    return torch.empty_like(hidden, device=device_type)

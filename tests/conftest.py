@@ -1,0 +1,85 @@
+"""What many tests share: one Ray cluster, and a tiny checkpoint."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.pipelines import Reference
+
+# Ray reads these when it is imported, and its daemons when they start.
+os.environ |= {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A private cluster of this process: its own ports and directory, gone at the end."""
+    import ray
+
+    # Ray's sockets lie in it, and a socket's path may have about 100 characters.
+    directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    ray.init(
+        address="local",
+        num_cpus=8,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=150 * 2**20,
+        _temp_dir=directory,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random four-layer llama in float32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # wide, so that greedy tokens differ from each other
+        dtype="float32",
+    )
+    directory = tmp_path_factory.mktemp("tiny_llama")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_llama: Path) -> "Reference":
+    """What transformers makes of the tiny llama."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from tests.pipelines import Reference
+
+    model = LlamaForCausalLM.from_pretrained(tiny_llama).eval()
+    model.generation_config.eos_token_id = None
+    prompts = [list(range(1, 10)), [17, 4], list(range(60, 20, -1))]
+    outputs = []
+    for prompt in prompts:
+        tokens = model.generate(
+            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0
+        )
+        outputs.append(tokens[0, len(prompt) :].tolist())
+    return Reference(prompts, outputs)

@@ -1,0 +1,112 @@
+"""What every `Pipeline` promises, whether its stages share a process or are Ray actors."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gllm_ray.config import ServiceConfig
+from gllm_ray.errors import PipelineError
+from gllm_ray.messages import MicroBatch, SamplingParams
+from gllm_ray.stages.local_pipeline import LocalPipeline
+from tests.pipelines import RayStages, Reference, generate_greedily, make_batch, make_service_config
+
+
+class LocalStages:
+    def __init__(self, config: ServiceConfig) -> None:
+        self._config = config
+
+    async def pipeline(self) -> LocalPipeline:
+        return LocalPipeline.start(self._config)
+
+    def stop(self) -> None:
+        pass
+
+
+Stages = LocalStages | RayStages
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (LocalStages, 1, "auto"),
+        (LocalStages, 2, "auto"),
+        (RayStages, 1, "auto"),
+        (RayStages, 2, "auto"),
+        (RayStages, 2, "object_store"),
+    ],
+    ids=lambda param: f"{param[0].__name__}-{param[1]}-{param[2]}",
+)
+def stages(request: pytest.FixtureRequest, tiny_llama: Path, ray_cluster: None) -> Iterator[Stages]:
+    kind, num_stages, transport = request.param
+    config = make_service_config(tiny_llama, num_stages=num_stages, activation_transport=transport)
+    stages = kind(config)
+    yield stages
+    stages.stop()
+
+
+def test_results_come_back_in_submit_order_with_their_ids(stages: Stages) -> None:
+    async def run() -> list[int]:
+        pipeline = await stages.pipeline()
+        for batch_id in range(8):
+            pipeline.submit(make_batch(batch_id, [batch_id + 1]))
+        return [(await pipeline.next_result()).batch_id for _ in range(8)]
+
+    assert asyncio.run(run()) == list(range(8))
+
+
+def test_tokens_equal_those_of_transformers(stages: Stages, reference: Reference) -> None:
+    async def run() -> list[list[int]]:
+        return await generate_greedily(await stages.pipeline(), reference)
+
+    assert asyncio.run(run()) == reference.outputs
+
+
+def test_a_chunk_that_samples_nothing_returns_no_token(stages: Stages) -> None:
+    async def run() -> tuple[int, ...]:
+        pipeline = await stages.pipeline()
+        pipeline.submit(make_batch(0, [1, 2, 3], sampling=None))
+        return (await pipeline.next_result()).token_ids
+
+    assert asyncio.run(run()) == ()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param(make_batch(2, [10_000]), id="first stage: unknown token"),
+        pytest.param(
+            make_batch(2, [5], sampling=SamplingParams(temperature=1.0, seed="x")),
+            id="last stage: seed of a wrong type",
+        ),
+    ],
+)
+def test_an_error_in_a_stage_ends_the_pipeline_after_the_results_before_it(
+    stages: Stages, broken: MicroBatch
+) -> None:
+    async def run() -> None:
+        pipeline = await stages.pipeline()
+        for batch in (make_batch(0, [1]), make_batch(1, [2]), broken, make_batch(3, [4])):
+            pipeline.submit(batch)
+        assert [(await pipeline.next_result()).batch_id for _ in range(2)] == [0, 1]
+        with pytest.raises(PipelineError):
+            await pipeline.next_result()
+        pipeline.submit(make_batch(4, [5]))
+        with pytest.raises(PipelineError):
+            await pipeline.next_result()
+
+    asyncio.run(run())
+
+
+def test_close_may_be_repeated_and_ends_the_pipeline(stages: Stages) -> None:
+    async def run() -> None:
+        pipeline = await stages.pipeline()
+        pipeline.submit(make_batch(0, [1]))
+        await pipeline.close()
+        await pipeline.close()
+        with pytest.raises(PipelineError):
+            await pipeline.next_result()
+
+    asyncio.run(run())
+    stages.stop()

@@ -1,0 +1,137 @@
+"""Small pipelines that compute a real model, and micro-batches for them."""
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup
+
+from gllm_ray.config import ServiceConfig, parse_service_config
+from gllm_ray.interfaces import Pipeline
+from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
+from gllm_ray.stages.placement import start_stage
+from gllm_ray.stages.ray_pipeline import (
+    RayPipeline,
+    StageGroup,
+    connect_stages,
+    start_stage_group,
+    stop_stages,
+)
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 128
+GREEDY = SamplingParams()
+
+
+def make_service_config(model: Path, **pipeline: Any) -> ServiceConfig:
+    return parse_service_config(
+        {
+            "model": {"path": str(model), "max_model_len": MAX_MODEL_LEN},
+            "pipeline": {"device": "cpu", **pipeline},
+            "kv_cache": {"block_size": BLOCK_SIZE, "kv_cache_bytes": "4MiB"},
+        }
+    )
+
+
+def make_batch(
+    batch_id: int,
+    token_ids: Sequence[int],
+    *,
+    seq_id: int = 0,
+    start: int = 0,
+    sampling: SamplingParams | None = GREEDY,
+) -> MicroBatch:
+    """One sequence's chunk; every sequence owns the blocks of `MAX_MODEL_LEN` tokens."""
+    first_block = seq_id * (MAX_MODEL_LEN // BLOCK_SIZE)
+    num_blocks = -(-(start + len(token_ids)) // BLOCK_SIZE)
+    sequence = ScheduledSequence(
+        seq_id=seq_id,
+        epoch=0,
+        start=start,
+        token_ids=tuple(token_ids),
+        block_table=tuple(range(first_block, first_block + num_blocks)),
+        sampling=sampling,
+    )
+    return MicroBatch(batch_id=batch_id, sequences=(sequence,))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Prompts, and the tokens that transformers generates greedily from each."""
+
+    prompts: list[list[int]]
+    outputs: list[list[int]]
+
+
+async def generate_greedily(pipeline: Pipeline, reference: Reference) -> list[list[int]]:
+    """As many output tokens as the reference has, from the same prompts.
+
+    Each sequence runs in micro-batches of its own, all sequences are in flight at the same time,
+    and prompts go in two chunks.
+    """
+    prompts, num_tokens = reference.prompts, len(reference.outputs[0])
+    batch_ids = itertools.count()
+    in_flight: deque[tuple[int, int]] = deque()
+    outputs: list[list[int]] = [[] for _ in prompts]
+
+    def submit(seq_id: int, start: int, token_ids: Sequence[int], **kwargs: Any) -> None:
+        batch = make_batch(next(batch_ids), token_ids, seq_id=seq_id, start=start, **kwargs)
+        pipeline.submit(batch)
+        in_flight.append((batch.batch_id, seq_id))
+
+    for seq_id, prompt in enumerate(prompts):
+        half = len(prompt) // 2
+        submit(seq_id, 0, prompt[:half], sampling=None)
+        submit(seq_id, half, prompt[half:])
+    while in_flight:
+        batch_id, seq_id = in_flight.popleft()
+        result = await pipeline.next_result()
+        assert result.batch_id == batch_id
+        output = outputs[seq_id]
+        output += result.token_ids
+        if result.token_ids and len(output) < num_tokens:
+            submit(seq_id, len(prompts[seq_id]) + len(output) - 1, output[-1:])
+    return outputs
+
+
+class RayStages:
+    """Stage actors that serve many tests; each test gets a pipeline of a new epoch."""
+
+    def __init__(
+        self, config: ServiceConfig, placement_group: PlacementGroup | None = None
+    ) -> None:
+        self.config = config
+        self.group: StageGroup | None = None
+        self._placement_group = placement_group
+
+    async def pipeline(self) -> RayPipeline:
+        """A working pipeline, whatever an earlier test did to its stages."""
+        if self.group is None:
+            self.group = await start_stage_group(self.config, self._placement_group)
+        else:
+            stages = await asyncio.gather(*map(self._revive, range(len(self.group.stages))))
+            epoch = self.group.epoch + 1
+            await connect_stages(stages, epoch)
+            self.group = replace(self.group, stages=tuple(stages), epoch=epoch)
+        return RayPipeline(self.group)
+
+    def stop(self) -> None:
+        if self.group is not None:
+            asyncio.run(stop_stages(self.group.stages))
+            self.group = None
+
+    async def _revive(self, stage_id: int) -> ActorHandle:
+        stage = self.group.stages[stage_id]
+        try:
+            await stage.ping.remote()
+        except RayActorError:
+            stage = start_stage(self.config, stage_id, self._placement_group)
+            await stage.load.remote()
+            await stage.allocate_kv_cache.remote(self.group.num_blocks)
+        return stage

@@ -1,0 +1,103 @@
+"""The edges between stages, both ends in this process."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import pytest
+import torch
+
+from gllm_ray.stages.transport import (
+    DOWNSTREAM,
+    UPSTREAM,
+    ActivationChannel,
+    EdgeAddress,
+    ObjectStoreChannel,
+    find_edge,
+    host_edge,
+    join_edge,
+)
+
+LOOPBACK = "127.0.0.1"
+NUM_MANY = 20  # more than may be under way
+Edge = tuple[ActivationChannel, ActivationChannel]
+
+
+def join_gloo() -> Edge:
+    store = host_edge(LOOPBACK)
+    with ThreadPoolExecutor() as threads:
+        upstream = threads.submit(join_edge, "gloo", store, UPSTREAM, LOOPBACK)
+        address = EdgeAddress(LOOPBACK, store.port)
+        return join_edge("gloo", find_edge(address), DOWNSTREAM, LOOPBACK), upstream.result()
+
+
+@pytest.fixture(params=["gloo", "object_store"])
+def edge(request: pytest.FixtureRequest) -> Iterator[Edge]:
+    """The upstream end and the downstream end."""
+    if request.param == "gloo":
+        downstream, upstream = join_gloo()
+    else:
+        upstream, downstream = ObjectStoreChannel(), ObjectStoreChannel()
+    yield upstream, downstream
+    upstream.close()
+    downstream.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_hidden_states_arrive_bit_by_bit(edge: Edge, dtype: torch.dtype) -> None:
+    upstream, downstream = edge
+    sent = torch.randn(7, 33).to(dtype)
+    carried = upstream.send(0, sent)
+    received = torch.empty_like(sent)
+    downstream.receive(0, carried, received)
+    assert torch.equal(received.view(torch.uint8), sent.view(torch.uint8))
+
+
+def test_micro_batches_under_way_are_told_apart_by_id(edge: Edge) -> None:
+    upstream, downstream = edge
+    sent = {batch_id: torch.randn(2, 4) for batch_id in (0, 5, 2**31 + 7)}
+    carried = {batch_id: upstream.send(batch_id, hidden) for batch_id, hidden in sent.items()}
+    for batch_id in reversed(sent):
+        received = torch.empty(2, 4)
+        downstream.receive(batch_id, carried[batch_id], received)
+        assert torch.equal(received, sent[batch_id])
+
+
+def test_a_strided_tensor_is_sent_whole(edge: Edge) -> None:
+    upstream, downstream = edge
+    sent = torch.arange(24.0).view(4, 6)[:, ::2]
+    received = torch.empty(4, 3)
+    downstream.receive(1, upstream.send(1, sent), received)
+    assert torch.equal(received, sent)
+
+
+def send_many(upstream: ActivationChannel, sent: list[int]) -> None:
+    for batch_id in range(NUM_MANY):
+        upstream.send(batch_id, torch.zeros(4, 4))
+        sent.append(batch_id)
+
+
+def test_a_stage_far_ahead_waits_for_the_next_one() -> None:
+    downstream, upstream = join_gloo()
+    sent: list[int] = []
+    with ThreadPoolExecutor() as threads:
+        sending = threads.submit(send_many, upstream, sent)
+        wait([sending], timeout=0.3)
+        assert 1 < len(sent) < NUM_MANY
+        for batch_id in range(NUM_MANY):
+            downstream.receive(batch_id, None, torch.empty(4, 4))
+        sending.result()
+
+
+def test_closing_the_upstream_end_fails_a_receive_instead_of_leaving_it_waiting() -> None:
+    downstream, upstream = join_gloo()
+    upstream.send(0, torch.zeros(4, 4))
+    upstream.close()
+    with pytest.raises(RuntimeError):
+        downstream.receive(0, None, torch.empty(4, 4))
+
+
+def test_closing_the_downstream_end_fails_a_send_instead_of_leaving_it_waiting() -> None:
+    downstream, upstream = join_gloo()
+    downstream.close()
+    with pytest.raises(RuntimeError):
+        send_many(upstream, [])
