@@ -44,7 +44,8 @@ def load_serve_file(path: Path) -> ServeFile:
         mistakes += find_mistakes(ServiceConfig, application.get("args", {}), f"{key}.args")
         mistakes += _find_override_mistakes(application, key)
     if mistakes:
-        raise ConfigError("\n".join(f"{path}: {mistake}" for mistake in mistakes))
+        # A mistake about `args` itself is one to both schemas.
+        raise ConfigError("\n".join(f"{path}: {line}" for line in dict.fromkeys(mistakes)))
     return ServeFile.model_validate(data)
 
 

@@ -246,6 +246,11 @@ OVERRIDE = "    deployments: [{name: %s}]\n    args:"
         ("port: 8000", "prt: 8000", "http_options.prt=8000: unknown key; did you mean port?"),
         ("num_stages: 2", "num_stages: 0", f"{APP}.args.pipeline.num_stages=0: must be {STAGES}"),
         ("pipeline:", "piline:", f"{APP}.args.piline={{...}}: unknown key; did you mean pipeline?"),
+        (
+            "    args:",
+            "    args: null\n    runtime_env:\n     config:",
+            f"{APP}.args=null: must be a mapping",
+        ),
         (IMPORT_PATH, "gllm_ray:x", f"{APP}.import_path='gllm_ray:x': must be {IMPORT_PATH}"),
         (
             "    args:",
