@@ -25,7 +25,7 @@ _PHASES = [
     (re.compile(r"loading shard (\d+)"), "loading shard {}"),
     (re.compile(r"stage (\d+) loaded"), "shard {} loaded"),
 ]
-_FAILURES = re.compile(r"(ConfigError: .*|deploy failed.*|DEPLOY_FAILED.*)")
+_FAILURES = re.compile(r"(ConfigError: .*|Deploying app .* failed.*)")
 
 
 def main() -> int:

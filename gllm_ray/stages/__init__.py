@@ -1,0 +1,1 @@
+"""The stages of a pipeline, in this process or as Ray actors."""
