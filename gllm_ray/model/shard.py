@@ -49,15 +49,29 @@ def count_parameters(config: PreTrainedConfig) -> ParameterCounts:
 
 
 class Shard:
-    """The layers `[first_layer, last_layer)` of a model, with embedding and head at the ends."""
+    """The layers `[first_layer, last_layer)` of a model, with embedding and head at the ends.
 
-    def __init__(self, config: PreTrainedConfig, first_layer: int, last_layer: int) -> None:
+    Attributes:
+        dtype: Type of the weights and of the hidden states.
+        device: Where the weights lie.
+        model: The pruned model; known after `load`.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        layers: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.dtype = dtype
+        self.device = device
         self._config = config
-        self._first_layer = first_layer
-        self._last_layer = last_layer
+        self._first_layer, self._last_layer = layers
         self._received: torch.Tensor | None = None
         self._sent: torch.Tensor | None = None
-        self._model: PreTrainedModel | None = None
 
     @property
     def is_first(self) -> bool:
@@ -75,11 +89,6 @@ class Shard:
         return self._config.hidden_size
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights and of the hidden states."""
-        return self.model.dtype
-
-    @property
     def num_parameters(self) -> int:
         """Parameters held, a tied one counted once."""
         return _num_parameters(self.model)
@@ -89,12 +98,6 @@ class Shard:
         """Memory the weights take, persistent buffers included."""
         tensors = self.model.state_dict().values()
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The pruned model; loaded by `load`."""
-        assert self._model is not None
-        return self._model
 
     def parameters_to_load(self) -> dict[str, torch.Tensor]:
         """Names and shapes of the shard's own tensors, a tied one once, without memory."""
@@ -106,7 +109,7 @@ class Shard:
             if name not in model.all_tied_weights_keys
         }
 
-    def load(self, tensors: Mapping[str, object], dtype: torch.dtype, device: torch.device) -> None:
+    def load(self, tensors: Mapping[str, object]) -> None:
         """Take the shard's own tensors out of a checkpoint's, through transformers' conversions.
 
         Raises:
@@ -116,8 +119,8 @@ class Shard:
             None,
             config=self._config,
             state_dict=dict(tensors),
-            dtype=dtype,
-            device_map={"": device},
+            dtype=self.dtype,
+            device_map={"": self.device},
             attn_implementation=PAGED,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -129,21 +132,28 @@ class Shard:
                     f"config.json, {fault.replace('_', ' ')}: {sorted(report[fault])[:3]}"
                 )
         cache_latents(model)
-        self._model = model
+        self.model = model
 
-    def probe(self, num_tokens: int) -> dict[nn.Module, AttentionGeometry]:
-        """Run random tokens through the shard and note what each attention module caches."""
-        model, device = self.model, self.model.device
-        positions = torch.arange(num_tokens, device=device).unsqueeze(0)
-        hidden = torch.zeros(
-            1, num_tokens, self._config.hidden_size, dtype=model.dtype, device=device
-        )
-        model.set_attn_implementation(PROBE)
+    def probe(self, num_tokens: int, num_samples: int) -> dict[nn.Module, AttentionGeometry]:
+        """Run the shard once without attention, and note what each attention module caches.
+
+        Args:
+            num_tokens: Rows of the packed batch.
+            num_samples: Rows whose logits are computed, on the last stage.
+        """
+        positions = torch.arange(num_tokens, device=self.device)
+        hidden = torch.zeros(num_tokens, self.hidden_size, dtype=self.dtype, device=self.device)
+        self.model.set_attn_implementation(PROBE)
         try:
             with probe_forward() as geometries:
-                self._forward(torch.zeros_like(positions), positions, positions[0, -1:], hidden)
+                self._forward(
+                    torch.zeros_like(positions)[None],
+                    positions[None],
+                    positions[-num_samples:],
+                    None if self.is_first else hidden,
+                )
         finally:
-            model.set_attn_implementation(PAGED)
+            self.model.set_attn_implementation(PAGED)
         return geometries
 
     def forward(self, inputs: PackedInputs, hidden: torch.Tensor | None) -> torch.Tensor:
@@ -157,21 +167,20 @@ class Shard:
             `[num_tokens, hidden_size]`, or on the last stage the logits `[num_samples,
             vocab_size]` of the sampled rows.
         """
-        received = hidden.unsqueeze(0) if hidden is not None else None
-        return self._forward(inputs.input_ids, inputs.position_ids, inputs.sample_rows, received)
+        return self._forward(inputs.input_ids, inputs.position_ids, inputs.sample_rows, hidden)
 
     def _forward(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        logits_rows: torch.Tensor,
-        received: torch.Tensor | None,
+        sample_rows: torch.Tensor,
+        hidden: torch.Tensor | None,
     ) -> torch.Tensor:
-        self._received = received
-        tokens = {"input_ids": input_ids} if self.is_first else {"inputs_embeds": received}
+        self._received = None if hidden is None else hidden.unsqueeze(0)
+        tokens = {"input_ids": input_ids} if self.is_first else {"inputs_embeds": self._received}
         if self.is_last:
             output = self.model(
-                **tokens, position_ids=position_ids, use_cache=False, logits_to_keep=logits_rows
+                **tokens, position_ids=position_ids, use_cache=False, logits_to_keep=sample_rows
             )
             return output.logits[0]
         self.model.get_decoder()(**tokens, position_ids=position_ids, use_cache=False)
@@ -194,16 +203,15 @@ class Shard:
         for index, layer in enumerate(layers):
             if not self._first_layer <= index < self._last_layer:
                 _strip(layer)
+        before, after = _ends(model, decoder, layers)
         if not self.is_first:
             layers[self._first_layer - 1].forward = self._receive
-        layers[self._last_layer - 1].register_forward_hook(self._send)
-        before, after = _ends(model, decoder, layers)
-        is_tied = bool(model.all_tied_weights_keys)
-        if not self.is_first:
+            holds_tied_head = self.is_last and bool(model.all_tied_weights_keys)
             for name, module in before.items():
-                if not (self.is_last and is_tied and module is model.get_input_embeddings()):
+                if not (holds_tied_head and module is model.get_input_embeddings()):
                     model.set_submodule(name, _NoEmbedding())
         if not self.is_last:
+            layers[self._last_layer - 1].register_forward_hook(self._send)
             for name in after:
                 model.set_submodule(name, nn.Identity())
             model.all_tied_weights_keys = {}

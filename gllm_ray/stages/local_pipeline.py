@@ -1,6 +1,7 @@
 """All stages in one process: the pipeline without a cluster."""
 
 import asyncio
+import logging
 from collections import deque
 from typing import Self
 
@@ -8,8 +9,10 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import PipelineError
 from gllm_ray.messages import MicroBatch, MicroBatchResult, StageInfo
 from gllm_ray.model.checkpoint import open_checkpoint
-from gllm_ray.partition import size_kv_cache
+from gllm_ray.partition import describe_stage, size_kv_cache
 from gllm_ray.stages.worker import StageWorker
+
+logger = logging.getLogger(__name__)
 
 
 class LocalPipeline:
@@ -40,6 +43,8 @@ class LocalPipeline:
             StageWorker(config, stage_id) for stage_id in range(config.pipeline.num_stages)
         )
         stages = tuple(worker.load() for worker in workers)
+        for stage in stages:
+            logger.info("%s", describe_stage(stage))
         max_model_len = open_checkpoint(config.model).max_model_len
         num_blocks = size_kv_cache(stages, config.kv_cache.block_size, max_model_len)
         for worker in workers:

@@ -25,8 +25,6 @@ from gllm_ray.model.shard import Shard, count_parameters
 from gllm_ray.model.weights import SafetensorsReader, dummy_tensors
 from gllm_ray.partition import explicit_layers, split_layers
 
-_CPU_PROBE_TOKENS = 2
-
 
 class StageWorker:
     """Holds the layers of one stage and runs micro-batches through them.
@@ -39,7 +37,7 @@ class StageWorker:
         self._config = config
         self._stage_id = stage_id
         self._device = torch.device(config.pipeline.device)
-        self._shard: Shard | None = None
+        self._shard: Shard
         self._geometries: dict[nn.Module, AttentionGeometry] = {}
         self._caches: dict[nn.Module, LayerKvCache] = {}
         self.bytes_read = 0
@@ -57,23 +55,17 @@ class StageWorker:
     @property
     def hidden_size(self) -> int:
         """Width of the hidden states between stages; known after `load`."""
-        return self._loaded_shard.hidden_size
+        return self._shard.hidden_size
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of weights, KV cache and hidden states; known after `load`."""
-        return self._loaded_shard.dtype
+        return self._shard.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the stage computes."""
         return self._device
-
-    @property
-    def _loaded_shard(self) -> Shard:
-        if self._shard is None:
-            raise RuntimeError("the stage holds no shard before load()")
-        return self._shard
 
     @torch.inference_mode()
     def load(self) -> StageInfo:
@@ -85,31 +77,28 @@ class StageWorker:
         checkpoint = open_checkpoint(self._config.model)
         self._prepare_device()
         model_config = AutoConfig.from_pretrained(checkpoint.directory)
-        first_layer, last_layer = self._layer_range(model_config)
-        dtype = self._choose_dtype(model_config)
-        shard = Shard(model_config, first_layer, last_layer)
+        layers = self._layer_range(model_config)
+        shard = Shard(model_config, layers, self._choose_dtype(model_config), self._device)
         if self._config.model.load_format == "dummy":
-            shard.load(
-                dummy_tensors(shard.parameters_to_load(), dtype, self._device), dtype, self._device
-            )
+            shard.load(dummy_tensors(shard.parameters_to_load(), shard.dtype, self._device))
         else:
             reader = SafetensorsReader(checkpoint.weight_files)
-            shard.load(reader.tensors, dtype, self._device)
+            shard.load(reader.tensors)
             self.bytes_read = reader.bytes_read
         self._shard = shard
-        self._geometries = shard.probe(self._num_probe_tokens(checkpoint.max_model_len))
+        kv_cache_bytes = self._probe(checkpoint.max_model_len)
         kv_block_bytes = block_bytes(
             self._geometries, self._config.kv_cache.block_size, shard.dtype
         )
         return StageInfo(
             stage_id=self._stage_id,
             node=socket.gethostname(),
-            first_layer=first_layer,
-            last_layer=last_layer,
+            first_layer=layers[0],
+            last_layer=layers[1],
             num_parameters=shard.num_parameters,
             weight_bytes=shard.weight_bytes,
             kv_block_bytes=kv_block_bytes,
-            max_kv_blocks=self._kv_cache_bytes() // kv_block_bytes,
+            max_kv_blocks=kv_cache_bytes // kv_block_bytes,
         )
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
@@ -133,7 +122,7 @@ class StageWorker:
         """
         inputs = pack(batch, self._config.kv_cache.block_size, self._device)
         with paged_forward(inputs, self._caches):
-            output = self._loaded_shard.forward(inputs, hidden)
+            output = self._shard.forward(inputs, hidden)
         if not self.is_last:
             return output
         sampled = [seq for seq in batch.sequences if seq.sampling is not None]
@@ -168,18 +157,22 @@ class StageWorker:
             return model_config.dtype
         return torch.float32 if self._device.type == "cpu" else torch.bfloat16
 
-    def _num_probe_tokens(self, max_model_len: int) -> int:
-        """On a GPU as many as a micro-batch may hold, so that the peak of activations is seen."""
+    def _probe(self, max_model_len: int) -> int:
+        """Learn what the attention modules cache, and how many bytes their cache may take."""
+        shard, scheduler = self._shard, self._config.scheduler
         if self._device.type == "cpu":
-            return _CPU_PROBE_TOKENS
-        scheduler = self._config.scheduler
-        return min(scheduler.policy.max_prefill_tokens + scheduler.max_decodes, max_model_len)
-
-    def _kv_cache_bytes(self) -> int:
+            self._geometries = shard.probe(num_tokens=1, num_samples=1)
+            return self._config.kv_cache.kv_cache_bytes
+        # As many rows as a micro-batch may have, so that the peak of the activations is seen.
+        num_tokens = scheduler.policy.max_prefill_tokens + scheduler.max_decodes
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        held = torch.cuda.memory_allocated(self._device)
+        self._geometries = shard.probe(min(num_tokens, max_model_len), scheduler.max_decodes)
+        activations = torch.cuda.max_memory_allocated(self._device) - held
+        torch.cuda.empty_cache()
         if self._config.kv_cache.kv_cache_bytes is not None:
             return self._config.kv_cache.kv_cache_bytes
         free, total = torch.cuda.mem_get_info(self._device)
-        stats = torch.cuda.memory_stats(self._device)
-        peak_activations = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
-        reserved_for_others = total * (1 - self._config.kv_cache.memory_utilization)
-        return max(0, int(free - peak_activations - reserved_for_others))
+        share = self._config.kv_cache.memory_utilization * self._config.pipeline.gpus_per_stage
+        return max(0, min(int(total * share) - held, free) - activations)

@@ -49,6 +49,8 @@ CONFIGS = {
     | {"qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8, "moe_intermediate_size": 48}
     | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
     | {"first_k_dense_replace": 1},
+    # Its attention is not told the window; only its mask is.
+    "phimoe": _COMMON | _EXPERTS | {"sliding_window": WINDOW},
     "gpt_oss": _COMMON
     | _EXPERTS
     | {"head_dim": 16, "sliding_window": WINDOW, "layer_types": _ALTERNATING},

@@ -5,7 +5,7 @@ under that name, so models build no mask. `PROBE` computes nothing; it notes wha
 module caches and which mask it asks for.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -112,10 +112,22 @@ def _probe_attention(
 
 
 def _probe_mask(
-    *, local_size: int | None = None, use_vmap: bool = False, **_: object
+    *,
+    mask_function: Callable[..., torch.Tensor],
+    local_size: int | None = None,
+    **_: object,
 ) -> _MaskRecord:
-    if use_vmap:
-        raise ConfigError("the model adds its own rule to the causal mask; it cannot be served")
+    """Note the window, and refuse a mask that is not causal within it."""
+    reach = local_size or 4
+    query = torch.tensor(2 * reach)
+    is_allowed = [
+        bool(mask_function(0, 0, query, query - distance)) for distance in (-1, 0, reach - 1, reach)
+    ]
+    if is_allowed != [False, True, True, local_size is None]:
+        raise ConfigError(
+            "the model asks for an attention mask other than a causal one with or without a "
+            "sliding window; it cannot be served"
+        )
     return _MaskRecord(local_size)
 
 

@@ -1,13 +1,17 @@
 """What a stage loads, and how large it makes its KV cache."""
 
 import functools
+import json
+import os
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gllm_ray.config import KvCacheConfig
 from gllm_ray.errors import ConfigError
+from gllm_ray.stages.local_pipeline import LocalPipeline
 from gllm_ray.stages.worker import StageWorker
 from tests.numerics.models import save_checkpoint
 from tests.numerics.serving import service_config
@@ -31,7 +35,7 @@ def load_stages(path, num_stages, **settings):
 
 
 def parameters(worker):
-    return dict(worker._loaded_shard.model.named_parameters())
+    return dict(worker._shard.model.named_parameters())
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "qwen3_moe", "deepseek_v3"])
@@ -70,7 +74,7 @@ def test_stages_hold_the_layers_they_report_and_nothing_on_meta(checkpoint):
         assert layers == set(range(info.first_layer, info.last_layer))
         assert ("model.embed_tokens.weight" in names) == worker.is_first
         assert ("model.norm.weight" in names) == ("lm_head.weight" in names) == worker.is_last
-        model = worker._loaded_shard.model
+        model = worker._shard.model
         assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
         assert info.num_parameters == sum(tensor.numel() for tensor in names.values())
 
@@ -189,3 +193,34 @@ def test_a_truncated_file_is_refused(checkpoint, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"no intact safetensors file"):
         StageWorker(service_config(path), 0).load()
+
+
+def test_a_mask_that_is_not_causal_is_refused(checkpoint, tmp_path):
+    config = json.loads((checkpoint("gemma3_text") / "config.json").read_text())
+    config["use_bidirectional_attention"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"mask other than a causal one"):
+        StageWorker(service_config(tmp_path, load_format="dummy"), 0).load()
+
+
+def test_cpu_threads_are_shared_by_the_stages_unless_the_environment_says_otherwise(
+    checkpoint, monkeypatch
+):
+    path, num_threads = checkpoint("llama"), torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0))
+    try:
+        for set_by_environment, expected in ((None, cores), ("3", 3)):
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            if set_by_environment is not None:
+                monkeypatch.setenv("OMP_NUM_THREADS", set_by_environment)
+            StageWorker(service_config(path), 0).load()
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def test_a_kv_cache_too_small_for_one_sequence_is_refused_before_it_is_allocated(checkpoint):
+    config = service_config(checkpoint("llama"), num_stages=2)
+    tiny = config.model_copy(update={"kv_cache": KvCacheConfig(block_size=4, kv_cache_bytes=4096)})
+    with pytest.raises(ConfigError, match=r"max_model_len=64 tokens needs 16 blocks of 4"):
+        LocalPipeline.start(tiny)
