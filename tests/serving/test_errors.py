@@ -147,7 +147,7 @@ def test_a_number_that_is_none_is_refused_by_name(tokenizer, number):
     "body",
     [
         {f"unknown_{index}": "x" for index in range(5000)},
-        {"k" * 500_000: 1},
+        BODIES[CHAT_PATH] | {"k" * 500_000: 1},
         BODIES[CHAT_PATH] | {"model": "m" * 500_000},
         BODIES[CHAT_PATH] | {"messages": [{"role": "r" * 90_000, "content": 1}] * 10},
         BODIES[CHAT_PATH] | {"temperature": 10**4000},
@@ -157,6 +157,11 @@ def test_what_is_echoed_is_bounded(tokenizer, body):
     response = call(tokenizer, "POST", CHAT_PATH, json=body)
     assert response.status_code in (400, 404)
     error_of(response)
+    assert len(response.content) < 3000
+
+
+def test_a_message_that_quotes_a_client_is_bounded():
+    response = raised_in_a_route(InvalidRequestError("m" * 10**6, param="p" * 10**6))
     assert len(response.content) < 3000
 
 

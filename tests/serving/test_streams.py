@@ -9,7 +9,7 @@ import pytest
 from gllm_ray.errors import PipelineError
 from gllm_ray.messages import FinishReason, GenerationRequest, TokenEvent
 from gllm_ray.serving.openai_api import build_api
-from gllm_ray.serving.text_stream import text_deltas
+from gllm_ray.serving.text_stream import TextDelta, merge_deltas, text_deltas
 from tests.serving.local_api import BODIES, local_api, sse_chunks, wait_until
 
 CHAT_PATH, COMPLETION_PATH = BODIES
@@ -209,3 +209,27 @@ def test_a_stop_string_wins_over_what_came_with_it(tokenizer):
     (delta,) = asyncio.run(main())
     assert (delta.text, delta.finish_reason) == ("one ", FinishReason.STOP)
     assert delta.num_tokens < len(tokenizer.encode("one two three"))
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_closing_merged_outputs_closes_each_of_them(is_begun):
+    closed = []
+
+    async def output(index):
+        try:
+            while True:
+                yield TextDelta(index, "x", 1)
+                if index == 2:
+                    await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            closed.append(index)
+
+    async def main():
+        merged = merge_deltas([output(index) for index in range(3)])
+        for _ in range(5 * is_begun):
+            await anext(merged)
+        await merged.aclose()
+        assert sorted(closed) == ([0, 1, 2] if is_begun else [])
+
+    asyncio.run(main())
