@@ -92,6 +92,8 @@ def _describe_mistake(item: Mapping[str, Any]) -> tuple[str, str, str | None]:
     _, *path = item["loc"]
     if item["type"] == "json_invalid":
         return words, code, None
+    if item["type"] == "too_many_keys" and not path:
+        return f"the body {words}", code, None
     if not path:
         return _NOT_AN_OBJECT, "invalid_json", None
     param = path[0] + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path[1:])

@@ -65,7 +65,7 @@ class RequestBuilder:
     def _request(
         self, body: GenerationParams, request_id: str, prompt: Sequence[int], max_tokens: int
     ) -> GenerationRequest:
-        if not all(0 <= token_id < self.tokenizer.vocab_size for token_id in prompt):
+        if prompt and not 0 <= min(prompt) <= max(prompt) < self.tokenizer.vocab_size:
             raise InvalidRequestError(
                 f"the prompt has a token id outside 0 to {self.tokenizer.vocab_size - 1}",
                 param="prompt",

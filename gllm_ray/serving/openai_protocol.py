@@ -7,7 +7,15 @@ clients send their defaults.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from gllm_ray.errors import InvalidRequestError
@@ -16,6 +24,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_CHARS = 1024
 _MAX_PROMPTS = 128
+_MAX_KEYS = 128
 
 
 def _only(*neutral: object) -> AfterValidator:
@@ -73,6 +82,14 @@ def _is_token_ids(value: object) -> bool:
 class _Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_num_keys(cls, data: object) -> object:
+        """Each unknown key is a mistake to describe, and a body has room for a million."""
+        if isinstance(data, dict) and len(data) > _MAX_KEYS:
+            raise PydanticCustomError("too_many_keys", f"must have at most {_MAX_KEYS} keys")
+        return data
+
 
 class StreamOptions(_Schema):
     """What a stream tells beside its text."""
@@ -129,7 +146,7 @@ class ChatMessage(_Schema):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_parse_content)]
+    content: Annotated[list[TextPart], FailFast(), BeforeValidator(_parse_content)]
 
     # Clients send the empty fields of an earlier answer back.
     annotations: Annotated[object, _only([])] = None
@@ -148,7 +165,7 @@ class ChatMessage(_Schema):
 class ChatCompletionRequest(GenerationParams):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
     audio: Annotated[object, _only()] = None

@@ -7,6 +7,7 @@ import logging
 import httpx
 import pytest
 from fastapi import FastAPI
+from pydantic import ValidationError
 
 from gllm_ray.errors import (
     ConfigError,
@@ -18,6 +19,7 @@ from gllm_ray.errors import (
     StageTimeoutError,
 )
 from gllm_ray.serving.errors import install_error_handlers
+from gllm_ray.serving.openai_protocol import ChatCompletionRequest
 from tests.serving.local_api import BODIES, local_api, wait_until
 
 CHAT_PATH, COMPLETION_PATH = BODIES
@@ -146,7 +148,7 @@ def test_a_number_that_is_none_is_refused_by_name(tokenizer, number):
 @pytest.mark.parametrize(
     "body",
     [
-        {f"unknown_{index}": "x" for index in range(5000)},
+        BODIES[CHAT_PATH] | {f"unknown_{index}": "x" for index in range(100)},
         BODIES[CHAT_PATH] | {"k" * 500_000: 1},
         BODIES[CHAT_PATH] | {"model": "m" * 500_000},
         BODIES[CHAT_PATH] | {"messages": [{"role": "r" * 90_000, "content": 1}] * 10},
@@ -158,6 +160,29 @@ def test_what_is_echoed_is_bounded(tokenizer, body):
     assert response.status_code in (400, 404)
     error_of(response)
     assert len(response.content) < 3000
+
+
+@pytest.mark.parametrize(
+    "mistakes",
+    [
+        {"unknown": {str(index): index for index in range(50_000)}},
+        {str(index): index for index in range(50_000)},
+        {"messages": [{}] * 50_000},
+        {"messages": [{"role": "user", "content": [1] * 50_000}]},
+        {"messages": [{"role": "user", "content": "x"} | dict.fromkeys(map(str, range(50_000)))]},
+        {"stop": [1] * 50_000},
+        {"model": "x", "stream_options": dict.fromkeys(map(str, range(50_000)))},
+    ],
+)
+def test_a_body_full_of_mistakes_is_given_up_early(mistakes):
+    with pytest.raises(ValidationError) as caught:
+        ChatCompletionRequest.model_validate(BODIES[CHAT_PATH] | mistakes)
+    assert caught.value.error_count() <= 16
+
+
+def test_a_body_with_too_many_keys_says_so(tokenizer):
+    response = call(tokenizer, "POST", CHAT_PATH, json={str(index): 0 for index in range(129)})
+    assert error_of(response)["message"] == "the body must have at most 128 keys"
 
 
 def test_a_message_that_quotes_a_client_is_bounded():

@@ -202,7 +202,7 @@ def test_a_value_out_of_range_is_refused_by_name(tokenizer, change, param):
 
 @pytest.mark.parametrize(
     "prompt",
-    [None, "a\ud800", [], [[]], 7, [1.5], [True], [["a"]], ["a", 1], ["a"] * 129, [5, -1], [4096]],
+    [None, "a\ud800", [], [[]], 7, [1.5], [True], [["a"]], ["a", 1], ["a"] * 129, [5, -1], [10**9]],
 )
 def test_a_prompt_that_is_none_is_refused(tokenizer, prompt):
     status, body, requests = post(tokenizer, COMPLETION_PATH, {"prompt": prompt})

@@ -1,7 +1,7 @@
 """The text handed over is the tokenizer's own, whatever the tokens, and never taken back."""
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -110,12 +110,14 @@ byte_fallback_ids = st.lists(
 ).map(lambda runs: [token_id for run in runs for token_id in run])
 
 
+@settings(deadline=None)
 @given(byte_level_ids, stops)
 def test_byte_level_text_is_the_tokenizers_up_to_the_first_stop(ids, stop_strings):
     pieces = detokenize(BYTE_LEVEL, ids, stop_strings)
     assert "".join(pieces) == cut(plain_decode(BYTE_LEVEL, ids), stop_strings)
 
 
+@settings(deadline=None)
 @given(byte_fallback_ids, byte_fallback_ids, stops)
 @example([], [258], [])
 @example([], [1 + 0x20] * 30, [])
@@ -130,6 +132,7 @@ def word_or_its_bytes(word):
     return [[BYTE_LEVEL._backend.token_to_id(whole)], BYTE_LEVEL._backend.encode(word).ids]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([ids for word in WORDS for ids in word_or_its_bytes(word)])), stops)
 def test_only_an_unfinished_character_or_stop_string_is_held_back(spelled_words, stop_strings):
     ids = [token_id for word in spelled_words for token_id in word]
@@ -140,6 +143,7 @@ def test_only_an_unfinished_character_or_stop_string_is_held_back(spelled_words,
         assert "".join(pieces[:num_tokens]) == final
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(range(BYTE_FALLBACK.vocab_size + 2)), max_size=60))
 @example([1 + 0x80] * 50)
 @example([*utf8_ids("€"), 1 + 0xFF])
