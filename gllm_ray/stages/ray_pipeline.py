@@ -148,9 +148,10 @@ class RayPipeline:
         if self._failure is not None:
             return
         metadata = pickle.dumps(batch, protocol=pickle.HIGHEST_PROTOCOL)  # once for all stages
-        refs: list[ray.ObjectRef] = []
+        ref, refs = None, []
         for stage in self._group.stages:
-            refs.append(stage.step.remote(self._group.epoch, metadata, refs[-1] if refs else None))
+            ref = stage.step.remote(self._group.epoch, metadata, ref)
+            refs.append(ref)
         self._in_flight.append((batch.batch_id, refs))
 
     async def next_result(self) -> MicroBatchResult:

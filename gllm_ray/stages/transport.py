@@ -88,7 +88,12 @@ class ProcessGroupChannel:
         device_type: Where the group takes tensors: `cpu` for gloo, `cuda` for NCCL.
     """
 
-    def __init__(self, group: torch.distributed.ProcessGroup, end: int, device_type: str) -> None:
+    def __init__(
+        self,
+        group: "ProcessGroupGloo | torch.distributed.ProcessGroupNCCL",
+        end: int,
+        device_type: str,
+    ) -> None:
         self._group = group
         self._peer = 1 - end
         self._device_type = device_type

@@ -182,19 +182,24 @@ def test_stages_before_the_one_that_failed_do_not_wait_for_it(stages: RayStages)
 
 @pytest.mark.parametrize("model", ["missing", "too few layers listed"])
 def test_a_model_that_cannot_be_served_is_refused_and_leaves_no_actor(
-    tiny_llama: Path, ray_cluster: None, model: str
+    stages: RayStages, tiny_llama: Path, model: str
 ) -> None:
+    async def ids_of_stages() -> set[int]:
+        await stages.pipeline()
+        return set(await asyncio.gather(*(stage.ping.remote() for stage in stages.group.stages)))
+
     if model == "missing":
-        config = make_service_config(tiny_llama / "missing")
+        config = make_service_config(tiny_llama / "missing", cpus_per_stage=0.1)
     else:
-        config = make_service_config(tiny_llama, num_stages=1, layers=[3])
-    before = stage_processes()
+        config = make_service_config(tiny_llama, layers=[3], cpus_per_stage=0.1)
+    expected = asyncio.run(ids_of_stages())
+    assert stage_processes() == expected
     with pytest.raises(ConfigError):
         asyncio.run(start_stage_group(config))
     deadline = time.monotonic() + 5
-    while stage_processes() - before and time.monotonic() < deadline:
+    while stage_processes() != expected and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert stage_processes() - before == set()
+    assert stage_processes() == expected
 
 
 @pytest.mark.parametrize("stage_id", range(NUM_STAGES))
