@@ -12,7 +12,9 @@ from gllm_ray.config import PACKAGE_SCHEME, ModelConfig, resolve_package_path
 from gllm_ray.errors import ConfigError
 from gllm_ray.model.architectures import refusal_reason
 
-_DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+_METADATA_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+# Subfolders and consolidated files hold the same weights once more, in other layouts.
+_IGNORED_FILES = ["*/*", "consolidated*"]
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 _LENGTH_DEPENDENT_ROPES = ("longrope", "su")
 _INDEX_FILE = "model.safetensors.index.json"
@@ -27,7 +29,7 @@ class Checkpoint:
         directory: Where config.json lies.
         model_type: The architecture, in transformers' spelling.
         max_model_len: Tokens of prompt and output a sequence may have.
-        weight_files: The safetensors files; none for `load_format: dummy`.
+        weight_files: The safetensors files, where they were asked for.
     """
 
     directory: Path
@@ -36,21 +38,29 @@ class Checkpoint:
     weight_files: tuple[Path, ...]
 
 
-def open_checkpoint(model: ModelConfig) -> Checkpoint:
+def open_checkpoint(model: ModelConfig, *, with_weights: bool = False) -> Checkpoint:
     """Find a model and refuse what cannot be served, before any memory is taken.
+
+    Args:
+        model: Which model, and how it is to be loaded.
+        with_weights: Whether its weights are to be on this machine, unless they are dummies. Only
+            then are they downloaded; those of a local directory are checked in any case.
 
     Raises:
         ConfigError: The path is missing, holds no safetensors weights, wants code of its own, is
             quantized, is of an unsupported architecture, or is too short for `max_model_len`.
     """
-    directory = find_directory(model.path, model.revision)
+    reads_weights = model.load_format != "dummy"
+    directory = find_directory(
+        model.path, model.revision, with_weights=with_weights and reads_weights
+    )
     config = _read_json(directory / "config.json")
     if "auto_map" in config:
         raise ConfigError(
             f"model.path={model.path!r}: its config.json names code of its own (auto_map), and "
             "code from a checkpoint is never run; use a model that transformers knows"
         )
-    if "quantization_config" in config and model.load_format != "dummy":
+    if "quantization_config" in config and reads_weights:
         method = config["quantization_config"].get("quant_method")
         raise ConfigError(
             f"model.path={model.path!r}: its weights are quantized ({method}), which is not "
@@ -62,36 +72,50 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
         raise ConfigError(
             f"model.path={model.path!r}: model_type {model_type!r} is not supported: {reason}"
         )
+    is_complete = with_weights or _local_directory(model.path) is not None
     return Checkpoint(
         directory=directory,
         model_type=model_type,
         max_model_len=_max_model_len(model, config),
-        weight_files=() if model.load_format == "dummy" else _weight_files(directory, model.path),
+        weight_files=_weight_files(directory, model.path) if reads_weights and is_complete else (),
     )
 
 
-def find_directory(path: str, revision: str | None = None) -> Path:
+def find_directory(path: str, revision: str | None = None, *, with_weights: bool = False) -> Path:
     """The local directory of a path, a `package://` address or a Hugging Face model id.
+
+    A model id is downloaded, its weights only on request.
 
     Raises:
         ConfigError: There is no such directory, and no such model can be downloaded.
     """
-    directory = Path(resolve_package_path(path)).expanduser()
-    if directory.is_dir():
+    directory = _local_directory(path)
+    if directory is not None:
         return directory
-    is_model_id = path.count("/") <= 1 and not path.startswith((".", "/", "~", PACKAGE_SCHEME))
-    if not is_model_id:
-        raise ConfigError(f"model.path={path!r}: there is no directory {str(directory)!r}")
-    return _download(path, revision)
+    if path.count("/") > 1 or path.startswith((".", "/", "~", PACKAGE_SCHEME)):
+        raise ConfigError(
+            f"model.path={path!r}: there is no directory {resolve_package_path(path)!r}"
+        )
+    return _download(path, revision, [*_METADATA_FILES, *["*.safetensors"] * with_weights])
 
 
-def _download(model_id: str, revision: str | None) -> Path:
+def _local_directory(path: str) -> Path | None:
+    directory = Path(resolve_package_path(path)).expanduser()
+    return directory if directory.is_dir() else None
+
+
+def _download(model_id: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
-            snapshot_download(model_id, revision=revision, allow_patterns=_DOWNLOADED_FILES)
+            snapshot_download(
+                model_id,
+                revision=revision,
+                allow_patterns=files,
+                ignore_patterns=_IGNORED_FILES,
+            )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(

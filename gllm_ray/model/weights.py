@@ -61,12 +61,6 @@ class _LazyTensor:
         self._read_sizes.append(tensor.nbytes)
         return tensor
 
-    def get_shape(self) -> list[int]:
-        return self._piece.get_shape()
-
-    def get_dtype(self) -> str:
-        return self._piece.get_dtype()
-
 
 class DummyTensor:
     """Random values that depend on the tensor's name alone, made when indexed."""

@@ -74,7 +74,7 @@ class StageWorker:
         Raises:
             ConfigError: The checkpoint or the layer split cannot be served.
         """
-        checkpoint = open_checkpoint(self._config.model)
+        checkpoint = open_checkpoint(self._config.model, with_weights=True)
         self._prepare_device()
         model_config = AutoConfig.from_pretrained(checkpoint.directory)
         layers = self._layer_range(model_config)

@@ -1,16 +1,10 @@
 import functools
 
 import pytest
-import torch
 
 from gllm_ray.stages.local_pipeline import LocalPipeline
 from tests.numerics.models import SmallModel, make_small_model
 from tests.numerics.serving import service_config
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

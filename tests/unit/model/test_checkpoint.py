@@ -134,20 +134,43 @@ def test_a_package_address_leads_into_the_package():
     assert (directory / "checkpoint.py").is_file()
 
 
-def test_an_id_that_the_hub_cannot_provide_is_refused(tmp_path):
-    """Offline, so that the answer is the same with and without a network."""
-    script = "import sys; from gllm_ray.model.checkpoint import find_directory as f; f(sys.argv[1])"
-    result = subprocess.run(
-        [sys.executable, "-c", script, "someone/some-model"],
-        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""},
+def run_offline(script, hub_dir):
+    """Runs a script without a network, on whatever machine."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub_dir), "PATH": ""},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+OPEN = """
+from gllm_ray.config import ModelConfig
+from gllm_ray.model.checkpoint import open_checkpoint
+model = ModelConfig(path="someone/some-model")
+"""
+
+
+def test_an_id_that_the_hub_cannot_provide_is_refused(tmp_path):
+    result = run_offline(OPEN + "open_checkpoint(model)", tmp_path)
     assert result.returncode != 0
     last_line = result.stderr.strip().splitlines()[-1]
     assert "ConfigError: model.path='someone/some-model': there is no such directory" in last_line
     assert "revision main" in last_line
+
+
+def test_the_weights_of_an_id_are_needed_only_where_they_are_asked_for(tmp_path):
+    repository = tmp_path / "models--someone--some-model"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    (snapshot / "config.json").write_text(json.dumps(LLAMA))
+    result = run_offline(OPEN + "print(open_checkpoint(model).max_model_len)", tmp_path)
+    assert (result.stdout, result.stderr) == ("128\n", "")
+    result = run_offline(OPEN + "open_checkpoint(model, with_weights=True)", tmp_path)
+    assert "there is no model.safetensors" in result.stderr
 
 
 def test_checking_a_checkpoint_imports_no_tensor_library():
