@@ -134,3 +134,6 @@ class LocalService:
 
     async def check_health(self) -> None:
         await self._client.check_health()
+
+    async def server_info(self):
+        return {"model": self.model_name, "kv_utilization": self.scheduler.kv_utilization}

@@ -138,8 +138,8 @@ class Tokenizer:
         known = self._token_bytes.get(token_id)
         if known is None:
             token = self._backend.id_to_token(token_id)
-            has_text = token is not None and token_id not in self._special_ids
-            known = self._token_bytes[token_id] = _token_bytes(token) if has_text else b""
+            has_no_text = token is None or token_id in self._special_ids
+            known = self._token_bytes[token_id] = b"" if has_no_text else _token_bytes(token)
         return known
 
 

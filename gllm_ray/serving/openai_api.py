@@ -47,6 +47,9 @@ class GenerationService(Protocol):
             PipelineError: They cannot.
         """
 
+    async def server_info(self) -> dict[str, Any]:
+        """What is served, on which stages, and how busy it is; as JSON has it."""
+
 
 def build_api(service: GenerationService, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The application that serves one model."""

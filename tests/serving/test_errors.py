@@ -247,6 +247,11 @@ def test_health_is_that_of_the_engine(tokenizer):
         assert error_of(response)["message"] == "stage 0 died"
 
 
+def test_the_service_tells_about_itself(tokenizer):
+    info = call(tokenizer, "GET", "/server_info").json()
+    assert info == {"model": "demo/model", "kv_utilization": 0}
+
+
 def test_no_prompt_or_answer_is_logged(tokenizer, caplog):
     caplog.set_level(logging.DEBUG)
 

@@ -156,6 +156,9 @@ class RecitingService:
     async def check_health(self):
         pass
 
+    async def server_info(self):
+        return {}
+
 
 def recite(tokenizer, *steps, is_streamed=True):
     async def main():
