@@ -29,10 +29,9 @@ class SafetensorsReader:
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._read_sizes: list[int] = []
-        self._open_files = [_open(file) for file in files]
         self.tensors = {
             name: _LazyTensor(file.get_slice(name), self._read_sizes)
-            for file in self._open_files
+            for file in map(_open, files)
             for name in file.keys()  # noqa: SIM118 - a safetensors file is no mapping
         }
 
