@@ -6,8 +6,7 @@ GllmRayError
 ├── OverloadedError         the client may retry the same request later
 ├── ConfigError             the operator must change the configuration or the model files
 └── PipelineError           the pipeline broke while it held accepted requests
-    ├── StageLostError      a stage process died
-    └── StageTimeoutError   a stage made no progress before its deadline
+    └── StageLostError      a stage process died
 ```
 A message says what was given, what the limit is, and what to change.
 """
@@ -63,12 +62,21 @@ class ConfigError(GllmRayError):
 
 
 class PipelineError(GllmRayError):
-    """The pipeline cannot go on; every request it held ends with this error."""
+    """The pipeline cannot go on; every request it held ends with this error.
+
+    Attributes:
+        public_message: What a client is told. The error's own text may name hosts and paths.
+    """
+
+    public_message = "the pipeline failed while it held the request; send it again"
+
+    def __init__(self, message: str, *, public_message: str | None = None) -> None:
+        super().__init__(message)
+        if public_message is not None:
+            self.public_message = public_message
 
 
 class StageLostError(PipelineError):
     """A stage process died."""
 
-
-class StageTimeoutError(PipelineError):
-    """A stage made no progress before its deadline."""
+    public_message = "a stage of the pipeline was lost while it held the request; send it again"

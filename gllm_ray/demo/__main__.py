@@ -23,7 +23,7 @@ READY_TIMEOUT_S = 300.0
 _PHASES = [
     (re.compile(r"Started a local Ray instance"), "starting Serve"),
     (re.compile(r"loading shard (\d+)"), "loading shard {}"),
-    (re.compile(r"stage (\d+) loaded"), "shard {} loaded"),
+    (re.compile(r"loaded stage (\d+)"), "shard {} loaded"),
 ]
 _FAILURES = re.compile(r"(ConfigError: .*|Deploying app .* failed.*)")
 

@@ -120,7 +120,7 @@ class Engine:
     def _fail(self, error: PipelineError) -> None:
         logger.error("pipeline lost: %s", error)
         self._failure = error
-        self._deliver(self._scheduler.fail_all(str(error)))
+        self._deliver(self._scheduler.fail_all(error.public_message))
         self._has_events.set()
 
     def _deliver(self, events: list[TokenEvent]) -> None:

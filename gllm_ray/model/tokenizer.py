@@ -13,6 +13,7 @@ from tokenizers import decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from gllm_ray.config import ModelConfig
 from gllm_ray.errors import ConfigError, InvalidRequestError
 from gllm_ray.model.checkpoint import find_directory
 from gllm_ray.model.detokenizer import ByteLevelDecoder, Detokenizer, TextDecoder, WindowDecoder
@@ -89,6 +90,14 @@ class Tokenizer:
             stop_token_ids=frozenset(_token_ids(eos)),
             vocab_size=config.get("vocab_size"),
         )
+
+    @classmethod
+    def for_model(cls, model: ModelConfig) -> Self:
+        """Load the tokenizer that a configuration names; see `load`."""
+        if model.tokenizer is None:
+            return cls.load(model.path, model.revision)
+        directory = find_directory(model.path, model.revision)
+        return cls.load(model.tokenizer, model_directory=directory)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with the special tokens the model expects around one."""

@@ -61,7 +61,8 @@ class HttpError:
                 return cls(429, message, "rate_limit_error", "server_busy", headers=retry)
             case PipelineError():
                 retry = {"Retry-After": str(_PIPELINE_RETRY_AFTER_S)}
-                return cls(503, str(error), "server_error", "engine_unavailable", headers=retry)
+                message = error.public_message
+                return cls(503, message, "server_error", "engine_unavailable", headers=retry)
         return cls(500, "internal error", "server_error", "server_error")
 
     def body(self) -> str:

@@ -30,15 +30,12 @@ class LLMServer:
         log_with_serve()
         self._config = config
         self._pipeline = await PipelineReplica.start(config, get_current_placement_group())
-        model = config.model
-        self.model_name = model.name
+        self.model_name = config.model.name
         self.max_model_len = self._pipeline.max_model_len
-        self.tokenizer = await asyncio.to_thread(
-            Tokenizer.load, model.tokenizer or model.path, model.revision
-        )
+        self.tokenizer = await asyncio.to_thread(Tokenizer.for_model, config.model)
         self._client = EngineClient(self._pipeline)
         await self._client.start()
-        logger.info("ready: model=%s num_stages=%d", model.name, config.pipeline.num_stages)
+        logger.info("ready: model=%s num_stages=%d", self.model_name, config.pipeline.num_stages)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is initialized; the routes then close over it."""

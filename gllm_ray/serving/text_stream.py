@@ -47,7 +47,8 @@ def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokeniz
     text, num_tokens = "", 0
     for event in events:
         if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
-            raise PipelineError(event.error or "the server ended the request early; send it again")
+            reason = event.error or "the server ended the request early; send it again"
+            raise PipelineError(reason, public_message=reason)
         if event.token_id is not None:
             num_tokens += 1
             # A token that ends the output has no text.

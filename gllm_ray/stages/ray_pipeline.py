@@ -33,7 +33,7 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import GllmRayError, PipelineError, StageLostError
 from gllm_ray.messages import MicroBatch, MicroBatchResult, StageInfo
 from gllm_ray.model.checkpoint import open_checkpoint
-from gllm_ray.partition import size_kv_cache
+from gllm_ray.partition import describe_stage, size_kv_cache
 from gllm_ray.stages.placement import start_stage
 
 logger = logging.getLogger(__name__)
@@ -225,17 +225,9 @@ def _reason(error: BaseException) -> str:
 
 
 async def _load(stage_id: int, stage: ActorHandle) -> StageInfo:
+    logger.info("loading shard %d", stage_id)
     info = await _ask(stage.load.remote(), f"stage {stage_id}")
-    logger.info(
-        "stage %d loaded on %s: layers %d-%d, %.1f M parameters, %.1f MB, room for %d KV blocks",
-        stage_id,
-        info.node,
-        info.first_layer,
-        info.last_layer - 1,
-        info.num_parameters / 1e6,
-        info.weight_bytes / 1e6,
-        info.max_kv_blocks,
-    )
+    logger.info("loaded %s", describe_stage(info))
     return info
 
 

@@ -157,3 +157,8 @@ def test_what_cannot_be_served_is_refused_by_name(client, service, options, erro
             **({"model": service.model, "messages": [{"role": "user", "content": "hi"}]} | options)
         )
     assert all(word in str(caught.value) for word in words)
+
+
+def test_the_request_id_of_the_client_comes_back_once(service):
+    response = httpx.get(f"{service.base_url}/health", headers={"X-Request-Id": "my-id"})
+    assert response.headers.get_list("x-request-id") == ["my-id"]

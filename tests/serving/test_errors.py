@@ -16,7 +16,6 @@ from gllm_ray.errors import (
     OverloadedError,
     PipelineError,
     StageLostError,
-    StageTimeoutError,
 )
 from gllm_ray.serving.errors import install_error_handlers
 from gllm_ray.serving.openai_protocol import ChatCompletionRequest
@@ -52,7 +51,6 @@ TABLE = [
     (OverloadedError("full", retry_after_s=1.2), 429, "server_busy", "2"),
     (PipelineError("broke"), 503, "engine_unavailable", "5"),
     (StageLostError("broke"), 503, "engine_unavailable", "5"),
-    (StageTimeoutError("broke"), 503, "engine_unavailable", "5"),
     (ConfigError("/secret/path"), 500, "server_error", None),
     (ZeroDivisionError("/secret/path"), 500, "server_error", None),
 ]
@@ -244,7 +242,7 @@ def test_health_is_that_of_the_engine(tokenizer):
     assert (healthy.status_code, models.status_code) == (200, 200)
     for response in (failed, unhealthy):
         assert response.status_code == 503
-        assert error_of(response)["message"] == "stage 0 died"
+        assert error_of(response)["message"] == StageLostError.public_message
 
 
 def test_the_service_tells_about_itself(tokenizer):

@@ -89,7 +89,7 @@ def test_a_lost_stage_ends_every_open_request_and_refuses_new_ones():
 
     events = asyncio.run(scenario())
     assert {event.finish_reason for event in events} == {FinishReason.ERROR}
-    assert {event.error for event in events} == {"stage 1 on host x died"}
+    assert {event.error for event in events} == {StageLostError.public_message}
 
 
 def test_a_waiting_reader_learns_that_the_pipeline_broke():
