@@ -8,6 +8,7 @@ engine and the engine.
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -183,3 +184,10 @@ class EngineLoad:
     num_in_flight: int
     kv_utilization: float
     num_preemptions: int
+
+
+class EdgeAddress(NamedTuple):
+    """Where the upstream end of an edge waits for the downstream end."""
+
+    host: str
+    port: int

@@ -1,11 +1,9 @@
-"""Engines from a configuration."""
+"""An engine from a configuration and a pipeline."""
 
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.engine import Engine
 from gllm_ray.interfaces import Pipeline
-from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.scheduling import Scheduler, make_policy
-from gllm_ray.stages.local_pipeline import LocalPipeline
 
 
 def build_engine(
@@ -22,16 +20,3 @@ def build_engine(
         max_decodes=config.scheduler.max_decodes,
     )
     return Engine(scheduler, pipeline)
-
-
-def build_local_engine(config: ServiceConfig) -> Engine:
-    """An engine with all stages in this process, for notebooks and tests; blocks while it loads.
-
-    Raises:
-        ConfigError: The model cannot be served as configured.
-    """
-    pipeline = LocalPipeline.start(config)
-    max_model_len = open_checkpoint(config.model).max_model_len
-    return build_engine(
-        config, pipeline, num_blocks=pipeline.num_blocks, max_model_len=max_model_len
-    )

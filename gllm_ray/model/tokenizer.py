@@ -5,22 +5,23 @@ Only what the `tokenizers` library can read is served, and never code that came 
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from jinja2 import TemplateError
 from tokenizers import decoders
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gllm_ray.config import ModelConfig
 from gllm_ray.errors import ConfigError, InvalidRequestError
 from gllm_ray.model.checkpoint import find_directory
 from gllm_ray.model.detokenizer import ByteLevelDecoder, Detokenizer, TextDecoder, WindowDecoder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 # Enough for any decoder to see whether the first output token continues a text.
 _NUM_CONTEXT_TOKENS = 8
-_BYTE_OF_CHAR = {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 class Tokenizer:
@@ -37,7 +38,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: "PreTrainedTokenizerFast",
         *,
         stop_token_ids: frozenset[int] = frozenset(),
         vocab_size: int | None = None,
@@ -72,6 +73,9 @@ class Tokenizer:
         Raises:
             ConfigError: There is no tokenizer, or it needs code from the model's repository.
         """
+        # It imports torch, which is for those who load a tokenizer to wait for.
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
         directory = find_directory(path, revision)
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -154,9 +158,17 @@ class Tokenizer:
 
 def _token_bytes(token: str) -> bytes:
     """What a byte-level decoder makes of a token; an added one may be spelled as plain text."""
-    if all(char in _BYTE_OF_CHAR for char in token):
-        return bytes(_BYTE_OF_CHAR[char] for char in token)
+    byte_of_char = _byte_of_char()
+    if all(char in byte_of_char for char in token):
+        return bytes(byte_of_char[char] for char in token)
     return token.encode()
+
+
+@cache
+def _byte_of_char() -> dict[str, int]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -29,10 +29,13 @@ class LLMServer:
     async def __init__(self, config: ServiceConfig) -> None:
         log_with_serve()
         self._config = config
+        loading_tokenizer = asyncio.create_task(
+            asyncio.to_thread(Tokenizer.for_model, config.model)
+        )
         self._pipeline = await PipelineReplica.start(config, get_current_placement_group())
+        self.tokenizer = await loading_tokenizer
         self.model_name = config.model.name
         self.max_model_len = self._pipeline.max_model_len
-        self.tokenizer = await asyncio.to_thread(Tokenizer.for_model, config.model)
         self._client = EngineClient(self._pipeline)
         await self._client.start()
         logger.info("ready: model=%s num_stages=%d", self.model_name, config.pipeline.num_stages)

@@ -1,35 +1,11 @@
-"""A stage as a Ray actor: order, epochs and transport around a `StageWorker`."""
+"""A `Stage` as a Ray actor."""
 
-import logging
 import os
-import pickle
-import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import ray
-import torch
 
 from gllm_ray.config import ServiceConfig
-from gllm_ray.errors import GllmRayError, PipelineError
-from gllm_ray.messages import MicroBatch, StageInfo, StepInterval
-from gllm_ray.stages.transport import (
-    DOWNSTREAM,
-    UPSTREAM,
-    ActivationChannel,
-    EdgeAddress,
-    ObjectStoreChannel,
-    find_edge,
-    host_edge,
-    join_edge,
-    resolve_transport,
-)
-from gllm_ray.stages.worker import StageWorker
-
-logger = logging.getLogger(__name__)
-
-_NUM_INTERVALS = 4096
+from gllm_ray.messages import EdgeAddress, StageInfo, StepInterval
 
 
 # No restarts: Ray's own would come back with an empty KV cache and compute wrong tokens.
@@ -37,7 +13,7 @@ _NUM_INTERVALS = 4096
     max_restarts=0, max_task_retries=0, enable_task_events=False, concurrency_groups={"ctl": 2}
 )
 class StageActor:
-    """Holds one stage of a pipeline.
+    """Runs a `Stage`, whose methods these are, in a process of its own.
 
     Methods run one at a time in the order they were called, except those of group `ctl`, which
     answer while a step runs.
@@ -48,108 +24,30 @@ class StageActor:
     """
 
     def __init__(self, config: ServiceConfig, stage_id: int) -> None:
-        self._config = config
-        self._stage_id = stage_id
-        self._host = ray.util.get_node_ip_address()
-        self._transport = resolve_transport(config.pipeline)
-        self._store: torch.distributed.TCPStore | None = None
-        self._inbound: ActivationChannel | None = None
-        self._outbound: ActivationChannel | None = None
-        self._epoch: int | None = None
-        self._last_batch_id = -1
-        self._intervals: deque[StepInterval] = deque(maxlen=_NUM_INTERVALS)
+        # Torch is imported where a stage runs, and not by all who hold a handle of it.
+        from gllm_ray.stages.stage import Stage
+
+        self._stage = Stage(config, stage_id)
 
     def load(self) -> StageInfo:
-        """Build the shard and read its weights.
-
-        Raises:
-            ConfigError: The model cannot be served as configured.
-        """
-        with self._outermost("load"):
-            self._worker = StageWorker(self._config, self._stage_id)
-            return self._worker.load()
+        """See `Stage.load`."""
+        return self._stage.load()
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
-        """Take the memory of `num_blocks` KV blocks."""
-        with self._outermost("allocate its KV cache"):
-            self._worker.allocate_kv_cache(num_blocks)
+        """See `Stage.allocate_kv_cache`."""
+        self._stage.allocate_kv_cache(num_blocks)
 
     def open_edge(self) -> EdgeAddress | None:
-        """Open a new rendezvous for the edge to the next stage.
-
-        Returns:
-            Its address for the next stage's `connect`, or None if the transport needs none.
-        """
-        if self._transport == "object_store":
-            return None
-        with self._outermost("open its edge"):
-            self._store = host_edge(self._host)
-            return EdgeAddress(self._host, self._store.port)
+        """See `Stage.open_edge`."""
+        return self._stage.open_edge()
 
     def connect(self, epoch: int, previous: EdgeAddress | None) -> None:
-        """Join this stage's edges and accept the steps of `epoch`, and of no other.
-
-        Both ends of an edge wait for each other, so all stages connect at once.
-
-        Args:
-            epoch: Raised by the owner each time the pipeline is put together anew.
-            previous: What the previous stage's `open_edge` returned; None for the first stage.
-        """
-        with self._outermost("connect to its neighbours"):
-            self._close_inbound()
-            if self._outbound is not None:
-                self._outbound.close()
-                self._outbound = None
-            if self._transport == "object_store":
-                self._inbound = self._outbound = ObjectStoreChannel()
-            else:
-                if previous is not None:
-                    self._inbound = join_edge(
-                        self._transport, find_edge(previous), DOWNSTREAM, self._host
-                    )
-                if self._store is not None:
-                    self._outbound = join_edge(self._transport, self._store, UPSTREAM, self._host)
-            self._last_batch_id = -1
-            self._epoch = epoch
+        """See `Stage.connect`."""
+        self._stage.connect(epoch, previous)
 
     def step(self, epoch: int, metadata: bytes, carried: object) -> object:
-        """Run one micro-batch through this stage.
-
-        Args:
-            epoch: The epoch the caller believes the pipeline is in.
-            metadata: The pickled `MicroBatch`.
-            carried: The previous stage's step: orders the two, carries its failure, and on the
-                object store its hidden states. None for the first stage.
-
-        Returns:
-            The sampled token ids on the last stage, else what the next stage's step must carry.
-
-        Raises:
-            PipelineError: The epoch is not the connected one, or the step failed. After a failure
-                every step is refused until the stage is connected again.
-        """
-        if epoch != self._epoch:
-            raise PipelineError(
-                f"stage {self._stage_id} refuses a micro-batch of epoch {epoch}: it is connected "
-                f"for epoch {self._epoch}"
-            )
-        batch: MicroBatch = pickle.loads(metadata)
-        with self._outermost(f"run micro-batch {batch.batch_id}"):
-            if batch.batch_id <= self._last_batch_id:
-                raise PipelineError(
-                    f"stage {self._stage_id} got micro-batch {batch.batch_id} after "
-                    f"{self._last_batch_id}"
-                )
-            self._last_batch_id = batch.batch_id
-            hidden = self._receive(batch, carried)
-            start_s = time.time()
-            output = self._worker.execute(batch, hidden)
-            self._intervals.append(
-                StepInterval(batch_id=batch.batch_id, start_s=start_s, end_s=time.time())
-            )
-            if self._worker.is_last:
-                return output
-            return self._outbound.send(batch.batch_id, output)
+        """See `Stage.step`."""
+        return self._stage.step(epoch, metadata, carried)
 
     @ray.method(concurrency_group="ctl")
     def ping(self) -> int:
@@ -158,42 +56,5 @@ class StageActor:
 
     @ray.method(concurrency_group="ctl")
     def intervals(self) -> tuple[StepInterval, ...]:
-        """When this stage computed its latest micro-batches, oldest first."""
-        return tuple(self._intervals)
-
-    def _receive(self, batch: MicroBatch, carried: object) -> torch.Tensor | None:
-        """The previous stage's output, [batch.num_tokens, hidden_size]; None on the first stage."""
-        worker = self._worker
-        if worker.is_first:
-            return None
-        hidden = torch.empty(
-            batch.num_tokens, worker.hidden_size, dtype=worker.dtype, device=worker.device
-        )
-        self._inbound.receive(batch.batch_id, carried, hidden)
-        return hidden
-
-    @contextmanager
-    def _outermost(self, action: str) -> Iterator[None]:
-        """Name this stage in whatever goes wrong, and refuse steps from then on."""
-        try:
-            yield
-        except GllmRayError:
-            self._break()
-            raise
-        except Exception as error:
-            self._break()
-            logger.exception("stage %d failed to %s", self._stage_id, action)
-            raise PipelineError(
-                f"stage {self._stage_id} failed to {action}: {type(error).__name__}: {error}"
-            ) from error
-
-    def _break(self) -> None:
-        self._epoch = None
-        # Else the previous stage would wait for receives that never come. The other edge stays:
-        # the next stage may still have to receive earlier micro-batches.
-        self._close_inbound()
-
-    def _close_inbound(self) -> None:
-        if self._inbound is not None:
-            self._inbound.close()
-            self._inbound = None
+        """See `Stage.intervals`."""
+        return self._stage.intervals()

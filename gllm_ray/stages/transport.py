@@ -6,13 +6,14 @@ lost stage invalidates its own edges and not the whole pipeline.
 
 from collections import deque
 from datetime import timedelta
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch.distributed import ProcessGroupGloo, TCPStore
 
 from gllm_ray.config import PipelineConfig
+from gllm_ray.messages import EdgeAddress
 
 Transport = Literal["nccl", "gloo", "object_store"]
 
@@ -24,13 +25,6 @@ _TIMEOUT = timedelta(seconds=60)
 # Sends that may be under way at once; each keeps its hidden states alive.
 _MAX_PENDING_SENDS = 4
 _NUM_TAGS = 2**31
-
-
-class EdgeAddress(NamedTuple):
-    """Where the upstream end of an edge waits for the downstream end."""
-
-    host: str
-    port: int
 
 
 class ActivationChannel(Protocol):
