@@ -1,4 +1,4 @@
-"""`serve run configs/demo.yaml` as a user runs it, once for all tests here."""
+"""`serve run configs/demo.yaml` as a user runs it, once for all tests here, and gone after them."""
 
 import os
 import time
@@ -40,7 +40,7 @@ class Service:
         return load
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(tmp_path_factory):
     config = yaml.safe_load((REPOSITORY / "configs/demo.yaml").read_text())
     port = config["http_options"]["port"] = free_port()
@@ -96,6 +96,6 @@ class Truth:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def truth():
     return Truth()

@@ -84,8 +84,10 @@ def test_the_table_knows_every_error_of_ours():
     def leaves(kind):
         return {kind}.union(*(leaves(child) for child in kind.__subclasses__()))
 
+    # Ray derives classes of its own from ours.
+    ours = {kind for kind in leaves(GllmRayError) if kind.__module__ == GllmRayError.__module__}
     known = {type(error) for error, *_ in TABLE}
-    assert leaves(GllmRayError) - {GllmRayError} == known - {ZeroDivisionError}
+    assert ours - {GllmRayError} == known - {ZeroDivisionError}
 
 
 @pytest.mark.parametrize(
