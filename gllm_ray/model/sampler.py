@@ -13,13 +13,19 @@ from gllm_ray.messages import SamplingParams
 
 # Enough candidates for nearly every row; the few rows that need more are sorted in full.
 _NUM_CANDIDATES = 256
+# Logits that are drawn from at a time; a sort in full takes some 70 bytes for each.
+_MAX_WORKSPACE = 2**22
+# Below this the most likely token is all but certain, so it is taken as it is.
+_MIN_TEMPERATURE = 1e-5
+# Wider than any real logit, and no difference of two overflows over `_MIN_TEMPERATURE`.
+_MAX_LOGIT = 1e30
 _MASK_64 = 2**64 - 1
 
 
 def sample(
     logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
 ) -> tuple[int, ...]:
-    """Draw one token per row.
+    """Draw one token per row; a row of whatever numbers, NaN included, gets a valid one.
 
     Args:
         logits: `[rows, vocab_size]`.
@@ -29,11 +35,13 @@ def sample(
     if not params:
         return ()
     tokens = logits.argmax(dim=-1)
-    drawn = [row for row, rule in enumerate(params) if rule.temperature > 0]
-    if drawn:
-        rules = [params[row] for row in drawn]
-        uniforms = [uniform(params[row].seed, positions[row]) for row in drawn]
-        tokens[drawn] = _draw(logits[drawn].float(), rules, uniforms)
+    drawn = [row for row, rule in enumerate(params) if rule.temperature >= _MIN_TEMPERATURE]
+    step = max(1, _MAX_WORKSPACE // logits.shape[-1])
+    for first in range(0, len(drawn), step):
+        rows = drawn[first : first + step]
+        rules = [params[row] for row in rows]
+        uniforms = [uniform(params[row].seed, positions[row]) for row in rows]
+        tokens[rows] = _draw(logits[rows].float(), rules, uniforms)
     return tuple(tokens.tolist())
 
 
@@ -65,7 +73,9 @@ def _draw(
         device=logits.device,
         dtype=torch.float64,
     )
-    log_probs = torch.log_softmax(logits / columns[:, :1].float(), dim=-1)
+    logits = logits.nan_to_num_(nan=-_MAX_LOGIT).clamp_(-_MAX_LOGIT, _MAX_LOGIT)
+    logits = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(columns[:, :1].float())
+    log_probs = torch.log_softmax(logits, dim=-1)
     tokens, is_done = _draw_among(log_probs, min(_NUM_CANDIDATES, vocab_size), columns)
     rest = (~is_done).nonzero().flatten()
     if len(rest):
@@ -98,7 +108,7 @@ def _draw_among(
     kept_mass = torch.where(keeps_all, 1.0, (candidates * kept).sum(dim=-1, keepdim=True))
     target = uniforms * kept_mass
     rank = (cumulative <= target).sum(dim=-1, keepdim=True)
-    rank = rank.clamp(max=kept.sum(dim=-1, keepdim=True) - 1)
+    rank = rank.minimum(kept.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     is_mass_known = keeps_all_ranks | (top_k <= num_candidates) | (top_p >= 1)
     is_cut_inside = ~kept[:, -1:] & is_mass_known
     is_done = is_cut_inside | (keeps_all & (target < cumulative[:, -1:]))

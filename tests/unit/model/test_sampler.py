@@ -1,4 +1,5 @@
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -36,6 +37,66 @@ def test_a_draw_depends_on_its_own_row_alone(params, vocab_size, seed):
         for row in range(len(params))
     ]
     assert list(together) == alone
+
+
+any_rules = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 5e-324, 1e-45, 1e-40, 1e-6, 1e-5, 1.0, 1e39, math.inf])
+    | st.floats(0, 2),
+    top_p=st.sampled_from([5e-324, 1e-9, 0.5, 1.0]),
+    top_k=st.sampled_from([0, 1, 255, 256, 257, 2**62]),
+    min_p=st.sampled_from([0.0, 5e-324, 0.5, 1.0]),
+    seed=st.integers(),
+)
+extremes = [0.0, 1.0, 1e30, -1e30, 3e38, -3e38, 1e-45, math.inf, -math.inf, math.nan]
+sparse_rows = st.lists(st.tuples(st.integers(0, 699), st.sampled_from(extremes)), max_size=5)
+
+
+@given(
+    st.lists(any_rules, min_size=1, max_size=3),
+    st.sampled_from([1, 40, 700]),
+    st.sampled_from([*extremes, "normal"]),
+    sparse_rows,
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(deadline=None, max_examples=300)
+def test_any_logits_and_any_rules_give_a_token_of_the_vocabulary(
+    params, vocab_size, background, outliers, dtype
+):
+    logits = random_logits(len(params), vocab_size)
+    if background != "normal":
+        logits.fill_(background)
+    for token, value in outliers:
+        logits[:, token % vocab_size] = value
+    logits = logits.to(dtype)
+    before = logits.clone()
+    tokens = sample(logits, params, range(len(params)))
+    assert all(0 <= token < vocab_size for token in tokens)
+    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-6, 1e-5])
+def test_the_lowest_temperatures_take_the_most_likely(temperature):
+    logits = random_logits(3, 700)
+    params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(3)]
+    assert sample(logits, params, range(3)) == tuple(logits.argmax(dim=-1).tolist())
+
+
+def test_a_token_whose_logit_is_nan_or_minus_infinity_is_not_drawn():
+    logits = torch.zeros(40)
+    logits[::2], logits[1::4] = math.nan, -math.inf
+    assert set(draw_many(logits, 400, temperature=2.0)) == set(range(3, 40, 4))
+
+
+@given(st.lists(rules, min_size=1, max_size=6), st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_the_slices_of_rows_change_no_draw(params, seed):
+    logits = random_logits(len(params), 700, seed, std=0.1)
+    positions = range(len(params))
+    whole = sample(logits, params, positions)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "_MAX_WORKSPACE", 2 * 700)
+        assert sample(logits, params, positions) == whole
 
 
 @given(rules, st.integers(0, 99), st.floats(0.1, 8), st.booleans())
@@ -108,6 +169,22 @@ def test_kept_tokens_keep_their_proportions():
 def test_a_flat_row_wider_than_the_shortlist_reaches_its_last_token():
     draws = draw_many(torch.zeros(400), 8000, temperature=1.0)
     assert set(draws) == set(range(400))
+
+
+def test_the_memory_of_a_draw_does_not_grow_with_the_rows(monkeypatch):
+    vocab_size = 4096
+    monkeypatch.setattr(sampler, "_MAX_WORKSPACE", 2 * vocab_size)
+    peaks = []
+    for num_rows in (2, 64):
+        logits, params = torch.zeros(num_rows, vocab_size), [SamplingParams(temperature=2.0)]
+        with torch.profiler.profile(profile_memory=True) as profile:
+            sample(logits, params * num_rows, range(num_rows))
+        changes = [event for event in profile.profiler.kineto_results.events() if event.nbytes()]
+        held = accumulate(
+            event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())
+        )
+        peaks.append(max(held))
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 def test_uniforms_are_even_and_change_with_seed_and_position():
