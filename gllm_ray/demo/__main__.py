@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from gllm_ray.demo.chat import ChatTiming, get_json, stream_chat
-from gllm_ray.demo.serve_process import ServeProcess, free_port
+from gllm_ray.demo.serve_process import INTERRUPTS, ServeProcess, free_port
 
 CONFIG_FILE = Path("configs/demo.yaml")
 PROMPT = "Write a function that returns the largest number in a list."
@@ -25,6 +25,7 @@ _PHASES = [
     (re.compile(r"loading shard (\d+)"), "loading shard {}"),
     (re.compile(r"loaded stage (\d+)"), "shard {} loaded"),
 ]
+_READY = re.compile(r"ready: model=")
 _FAILURES = re.compile(r"(ConfigError: .*|Deploying app .* failed.*)")
 
 
@@ -35,7 +36,8 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=CONFIG_FILE, help="the Serve file to run")
     parser.add_argument("--port", type=int, help="instead of the file's port; 0: any free one")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for interrupt in INTERRUPTS:
+        signal.signal(interrupt, _interrupt)
     try:
         with _with_free_port(arguments.config, arguments.port) as (config_file, port):
             return _run(config_file, f"http://127.0.0.1:{port}", is_once=arguments.once)
@@ -76,11 +78,13 @@ def _wait_until_ready(service: ServeProcess, base_url: str, start: float) -> dic
         service.raise_if_ended()
         for phase in _phases_of(service):
             progress.show(phase)
-        with contextlib.suppress(OSError, ValueError):
-            server_info = get_json(f"{base_url}/server_info")
-            progress.show("ready")
-            progress.end()
-            return server_info
+        # The address alone does not tell: another service may have answered there.
+        if any(_READY.search(line) for line in service.log_lines()):
+            with contextlib.suppress(OSError, ValueError):
+                server_info = get_json(f"{base_url}/server_info")
+                progress.show("ready")
+                progress.end()
+                return server_info
         if time.monotonic() - start > READY_TIMEOUT_S:
             raise TimeoutError(f"not ready after {READY_TIMEOUT_S:.0f} s:\n{service.log_tail()}")
         time.sleep(0.2)

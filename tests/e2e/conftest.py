@@ -1,27 +1,73 @@
-"""`serve run configs/demo.yaml` as a user runs it, once for all tests here, and gone after them."""
+"""`make demo`, which is `serve run configs/demo.yaml`, once for all tests here."""
 
 import os
+import re
+import signal
+import subprocess
+import sys
+import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gllm_ray.config import resolve_package_path
 from gllm_ray.demo.chat import get_json
-from gllm_ray.demo.serve_process import ServeProcess, free_port
 
 REPOSITORY = Path(__file__).parents[2]
-READY_TIMEOUT_S = 180
+READY_TIMEOUT_S = 115
 
 
-@dataclass(frozen=True)
 class Service:
-    base_url: str
-    model: str
+    """The demo command as a process.
+
+    Attributes:
+        output: What it printed until it was ready.
+    """
+
+    def __init__(self):
+        self._demo = subprocess.Popen(
+            [sys.executable, "-m", "gllm_ray.demo", "--port", "0"],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"RAY_memory_monitor_refresh_ms": "0"},
+        )
+        self.output = self._read_until_ready()
+        self.base_url = re.search(r"http://[\d.]+:\d+", self.output).group()
+        self.model = self.info()["model"]
+
+    def _read_until_ready(self):
+        watchdog = threading.Timer(READY_TIMEOUT_S, self._demo.terminate)
+        watchdog.start()
+        output = ""
+        for line in self._demo.stdout:
+            output += line
+            if "until Ctrl-C" in line:
+                watchdog.cancel()
+                return output
+        pytest.fail(f"the demo ended before it was ready:\n{output}")
+
+    def processes(self):
+        """Everything the demo has started."""
+        return psutil.Process(self._demo.pid).children(recursive=True)
+
+    def press_ctrl_c(self):
+        self._demo.send_signal(signal.SIGINT)
+
+    def wait_for_end(self):
+        """The exit status, and what was printed since the demo was ready."""
+        output = self._demo.stdout.read()
+        return self._demo.wait(), output
+
+    def end(self):
+        if self._demo.poll() is None:
+            self.press_ctrl_c()
+            self.wait_for_end()
 
     def info(self):
         return get_json(f"{self.base_url}/server_info")
@@ -41,27 +87,10 @@ class Service:
 
 
 @pytest.fixture(scope="package")
-def service(tmp_path_factory):
-    config = yaml.safe_load((REPOSITORY / "configs/demo.yaml").read_text())
-    port = config["http_options"]["port"] = free_port()
-    config_file = tmp_path_factory.mktemp("serve") / "demo.yaml"
-    config_file.write_text(yaml.safe_dump(config))
-    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-    with ServeProcess(config_file) as process:
-        yield wait_until_ready(process, f"http://127.0.0.1:{port}")
-
-
-def wait_until_ready(process, base_url):
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline:
-        process.raise_if_ended()
-        try:
-            info = get_json(f"{base_url}/server_info")
-        except OSError:
-            time.sleep(0.3)
-        else:
-            return Service(base_url, info["model"])
-    pytest.fail(f"the service is not ready:\n{process.log_tail()}")
+def service():
+    service = Service()
+    yield service
+    service.end()
 
 
 class Truth:

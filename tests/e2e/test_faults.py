@@ -5,14 +5,13 @@ import signal
 import time
 
 import openai
-import psutil
 import pytest
 
 RECOVERY_TIMEOUT_S = 90
 
 
-def stage_process():
-    for process in psutil.Process().children(recursive=True):
+def stage_process(service):
+    for process in service.processes():
         if process.name().startswith("ray::StageActor"):
             return process.pid
     pytest.fail("there is no stage process")
@@ -28,7 +27,7 @@ def test_open_streams_end_with_an_error_and_the_replica_is_replaced(service):
             extra_body={"ignore_eos": True},
         )
         next(iter(stream))
-        os.kill(stage_process(), signal.SIGKILL)
+        os.kill(stage_process(service), signal.SIGKILL)
         killed = time.monotonic()
         with pytest.raises(openai.APIError, match="stage"):
             list(stream)
