@@ -4,6 +4,7 @@
 `ConfigError`, one line a mistake; nothing is coerced, ignored or silently replaced.
 """
 
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,7 +80,8 @@ class ModelConfig(StrictModel):
     def _check(self) -> Self:
         if self.path.startswith(PACKAGE_SCHEME) and not _PACKAGE_PATH.fullmatch(self.path):
             raise ValueError(f"path={self.path!r}: must be package://<package>/<directory>")
-        if self.revision is not None and self.path.startswith((PACKAGE_SCHEME, "/", ".")):
+        is_directory = self.path.startswith((PACKAGE_SCHEME, "/", ".", "~"))
+        if self.revision is not None and (is_directory or os.path.isdir(self.path)):
             raise ValueError(
                 f"revision={self.revision!r}: must be left out when path is a directory"
             )
@@ -109,7 +111,7 @@ class PipelineConfig(StrictModel):
     )
     activation_transport: Literal["auto", "nccl", "gloo", "object_store"] = Field(
         default="auto",
-        description="How hidden states travel; auto: nccl on cuda, gloo on cpu.",
+        description="How hidden states travel; auto: nccl between whole GPUs, else gloo.",
     )
     max_in_flight: int | None = Field(
         default=None, ge=1, description="Micro-batches in flight; null: as many as stages."
@@ -126,8 +128,14 @@ class PipelineConfig(StrictModel):
             raise ValueError(
                 "activation_transport='nccl': must be auto, gloo or object_store when device is cpu"
             )
-        for key, unset in (("accelerator_type", None), ("gpus_per_stage", 1.0)):
-            if self.device == "cpu" and (value := getattr(self, key)) != unset:
+        if self.activation_transport == "nccl" and self.gpus_per_stage < 1:
+            raise ValueError(
+                "activation_transport='nccl': must be auto, gloo or object_store when "
+                f"gpus_per_stage={self.gpus_per_stage} lets stages share a GPU"
+            )
+        for key in ("accelerator_type", "gpus_per_stage"):
+            value = getattr(self, key)
+            if self.device == "cpu" and key in self.model_fields_set and value is not None:
                 raise ValueError(f"{key}={value!r}: must be left out when device is cpu")
         return self
 
@@ -146,7 +154,7 @@ class KvCacheConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.kv_cache_bytes is not None and self.memory_utilization != 0.9:
+        if self.kv_cache_bytes is not None and "memory_utilization" in self.model_fields_set:
             raise ValueError(
                 f"memory_utilization={self.memory_utilization}: must be left out when "
                 "kv_cache_bytes is given"
@@ -217,6 +225,11 @@ class DeploymentConfig(StrictModel):
         if self.min_replicas > self.max_replicas:
             raise ValueError(
                 f"min_replicas={self.min_replicas}: must be <= max_replicas={self.max_replicas}"
+            )
+        if self.target_ongoing_requests > self.max_ongoing_requests:
+            raise ValueError(
+                f"target_ongoing_requests={self.target_ongoing_requests:g}: must be <= "
+                f"max_ongoing_requests={self.max_ongoing_requests}, or no replica is ever added"
             )
         return self
 

@@ -115,10 +115,11 @@ class ProcessGroupChannel:
 
 
 def resolve_transport(pipeline: PipelineConfig) -> Transport:
-    """The transport in force: `auto` follows the device."""
+    """The transport in force: `auto` never puts two ranks of NCCL on one GPU."""
     if pipeline.activation_transport != "auto":
         return pipeline.activation_transport
-    return "nccl" if pipeline.device == "cuda" else "gloo"
+    is_alone = pipeline.device == "cuda" and pipeline.gpus_per_stage == 1
+    return "nccl" if is_alone else "gloo"
 
 
 def host_edge(host: str) -> TCPStore:

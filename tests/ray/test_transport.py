@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import pytest
 import torch
 
+from gllm_ray.config import PipelineConfig
 from gllm_ray.stages.transport import (
     DOWNSTREAM,
     UPSTREAM,
@@ -15,6 +16,7 @@ from gllm_ray.stages.transport import (
     find_edge,
     host_edge,
     join_edge,
+    resolve_transport,
 )
 
 LOOPBACK = "127.0.0.1"
@@ -40,6 +42,22 @@ def edge(request: pytest.FixtureRequest) -> Iterator[Edge]:
     yield upstream, downstream
     upstream.close()
     downstream.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "nccl"),
+        ({"gpus_per_stage": 0.5}, "gloo"),
+        ({"device": "cpu"}, "gloo"),
+        ({"activation_transport": "gloo"}, "gloo"),
+        ({"activation_transport": "object_store"}, "object_store"),
+    ],
+)
+def test_nccl_is_chosen_only_where_each_stage_has_a_gpu_of_its_own(
+    given: dict[str, object], expected: str
+) -> None:
+    assert resolve_transport(PipelineConfig(**given)) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

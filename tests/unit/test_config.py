@@ -1,5 +1,6 @@
 """`ServiceConfig`: what it takes, and the one line it gives for what it does not."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ MISTAKES = [
     ("pipeline.device", "gpu", "='gpu': must be cuda or cpu"),
     ("pipeline.gpus_per_stage", 1.5, "=1.5: must be a number > 0 and <= 1"),
     ("pipeline.gpus_per_stage", 0.5, "=0.5: must be left out when device is cpu"),
+    ("pipeline.gpus_per_stage", 1.0, "=1.0: must be left out when device is cpu"),
     ("pipeline.accelerator_type", "L40S", "='L40S': must be left out when device is cpu"),
     ("pipeline.cpus_per_stage", float("inf"), "=inf: must be finite: a number > 0"),
     ("pipeline.max_in_flight", 0, "=0: must be an integer >= 1, or null"),
@@ -69,10 +71,16 @@ MISTAKES = [
     ("kv_cache.kv_cache_bytes", None, f"=null: {BYTES} when pipeline.device is cpu"),
     ("kv_cache.memory_utilization", 0, "=0: must be a number > 0 and <= 1"),
     ("kv_cache.memory_utilization", 0.5, "=0.5: must be left out when kv_cache_bytes is given"),
+    ("kv_cache.memory_utilization", 0.9, "=0.9: must be left out when kv_cache_bytes is given"),
     ("scheduler.policy.kv_threshold", 1, "=1: must be a number >= 0 and < 1"),
     ("scheduler.policy.name", "fcfs", "='fcfs': must be token_throttling"),
     ("scheduler.policy.min_prefill_tokens", 4096, "=4096: must be <= max_prefill_tokens=2048"),
     ("deployment.min_replicas", 2, "=2: must be <= max_replicas=1"),
+    (
+        "deployment.target_ongoing_requests",
+        1025,
+        "=1025: must be <= max_ongoing_requests=1024, or no replica is ever added",
+    ),
 ]
 
 
@@ -163,8 +171,9 @@ def test_bytes_are_read_in_binary_units(text, num_bytes):
 def test_a_configuration_survives_a_round_trip_and_cannot_be_changed():
     config = parse_service_config(with_value("pipeline.layers", [3, 5]))
     assert config.pipeline.layers == (3, 5)
-    assert parse_service_config(config.model_dump()) == config
-    assert ServiceConfig.model_validate_json(config.model_dump_json()) == config
+    given = config.model_dump(exclude_unset=True)
+    assert parse_service_config(given) == config
+    assert ServiceConfig.model_validate_json(json.dumps(given)) == config
     with pytest.raises(ValidationError, match="frozen"):
         config.pipeline.num_stages = 3
 
@@ -175,13 +184,26 @@ def test_a_gpu_needs_no_key_but_the_model():
     assert config.model.name == "org/model"
 
 
-def test_a_revision_of_a_directory_is_refused():
+@pytest.mark.parametrize("path", ["./model", "/model", "~/model", "models/existing"])
+def test_a_revision_of_a_directory_is_refused(path, tmp_path, monkeypatch):
+    (tmp_path / "models" / "existing").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     args = with_value("model.revision", "main")
     assert find_mistakes(ServiceConfig, args) == []
-    args["model"]["path"] = "./model"
+    args["model"]["path"] = path
     assert find_mistakes(ServiceConfig, args) == [
         "model.revision='main': must be left out when path is a directory"
     ]
+
+
+def test_nccl_needs_a_whole_gpu_for_each_stage():
+    pipeline = {"activation_transport": "nccl"}
+    args = {"model": {"path": "org/model"}, "pipeline": pipeline}
+    assert find_mistakes(ServiceConfig, args) == []
+    pipeline["gpus_per_stage"] = 0.5
+    (line,) = find_mistakes(ServiceConfig, args)
+    assert line.startswith("pipeline.activation_transport='nccl': must be auto, gloo or object_")
+    assert "gpus_per_stage=0.5" in line
 
 
 def test_a_package_path_is_a_directory_of_the_installed_package():
