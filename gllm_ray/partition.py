@@ -31,18 +31,20 @@ def split_layers(
             "needs at least one"
         )
     total = [0, *accumulate(layer_weights)]
+    # Only the last stage ends with the last layer.
+    total[-1] += head_weight
 
     # heaviest[end]: the least heaviest stage when the stages so far hold the layers before `end`.
     heaviest = [embedding_weight + weight for weight in total]
     first_layers = []
     for stage in range(1, num_stages):
-        extra = head_weight if stage == num_stages - 1 else 0
-        best = [(0, 0)] * (num_layers + 1)
-        for end in range(stage + 1, num_layers + 1):
-            best[end] = min(
-                (max(heaviest[first], total[end] - total[first] + extra), first)
-                for first in range(stage, end)
+        best = [
+            min(
+                ((max(heaviest[i], total[end] - total[i]), i) for i in range(stage, end)),
+                default=(0, 0),
             )
+            for end in range(num_layers + 1)
+        ]
         heaviest = [weight for weight, _ in best]
         first_layers.append([first for _, first in best])
 
