@@ -44,6 +44,8 @@ def refusal_reason(model_type: str, config: dict[str, Any]) -> str | None:
     for reason, model_types in _REASONS.items():
         if model_type in model_types.split():
             return reason
+    if "auto_map" in config:
+        return "it needs code of its own (auto_map), and code from a checkpoint is never run"
     if "text_config" in config:
         return "it reads more than text; use the text-only checkpoint of the same model"
     return "its tokens were never compared with those of transformers' generate"

@@ -47,7 +47,7 @@ def open_checkpoint(model: ModelConfig, *, with_weights: bool = False) -> Checkp
             then are they downloaded; those of a local directory are checked in any case.
 
     Raises:
-        ConfigError: The path is missing, holds no safetensors weights, wants code of its own, is
+        ConfigError: The path is missing, holds no safetensors weights, needs code of its own, is
             quantized, is of an unsupported architecture, or is too short for `max_model_len`.
     """
     reads_weights = model.load_format != "dummy"
@@ -55,11 +55,6 @@ def open_checkpoint(model: ModelConfig, *, with_weights: bool = False) -> Checkp
         model.path, model.revision, with_weights=with_weights and reads_weights
     )
     config = _read_json(directory / "config.json")
-    if "auto_map" in config:
-        raise ConfigError(
-            f"model.path={model.path!r}: its config.json names code of its own (auto_map), and "
-            "code from a checkpoint is never run; use a model that transformers knows"
-        )
     if "quantization_config" in config and reads_weights:
         method = config["quantization_config"].get("quant_method")
         raise ConfigError(

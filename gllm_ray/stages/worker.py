@@ -76,7 +76,7 @@ class StageWorker:
         """
         checkpoint = open_checkpoint(self._config.model, with_weights=True)
         self._prepare_device()
-        model_config = AutoConfig.from_pretrained(checkpoint.directory)
+        model_config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
         layers = self._layer_range(model_config)
         shard = Shard(model_config, layers, self._choose_dtype(model_config), self._device)
         if self._config.model.load_format == "dummy":

@@ -69,8 +69,10 @@ def test_a_config_json_that_is_no_json_is_refused(tmp_path):
         open_path(tmp_path)
 
 
-def test_a_checkpoint_that_brings_code_is_refused(checkpoint_dir):
-    path = checkpoint_dir(LLAMA | {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}})
+@pytest.mark.parametrize("model_type", ["brand_new", None])
+def test_a_checkpoint_that_needs_its_own_code_is_refused(model_type, checkpoint_dir):
+    auto_map = {"AutoModelForCausalLM": "modeling.Own"}
+    path = checkpoint_dir({"model_type": model_type, "auto_map": auto_map})
     with pytest.raises(ConfigError, match=r"auto_map.*never run"):
         open_path(path)
 

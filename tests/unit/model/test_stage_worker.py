@@ -6,11 +6,14 @@ import os
 import shutil
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from gllm_ray.config import KvCacheConfig
 from gllm_ray.errors import ConfigError
+from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.stages.local_pipeline import LocalPipeline
 from gllm_ray.stages.worker import StageWorker
 from tests.numerics.models import save_checkpoint
@@ -201,6 +204,27 @@ def test_a_mask_that_is_not_causal_is_refused(checkpoint, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"mask other than a causal one"):
         StageWorker(service_config(tmp_path, load_format="dummy"), 0).load()
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_code_beside_a_checkpoint_of_a_served_type_is_never_run(name, checkpoint, tmp_path):
+    path = tmp_path / "booby-trapped"
+    shutil.copytree(checkpoint(name), path)
+    marker = tmp_path / "was-run"
+    (path / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Own: pass\n")
+    own = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "own.Own")
+    tokenizer_map = {"AutoTokenizer": ["own.Own", "own.Own"]}
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"auto_map": own | tokenizer_map}))
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(path)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": tokenizer_map}))
+
+    (worker,), _ = load_stages(path, 1)
+    assert type(worker._shard.model).__module__.startswith("transformers.")
+    assert Tokenizer.load(str(path)).encode("ab") == [0, 1]
+    assert not marker.exists()
 
 
 def test_cpu_threads_are_shared_by_the_stages_unless_the_environment_says_otherwise(
