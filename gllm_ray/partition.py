@@ -30,21 +30,17 @@ def split_layers(
             f"pipeline.num_stages={num_stages}: the model has {num_layers} layers, and every stage "
             "needs at least one"
         )
-    total = [0, *accumulate(layer_weights)]
-    # Only the last stage ends with the last layer.
-    total[-1] += head_weight
+    total = [0, *accumulate([*layer_weights[:-1], layer_weights[-1] + head_weight])]
 
     # heaviest[end]: the least heaviest stage when the stages so far hold the layers before `end`.
     heaviest = [embedding_weight + weight for weight in total]
     first_layers = []
     for stage in range(1, num_stages):
-        best = [
-            min(
-                ((max(heaviest[i], total[end] - total[i]), i) for i in range(stage, end)),
-                default=(0, 0),
+        best = [(0, 0)] * (num_layers + 1)
+        for end in range(stage + 1, num_layers + 1):
+            best[end] = min(
+                (max(heaviest[cut], total[end] - total[cut]), cut) for cut in range(stage, end)
             )
-            for end in range(num_layers + 1)
-        ]
         heaviest = [weight for weight, _ in best]
         first_layers.append([first for _, first in best])
 
