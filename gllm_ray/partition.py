@@ -31,7 +31,6 @@ def split_layers(
             "needs at least one"
         )
     total = [0, *accumulate([*layer_weights[:-1], layer_weights[-1] + head_weight])]
-
     # heaviest[end]: the least heaviest stage when the stages so far hold the layers before `end`.
     heaviest = [embedding_weight + weight for weight in total]
     first_layers = []
