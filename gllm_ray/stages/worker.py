@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError
-from gllm_ray.messages import MicroBatch, StageInfo
+from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence, StageInfo
 from gllm_ray.model.attention.interface import paged_forward
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.model.inputs import pack
@@ -159,16 +159,13 @@ class StageWorker:
 
     def _probe(self, max_model_len: int) -> int:
         """Learn what the attention modules cache, and how many bytes their cache may take."""
-        shard, scheduler = self._shard, self._config.scheduler
+        self._geometries = self._shard.probe(num_tokens=1, num_samples=1)
         if self._device.type == "cpu":
-            self._geometries = shard.probe(num_tokens=1, num_samples=1)
             return self._config.kv_cache.kv_cache_bytes
-        # As many rows as a micro-batch may have, so that the peak of the activations is seen.
-        num_tokens = scheduler.policy.max_prefill_tokens + scheduler.max_decodes
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
         held = torch.cuda.memory_allocated(self._device)
-        self._geometries = shard.probe(min(num_tokens, max_model_len), scheduler.max_decodes)
+        self._run_largest_batches(max_model_len)
         activations = torch.cuda.max_memory_allocated(self._device) - held
         torch.cuda.empty_cache()
         if self._config.kv_cache.kv_cache_bytes is not None:
@@ -176,3 +173,35 @@ class StageWorker:
         free, total = torch.cuda.mem_get_info(self._device)
         share = self._config.kv_cache.memory_utilization * self._config.pipeline.gpus_per_stage
         return max(0, min(int(total * share) - held, free) - activations)
+
+    def _run_largest_batches(self, max_model_len: int) -> None:
+        """Reach the peak of the activations, those of attention and sampler included."""
+        scheduler = self._config.scheduler
+        max_prefill, max_decodes = scheduler.policy.max_prefill_tokens, scheduler.max_decodes
+        chunk = min(max_prefill, max_model_len)
+        self.allocate_kv_cache(num_blocks=1)
+        # A draw from every row; then as many prefill rows as can be, at the end of their contexts.
+        for chunks in ([1] * max_prefill, [chunk] * -(-max_prefill // chunk)):
+            batch = self._batch_in_block_0([1] * max_decodes + chunks, max_model_len)
+            hidden = torch.zeros(batch.num_tokens, self.hidden_size, dtype=self.dtype)
+            self.execute(batch, None if self.is_first else hidden.to(self._device))
+        self._caches = {}
+
+    def _batch_in_block_0(self, chunks: list[int], max_model_len: int) -> MicroBatch:
+        """Sequences of one short decode or one long-context chunk each, all of them drawn from."""
+        block_size = self._config.kv_cache.block_size
+        starts = [max_model_len - chunk if chunk > 1 else 0 for chunk in chunks]
+        return MicroBatch(
+            batch_id=0,
+            sequences=tuple(
+                ScheduledSequence(
+                    seq_id=index,
+                    epoch=0,
+                    start=start,
+                    token_ids=(0,) * chunk,
+                    block_table=(0,) * -(-(start + chunk) // block_size),
+                    sampling=SamplingParams(temperature=1.0),
+                )
+                for index, (start, chunk) in enumerate(zip(starts, chunks, strict=True))
+            ),
+        )

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from gllm_ray.config import KvCacheConfig
+from gllm_ray.config import KvCacheConfig, SchedulerConfig, TokenThrottlingConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.stages.local_pipeline import LocalPipeline
@@ -204,6 +204,34 @@ def test_a_mask_that_is_not_causal_is_refused(checkpoint, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"mask other than a causal one"):
         StageWorker(service_config(tmp_path, load_format="dummy"), 0).load()
+
+
+@pytest.mark.parametrize("stage_id", [0, 1])
+@pytest.mark.parametrize("max_prefill_tokens", [1, 40, 150])
+def test_the_probe_runs_as_many_rows_and_draws_as_a_batch_may_have(
+    stage_id, max_prefill_tokens, checkpoint
+):
+    max_model_len, max_decodes = 64, 20
+    policy = TokenThrottlingConfig(max_prefill_tokens=max_prefill_tokens, min_prefill_tokens=1)
+    scheduler = SchedulerConfig(policy=policy, max_decodes=max_decodes)
+    config = service_config(checkpoint("gpt2"), num_stages=2)
+    worker = StageWorker(config.model_copy(update={"scheduler": scheduler}), stage_id)
+    worker.load()
+    positions, num_draws = [], []
+    model = worker._shard.model
+    model.get_decoder().register_forward_pre_hook(
+        lambda _, __, inputs: positions.append(inputs["position_ids"][0]), with_kwargs=True
+    )
+    model.lm_head.register_forward_hook(lambda _, __, logits: num_draws.append(logits.shape[-2]))
+    with torch.inference_mode():
+        worker._run_largest_batches(max_model_len)
+    num_rows = max_prefill_tokens + max_decodes
+    assert min(map(len, positions)) >= num_rows
+    last_position = max(rows.max() for rows in positions)
+    assert last_position == (max_model_len - 1 if max_prefill_tokens > 1 else 0)
+    if worker.is_last:
+        assert max(num_draws) == num_rows
+    assert worker._caches == {}
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
