@@ -39,6 +39,7 @@ class RequestBuilder:
         self._refuse_endless(sum(len(message["content"]) for message in messages), "messages")
         # In a thread, because a long text takes long.
         prompt = await asyncio.to_thread(self.tokenizer.apply_chat_template, messages)
+        _refuse_empty(prompt, "messages")
         max_tokens = self._max_tokens(
             len(prompt), body.answer_limit, default=self.max_model_len, param="messages"
         )
@@ -56,6 +57,7 @@ class RequestBuilder:
             if isinstance(prompt, str):
                 self._refuse_endless(len(prompt), "prompt")
                 prompt = await asyncio.to_thread(self.tokenizer.encode, prompt)
+            _refuse_empty(prompt, "prompt")
             max_tokens = self._max_tokens(
                 len(prompt), body.max_tokens, default=_DEFAULT_COMPLETION_TOKENS, param="prompt"
             )
@@ -65,7 +67,7 @@ class RequestBuilder:
     def _request(
         self, body: GenerationParams, request_id: str, prompt: Sequence[int], max_tokens: int
     ) -> GenerationRequest:
-        if prompt and not 0 <= min(prompt) <= max(prompt) < self.tokenizer.vocab_size:
+        if not 0 <= min(prompt) <= max(prompt) < self.tokenizer.vocab_size:
             raise InvalidRequestError(
                 f"the prompt has a token id outside 0 to {self.tokenizer.vocab_size - 1}",
                 param="prompt",
@@ -111,3 +113,8 @@ class RequestBuilder:
             param=param,
             code="context_length_exceeded",
         )
+
+
+def _refuse_empty(prompt: Sequence[int], param: str) -> None:
+    if not prompt:
+        raise InvalidRequestError(f"the {param} must have at least one token", param=param)

@@ -13,6 +13,7 @@ from openai.types.completion_create_params import (
 )
 
 from gllm_ray.messages import SamplingParams
+from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.openai_protocol import ChatCompletionRequest, CompletionRequest
 from tests.serving.local_api import BODIES, CHAT, local_api
 
@@ -202,11 +203,33 @@ def test_a_value_out_of_range_is_refused_by_name(tokenizer, change, param):
 
 @pytest.mark.parametrize(
     "prompt",
-    [None, "a\ud800", [], [[]], 7, [1.5], [True], [["a"]], ["a", 1], ["a"] * 129, [5, -1], [10**9]],
+    [
+        None,
+        "",
+        "a\ud800",
+        [],
+        [[]],
+        7,
+        [1.5],
+        [True],
+        [["a"]],
+        ["a", 1],
+        ["a"] * 129,
+        [5, -1],
+        [10**9],
+    ],
 )
 def test_a_prompt_that_is_none_is_refused(tokenizer, prompt):
     status, body, requests = post(tokenizer, COMPLETION_PATH, {"prompt": prompt})
     assert (status, body["error"]["param"]) == (400, "prompt")
+    assert requests == []
+
+
+def test_messages_of_which_the_chat_template_makes_nothing_are_refused():
+    tokenizer = Tokenizer.load("package://gllm_ray/demo/model")
+    tokenizer._tokenizer.chat_template = "{{ '' }}"
+    status, body, requests = post(tokenizer, CHAT_PATH, {})
+    assert (status, body["error"]["param"]) == (400, "messages")
     assert requests == []
 
 
