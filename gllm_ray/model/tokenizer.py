@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import decoders
 
 from gllm_ray.config import ModelConfig
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Enough for any decoder to see whether the first output token continues a text.
 _NUM_CONTEXT_TOKENS = 8
+# What rendering a chat template may raise because of the messages.
+_TEMPLATE_REFUSALS = (TemplateError, ValueError, TypeError)
 
 
 class Tokenizer:
@@ -71,7 +73,8 @@ class Tokenizer:
             model_directory: Where config.json and generation_config.json lie, if not at `path`.
 
         Raises:
-            ConfigError: There is no tokenizer, or it needs code from the model's repository.
+            ConfigError: There is no tokenizer, it needs code from the model's repository, or its
+                chat template is no template.
         """
         # It imports torch, which is for those who load a tokenizer to wait for.
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -85,6 +88,7 @@ class Tokenizer:
             raise ConfigError(
                 f"tokenizer at {path!r} is a {type(tokenizer).__name__}: a tokenizer.json is needed"
             )
+        _compile_chat_template(tokenizer, path)
         config = _read_json((model_directory or directory) / "config.json")
         config |= config.get("text_config", {})
         generation = _read_json((model_directory or directory) / "generation_config.json")
@@ -125,7 +129,7 @@ class Tokenizer:
             text: Any = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except _TEMPLATE_REFUSALS as error:
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
@@ -154,6 +158,20 @@ class Tokenizer:
             has_no_text = token is None or token_id in self._special_ids
             known = self._token_bytes[token_id] = b"" if has_no_text else _token_bytes(token)
         return known
+
+
+def _compile_chat_template(tokenizer: "PreTrainedTokenizerFast", path: str) -> None:
+    """Find the mistakes that transformers would find at the first chat."""
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the chat template at {path!r} has a mistake in line {error.lineno}: {error.message}"
+        ) from error
+    except _TEMPLATE_REFUSALS:
+        pass  # It compiled, and may want other messages.
 
 
 def _token_bytes(token: str) -> bytes:

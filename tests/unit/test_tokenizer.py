@@ -126,6 +126,19 @@ def test_a_template_cannot_reach_python(tmp_path):
         Tokenizer.load(str(tmp_path)).apply_chat_template(CHAT)
 
 
+@pytest.mark.parametrize("template", ["ok\n{% if %}", "ok\n{{ messages | no_such_filter }}"])
+def test_a_broken_chat_template_is_the_operators_mistake(tmp_path, template):
+    save_tokenizer(tmp_path, chat_template=template)
+    with pytest.raises(ConfigError, match="chat template at .* has a mistake in line 2: "):
+        Tokenizer.load(str(tmp_path))
+
+
+def test_a_chat_template_may_refuse_what_it_is_tried_with(tmp_path):
+    template = "{% if messages | length < 2 %}{{ raise_exception('two at least') }}{% endif %}a"
+    save_tokenizer(tmp_path, chat_template=template)
+    assert len(Tokenizer.load(str(tmp_path)).apply_chat_template(CHAT)) == 1
+
+
 @pytest.mark.parametrize("files", [{}, {"config": {"model_type": "llama"}}])
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path, files):
     write_json(tmp_path, **files)
