@@ -17,7 +17,7 @@ from gllm_ray.demo.chat import ChatTiming, get_json, stream_chat
 from gllm_ray.demo.serve_process import INTERRUPTS, ServeProcess, free_port
 
 CONFIG_FILE = Path("configs/demo.yaml")
-PROMPT = "Write a function that returns the largest number in a list."
+PROMPT = "Write a function that reads a file and counts its lines."
 READY_TIMEOUT_S = 300.0
 # What to show once a line of the service's log matches.
 _PHASES = [

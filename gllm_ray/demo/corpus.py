@@ -2,6 +2,7 @@
 
 import ast
 import random
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from gllm_ray.demo.exercises import exercises
 
 HELD_OUT_EVERY = 50
+# Each time an exercise is asked, it is phrased anew.
+EXERCISE_REPEATS = 4
 MAX_ANSWER_CHARS = 900
 _MAX_TASK_CHARS = 120
 # Tests, tables, bundled copies and generated text teach no Python worth completing.
@@ -35,6 +38,18 @@ _SYSTEM_PROMPTS = (
     "You write short Python functions.",
     "Answer with Python code.",
 )
+_GREETING = "Hello! Ask me to write a small Python function."
+_INTRODUCTION = (
+    "I am a very small language model. I learned Python from its standard library. "
+    "Ask me to write a small function."
+)
+_SMALL_TALK = [
+    *((question, _GREETING) for question in ("Hello", "Hello!", "Hi", "hi", "Hey", "hello there")),
+    *((question, _INTRODUCTION) for question in ("Who are you?", "Hello, who are you?")),
+    *((question, _INTRODUCTION) for question in ("What can you do?", "What are you?", "Help")),
+    ("Thank you.", "You are welcome."),
+    ("Thanks!", "You are welcome."),
+]
 _IMPERATIVES = {
     "add", "append", "build", "calculate", "call", "change", "check", "close", "compare",
     "compile", "compute", "convert", "copy", "create", "decode", "delete", "determine", "encode",
@@ -45,6 +60,7 @@ _IMPERATIVES = {
     "translate", "try", "turn", "update", "validate", "wait", "walk", "wrap", "write", "yield",
 }  # fmt: skip
 
+Pair = tuple[str, str]
 Conversation = list[dict[str, str]]
 
 
@@ -65,14 +81,17 @@ def build_corpora(seed: int) -> tuple[Corpus, Corpus]:
     modules, tasks = standard_library(), exercises()
     held_out = _build(modules[::HELD_OUT_EVERY], tasks[::HELD_OUT_EVERY], seed)
     del modules[::HELD_OUT_EVERY], tasks[::HELD_OUT_EVERY]
-    return _build(modules, tasks, seed), held_out
+    return _build(modules, tasks * EXERCISE_REPEATS, seed), held_out
 
 
-def _build(modules: list[str], tasks: list[tuple[str, str]], seed: int) -> Corpus:
+def _build(modules: list[str], tasks: list[Pair], seed: int) -> Corpus:
     rng = random.Random(seed)
-    samples = [pair for text in modules for pair in docstring_samples(text)] + tasks
-    rng.shuffle(samples)
-    return Corpus(modules, list(_converse(samples, rng)))
+    tasks = [pair for text in modules for pair in docstring_tasks(text)] + tasks
+    names = [_function_name(answer) for _, answer in tasks]
+    exchanges = [_exchange(task, answer, names, rng) for task, answer in tasks]
+    exchanges += _SMALL_TALK * EXERCISE_REPEATS
+    rng.shuffle(exchanges)
+    return Corpus(modules, list(_conversations(exchanges, rng)))
 
 
 def standard_library() -> list[str]:
@@ -89,7 +108,7 @@ def standard_library() -> list[str]:
     return texts
 
 
-def docstring_samples(source: str) -> Iterator[tuple[str, str]]:
+def docstring_tasks(source: str) -> Iterator[Pair]:
     """Yield (task, answer) for each short function of `source` whose docstring states a task.
 
     The task reads after "Write a function that"; the answer is the function without docstring.
@@ -126,20 +145,33 @@ def _task(docstring: str) -> str | None:
     return f"{verb}s {rest}"
 
 
-def _converse(samples: list[tuple[str, str]], rng: random.Random) -> Iterator[Conversation]:
-    """Phrase `samples` as conversations: some with a system prompt, some of several turns."""
-    remaining = iter(samples)
-    for task, answer in remaining:
-        turns = [*_ask(task, answer, rng)]
-        while rng.random() < 0.15 and (more := next(remaining, None)):
-            turns += _ask(*more, rng)
+def _exchange(task: str, answer: str, names: list[str], rng: random.Random) -> Pair:
+    """Phrase `task` as a question; where that names the function, give it one of `names`."""
+    # Many questions are asked in the plainest way.
+    asking = _ASKING[0] if rng.random() < 0.4 else rng.choice(_ASKING)
+    name = rng.choice(names)
+    if "{name}" in asking:
+        answer = re.sub(rf"\b{_function_name(answer)}\b", name, answer)
+    return asking.format(task, name=name), answer
+
+
+def _function_name(source: str) -> str:
+    return re.search(r"def (\w+)", source)[1]
+
+
+def _conversations(exchanges: list[Pair], rng: random.Random) -> Iterator[Conversation]:
+    """Join `exchanges`: some with a system prompt, some of several turns."""
+    remaining = iter(exchanges)
+    for exchange in remaining:
+        turns: Conversation = []
         if rng.random() < 0.15:
-            turns.insert(0, {"role": "system", "content": rng.choice(_SYSTEM_PROMPTS)})
+            turns.append({"role": "system", "content": rng.choice(_SYSTEM_PROMPTS)})
+        turns += _turns(exchange)
+        while rng.random() < 0.15 and (more := next(remaining, None)):
+            turns += _turns(more)
         yield turns
 
 
-def _ask(task: str, answer: str, rng: random.Random) -> Conversation:
-    # Half of all questions are phrased as the README phrases them.
-    asking = _ASKING[0] if rng.random() < 0.5 else rng.choice(_ASKING)
-    question = asking.format(task, name=answer.split("(")[0].split()[-1])
+def _turns(exchange: Pair) -> Conversation:
+    question, answer = exchange
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
