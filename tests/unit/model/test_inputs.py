@@ -38,3 +38,22 @@ def test_rows_are_packed_side_by_side_with_their_slots():
     ]
     assert inputs.prefills[0].slots.tolist() == [4, 5, 6, 7, 20, 21]
     assert inputs.sample_rows.tolist() == [0, 1, 6]
+
+
+def test_blocks_past_the_context_do_not_show():
+    def slots_of(*chunks):
+        sequences = tuple(
+            ScheduledSequence(
+                seq_id=index,
+                epoch=0,
+                start=start,
+                token_ids=(0,) * num_tokens,
+                block_table=(3, 1, 2),
+                sampling=None,
+            )
+            for index, (start, num_tokens) in enumerate(chunks)
+        )
+        return pack(MicroBatch(batch_id=0, sequences=sequences), 4, torch.device("cpu"))
+
+    assert slots_of((2, 1), (0, 1)).decode_slots.tolist() == [[12, 13, 14], [12, 12, 12]]
+    assert slots_of((1, 4)).prefills[0].slots.tolist() == [12, 13, 14, 15, 4]
