@@ -164,11 +164,12 @@ class StageWorker:
             self._geometries = shard.probe(num_tokens=1, num_samples=1)
             return self._config.kv_cache.kv_cache_bytes
         # As many rows as a micro-batch may have, so that the peak of the activations is seen.
-        num_tokens = scheduler.policy.max_prefill_tokens + scheduler.max_decodes
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
         held = torch.cuda.memory_allocated(self._device)
-        self._geometries = shard.probe(min(num_tokens, max_model_len), scheduler.max_decodes)
+        self._geometries = shard.probe(
+            min(scheduler.max_batch_tokens, max_model_len), scheduler.max_decodes
+        )
         activations = torch.cuda.max_memory_allocated(self._device) - held
         torch.cuda.empty_cache()
         if self._config.kv_cache.kv_cache_bytes is not None:
