@@ -67,7 +67,7 @@ class Scheduler:
         self._num_waiting_tokens = 0  # uncomputed tokens in _waiting
         self._num_prefilling_tokens = 0  # uncomputed tokens in _prefilling
         self._num_remaining_tokens = 0  # output tokens to come, of sequences in decode
-        self._in_flight: deque[MicroBatch] = deque()
+        self._in_flight: deque[tuple[MicroBatch, int]] = deque()  # each with its decodes' number
         self._next_seq_id = 0
         self._next_batch_id = 0
 
@@ -128,14 +128,14 @@ class Scheduler:
         """
         if len(self._in_flight) >= self._max_in_flight:
             return None
-        scheduled = self._select(self._policy.budget(self._view()))
-        if not scheduled and not self._in_flight:
-            scheduled = self._select(_STALL_BUDGET)
-        if not scheduled:
+        decodes, prefills = self._select(self._policy.budget(self._view()))
+        if not (decodes or prefills or self._in_flight):
+            decodes, prefills = self._select(_STALL_BUDGET)
+        if not (decodes or prefills):
             return None
-        batch = MicroBatch(batch_id=self._next_batch_id, sequences=tuple(scheduled))
+        batch = MicroBatch(batch_id=self._next_batch_id, sequences=(*decodes, *prefills))
         self._next_batch_id += 1
-        self._in_flight.append(batch)
+        self._in_flight.append((batch, len(decodes)))
         return batch
 
     def commit(self, result: MicroBatchResult) -> list[TokenEvent]:
@@ -147,7 +147,7 @@ class Scheduler:
         Raises:
             PipelineError: The result is not the one that is due.
         """
-        batch = self._in_flight[0] if self._in_flight else None
+        batch = self._in_flight[0][0] if self._in_flight else None
         if batch is None or batch.batch_id != result.batch_id:
             due = "none" if batch is None else batch.batch_id
             raise PipelineError(f"result of micro-batch {result.batch_id} came, {due} is due")
@@ -199,14 +199,16 @@ class Scheduler:
 
     def _view(self) -> LoadView:
         allocator = self._allocator
+        num_in_flight = sum(len(batch.sequences) for batch, _ in self._in_flight)
+        num_decodes_in_flight = sum(num_decodes for _, num_decodes in self._in_flight)
         num_unwritten_blocks = self._num_prefilling_tokens // allocator.block_size
         return LoadView(
             batch_id=self._next_batch_id,
             num_stages=self._num_stages,
             num_waiting_tokens=self._num_waiting_tokens + self._num_prefilling_tokens,
-            num_decoding=len(self._sequences) - len(self._waiting) - len(self._prefilling),
+            num_decoding=len(self._decoding) + num_decodes_in_flight,
             num_ready=len(self._decoding),
-            num_in_flight=sum(len(batch.sequences) for batch in self._in_flight),
+            num_prefills_in_flight=num_in_flight - num_decodes_in_flight,
             num_remaining_tokens=self._num_remaining_tokens,
             num_preemptions=self.num_preemptions,
             num_blocks=allocator.num_blocks,
@@ -214,11 +216,14 @@ class Scheduler:
             kv_free_ratio=(allocator.num_free_blocks + num_unwritten_blocks) / allocator.num_blocks,
         )
 
-    def _select(self, budget: TokenBudget) -> list[ScheduledSequence]:
+    def _select(
+        self, budget: TokenBudget
+    ) -> tuple[list[ScheduledSequence], list[ScheduledSequence]]:
+        """Put as much in flight as the budget lets: decodes, and prefill chunks."""
         decodes = self._select_decodes(min(budget.decodes, self._max_decodes))
         taken = len(decodes) if budget.is_shared else 0
         prefill_tokens = max(0, budget.prefill_tokens - taken)
-        return decodes + self._select_prefills(prefill_tokens, budget.reserved_blocks)
+        return decodes, self._select_prefills(prefill_tokens, budget.reserved_blocks)
 
     def _select_decodes(self, max_decodes: int) -> list[ScheduledSequence]:
         scheduled: list[ScheduledSequence] = []

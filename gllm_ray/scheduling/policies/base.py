@@ -12,11 +12,11 @@ class LoadView:
         batch_id: Id the next micro-batch will have; counts up by one.
         num_stages: Depth of the pipeline.
         num_waiting_tokens: Prompt tokens not yet scheduled, of waiting and prefilling sequences.
-        num_decoding: Sequences in decode, ready or in flight; one is from when the last of its
-            prompt is scheduled.
-        num_ready: Decodes that could run now.
-        num_in_flight: Decodes and prefill chunks in flight.
-        num_remaining_tokens: Output tokens that the sequences in decode may still produce.
+        num_decoding: Sequences in decode, ready or in flight.
+        num_ready: Those of them that are not in flight.
+        num_prefills_in_flight: Prefill chunks in flight.
+        num_remaining_tokens: Output tokens that the sequences in decode, and those whose last
+            chunk is in flight, may still produce.
         num_preemptions: Preemptions so far.
         num_blocks: KV blocks in all.
         block_size: Tokens a block holds.
@@ -29,7 +29,7 @@ class LoadView:
     num_waiting_tokens: int
     num_decoding: int
     num_ready: int
-    num_in_flight: int
+    num_prefills_in_flight: int
     num_remaining_tokens: int
     num_preemptions: int
     num_blocks: int

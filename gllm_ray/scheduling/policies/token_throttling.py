@@ -66,7 +66,7 @@ class TokenThrottlingPolicy:
     def _decodes(self, view: LoadView) -> int:
         num_running = view.num_decoding
         if self._config.count_prefills:
-            num_running = view.num_ready + view.num_in_flight
+            num_running += view.num_prefills_in_flight
         if num_running < view.num_stages:
             return 1 if self._config.few_decodes == "one" else num_running
         rotation = view.batch_id % view.num_stages

@@ -111,7 +111,7 @@ def test_decodes_of_one_round_cover_the_running_ones_evenly(num_decoding, num_st
         ({}, {"num_decoding": 3}, [1] * 4),
         ({"few_decodes": "all"}, {"num_decoding": 3}, [3] * 4),
         ({"few_decodes": "all"}, {"num_decoding": 4}, [1] * 4),
-        ({"count_prefills": True}, {"num_ready": 24, "num_in_flight": 76}, [25] * 4),
+        ({"count_prefills": True}, {"num_prefills_in_flight": 4}, [25] * 4),
     ],
 )
 def test_decodes_follow_equation_4_and_the_options_that_change_it(options, changes, expected):
@@ -137,7 +137,7 @@ VIEWS = st.builds(
     num_waiting_tokens=st.integers(0, 10**6),
     num_decoding=st.integers(0, 10**4),
     num_ready=st.integers(0, 10**4),
-    num_in_flight=st.integers(0, 10**4),
+    num_prefills_in_flight=st.integers(0, 10**4),
     num_remaining_tokens=st.integers(0, 10**7),
     num_preemptions=st.integers(0, 100),
     kv_free_ratio=st.floats(0, 1),

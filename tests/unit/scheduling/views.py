@@ -12,7 +12,7 @@ def view(**changes: Any) -> LoadView:
         "num_waiting_tokens": 6144,
         "num_decoding": 96,
         "num_ready": 24,
-        "num_in_flight": 72,
+        "num_prefills_in_flight": 0,
         "num_remaining_tokens": 0,
         "num_preemptions": 0,
         "num_blocks": 1000,
