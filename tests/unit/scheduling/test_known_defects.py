@@ -145,31 +145,31 @@ def test_the_remainder_of_the_decodes_rotates_without_chance():
     assert sum(traces[0]) == 6
 
 
-def chunked_with_32_decodes(**options):
-    """Twice as many as the budget, prefilled by the two micro-batches that were in flight."""
+def chunked_with_31_decodes(**options):
+    """Nearly twice the budget, prefilled by two micro-batches, and a prompt under way."""
     scheduler = make_scheduler(num_stages=2, policy=CHUNKED, **options)
-    for index in range(32):
+    for index in range(31):
         scheduler.add(make_request(str(index), num_prompt_tokens=1))
+    scheduler.add(make_request("under way", num_prompt_tokens=9))
     for batch in [scheduler.schedule(), scheduler.schedule()]:
         scheduler.commit(result_of(batch))
-    scheduler.add(make_request("waits"))
     return scheduler
 
 
 def test_more_decodes_than_the_token_budget_leave_no_negative_chunk():
     """Sarathi-Serve's test for an empty chunk is `== 0`, and the rest of its budget negative."""
-    scheduler = chunked_with_32_decodes()
+    scheduler = chunked_with_31_decodes()
     batch = scheduler.schedule()
-    assert [item.num_scheduled_tokens for item in batch.sequences] == [1] * 32
-    assert scheduler._num_waiting_tokens == 8
+    assert [item.num_scheduled_tokens for item in batch.sequences] == [1] * 31
+    assert scheduler._num_prefilling_tokens == 8
     scheduler.commit(result_of(batch))
-    assert len(run_to_end(scheduler)) == 33
+    assert len(run_to_end(scheduler)) == 32
 
 
 def test_decodes_beyond_the_token_budget_are_bounded_by_max_decodes():
     """Sarathi-Serve never cuts them; here the operator says how many run at once."""
-    scheduler = chunked_with_32_decodes(max_decodes=20)
-    assert [scheduler.schedule().num_tokens for _ in range(2)] == [20, 12 + 4]
+    scheduler = chunked_with_31_decodes(max_decodes=20)
+    assert [scheduler.schedule().num_tokens for _ in range(2)] == [20, 11 + 5]
     assert CHUNKED.max_batch_tokens(max_decodes=20) == 20
 
 
