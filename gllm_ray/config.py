@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from gllm_ray.errors import ConfigError
+from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
 from gllm_ray.strict_schema import StrictModel, find_mistakes
 
 PACKAGE_SCHEME = "package://"
@@ -162,45 +163,18 @@ class KvCacheConfig(StrictModel):
         return self
 
 
-class TokenThrottlingConfig(StrictModel):
-    """gLLM's token throttling; the symbols are the paper's."""
-
-    name: Literal["token_throttling"] = Field(
-        default="token_throttling", description="The scheduling policy."
-    )
-    max_prefill_tokens: int = Field(
-        default=2048, ge=1, description="Most prefill tokens of a micro-batch, #MaxP."
-    )
-    min_prefill_tokens: int = Field(
-        default=32, ge=1, description="Fewest while prompts wait, #MinP."
-    )
-    prefill_iterations: int = Field(
-        default=8, ge=1, description="Micro-batches over which waiting tokens are spread, #T."
-    )
-    kv_threshold: float = Field(
-        default=0.05,
-        ge=0,
-        lt=1,
-        description="Free share of the KV cache at which prefill stops, KVthresh.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.min_prefill_tokens > self.max_prefill_tokens:
-            raise ValueError(
-                f"min_prefill_tokens={self.min_prefill_tokens}: must be <= "
-                f"max_prefill_tokens={self.max_prefill_tokens}"
-            )
-        return self
-
-
 class SchedulerConfig(StrictModel):
     """The global scheduler."""
 
-    policy: TokenThrottlingConfig = Field(
+    policy: PolicyConfig = Field(
         default=TokenThrottlingConfig(), description="How many tokens a micro-batch may hold."
     )
     max_decodes: int = Field(default=512, ge=1, description="Decodes in one micro-batch.")
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Most tokens of a micro-batch."""
+        return self.policy.max_batch_tokens(self.max_decodes)
 
 
 class DeploymentConfig(StrictModel):

@@ -61,17 +61,24 @@ def find_mistakes(model: type[BaseModel], data: object, prefix: str = "") -> lis
 def key_table(model: type[BaseModel]) -> str:
     """Every key of a schema with its default and what it allows, as a Markdown table."""
     rows = ["| Key | Default | Allowed | Meaning |", "|---|---|---|---|"]
-    for path, node in _keys(_inlined_schema(model)):
+    for path, owner, node in _keys(_inlined_schema(model)):
         if not _properties(node):
+            key = f"`{path}`{owner}"
             default = f"`{json.dumps(node['default'])}`" if "default" in node else "required"
-            rows.append(f"| `{path}` | {default} | {_allowed(node)} | {node['description']} |")
+            rows.append(f"| {key} | {default} | {_allowed(node)} | {node['description']} |")
     return "\n".join(rows)
 
 
 def _describe(item: dict[str, Any], data: object, schema: JsonSchema, prefix: str) -> str:
     path, key, parent, node = prefix, "", schema, schema
     value: Any = data
-    for part in item["loc"]:
+    loc = item["loc"]
+    if item["type"] == "union_tag_invalid":
+        loc += (item["ctx"]["discriminator"].strip("'"),)
+    for part in loc:
+        if part in _members(node):
+            node = _members(node)[part]
+            continue
         is_item = isinstance(value, list) and isinstance(part, int)
         is_present = is_item or (isinstance(value, dict) and part in value)
         if not is_present and item["type"] != "missing":
@@ -95,9 +102,9 @@ def _describe(item: dict[str, Any], data: object, schema: JsonSchema, prefix: st
 
 
 def _suggest(key: str, parent: JsonSchema, schema: JsonSchema, prefix: str) -> str:
-    for path, _ in _keys(schema):
+    for path, owner, _ in _keys(schema):
         if path.rpartition(".")[2] == key:
-            return f"did you mean {f'{prefix}.{path}'.removeprefix('.')}?"
+            return f"did you mean {f'{prefix}.{path}'.removeprefix('.')}{owner}?"
     known = list(_properties(parent))
     near = difflib.get_close_matches(key, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
@@ -132,7 +139,12 @@ def _inlined_schema(model: type[BaseModel]) -> JsonSchema:
             return node
         if "$ref" in node:
             node = definitions[node["$ref"].rpartition("/")[2]] | node
-        return {key: inline(child) for key, child in node.items() if key != "$ref"}
+        node = {key: inline(child) for key, child in node.items() if key != "$ref"}
+        if "oneOf" in node:
+            node["anyOf"] = node.pop("oneOf")
+        for member in _members(node).values():
+            member["properties"][_tag(node)] |= {"enum": list(_members(node))}
+        return node
 
     inlined: JsonSchema = inline(schema)
     return inlined
@@ -142,17 +154,23 @@ def _allowed(node: JsonSchema) -> str:
     """What a node allows, in words that go on after `must be`."""
     if "allowed" in node:
         return str(node["allowed"])
+    if members := _members(node):
+        return f"{_choice(list(members))}, or a mapping with that {_tag(node)}"
     if "anyOf" in node:
         return ", or ".join(_allowed(branch) for branch in node["anyOf"])
     if "const" in node or "enum" in node:
-        *others, last = [str(choice) for choice in node.get("enum", [node.get("const")])]
-        return f"{', '.join(others)} or {last}" if others else last
+        return _choice([str(choice) for choice in node.get("enum", [node.get("const")])])
     words = _TYPES.get(node.get("type", ""), "any value") + _range(node)
     if node.get("minLength"):
         words += " that is not empty"
     if node.get("items"):
         words += f", each item {_allowed(node['items'])}"
     return words
+
+
+def _choice(words: list[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _range(node: JsonSchema) -> str:
@@ -168,6 +186,18 @@ def _branches(node: JsonSchema) -> list[JsonSchema]:
         if "anyOf" in node
         else [node]
     )
+
+
+def _tag(node: JsonSchema) -> str:
+    """The key that tells the members of a tagged union apart."""
+    return str(node["discriminator"]["propertyName"])
+
+
+def _members(node: JsonSchema) -> dict[str, JsonSchema]:
+    """The members of a tagged union under their tags; empty if the node is none."""
+    if "discriminator" not in node:
+        return {}
+    return {branch["properties"][_tag(node)]["const"]: branch for branch in node["anyOf"]}
 
 
 def _properties(node: JsonSchema) -> dict[str, JsonSchema]:
@@ -186,12 +216,16 @@ def _child(node: JsonSchema, part: str | int) -> JsonSchema:
     return next((child for child in children if isinstance(child, dict)), {})
 
 
-def _keys(node: JsonSchema, path: str = "") -> Iterator[tuple[str, JsonSchema]]:
-    """Every key with its dotted path, depth first."""
-    holders = [("", node)]
+def _keys(node: JsonSchema, path: str = "") -> Iterator[tuple[str, str, JsonSchema]]:
+    """Every key, depth first: its dotted path, ` of <member>` in a tagged union, its node."""
+    owners = {id(member): f" of {tag}" for tag, member in _members(node).items()}
+    holders = [("", branch) for branch in _branches(node)]
     holders += [("[]", branch["items"]) for branch in _branches(node) if "items" in branch]
-    for suffix, holder in holders:
+    for index, (suffix, holder) in enumerate(holders):
         for key, child in _properties(holder).items():
+            is_tag = bool(owners) and key == _tag(node)
+            if is_tag and index > 0:
+                continue  # The members share it.
             child_path = f"{path}{suffix}.{key}".removeprefix(".")
-            yield child_path, child
+            yield child_path, "" if is_tag else owners.get(id(holder), ""), child
             yield from _keys(child, child_path)

@@ -1,7 +1,7 @@
 """Requests, schedulers and batches for tests: no model, no network, no clock."""
 
-from gllm_ray.config import TokenThrottlingConfig
 from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult
+from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
 from gllm_ray.scheduling import Scheduler, make_policy
 
 
@@ -13,7 +13,7 @@ def make_scheduler(
     max_model_len: int = 128,
     max_in_flight: int | None = None,
     max_decodes: int = 512,
-    policy: TokenThrottlingConfig | None = None,
+    policy: PolicyConfig | None = None,
 ) -> Scheduler:
     return Scheduler(
         make_policy(policy or TokenThrottlingConfig()),

@@ -66,7 +66,8 @@ class Scheduler:
         self._decoding: dict[int, Sequence] = {}
         self._num_waiting_tokens = 0  # uncomputed tokens in _waiting
         self._num_prefilling_tokens = 0  # uncomputed tokens in _prefilling
-        self._in_flight: deque[MicroBatch] = deque()
+        self._num_remaining_tokens = 0  # output tokens to come, of sequences in decode
+        self._in_flight: deque[tuple[MicroBatch, int]] = deque()  # each with its decodes' number
         self._next_seq_id = 0
         self._next_batch_id = 0
 
@@ -127,14 +128,14 @@ class Scheduler:
         """
         if len(self._in_flight) >= self._max_in_flight:
             return None
-        scheduled = self._select(self._policy.budget(self._view()))
-        if not scheduled and not self._in_flight:
-            scheduled = self._select(_STALL_BUDGET)
-        if not scheduled:
+        decodes, prefills = self._select(self._policy.budget(self._view()))
+        if not (decodes or prefills or self._in_flight):
+            decodes, prefills = self._select(_STALL_BUDGET)
+        if not (decodes or prefills):
             return None
-        batch = MicroBatch(batch_id=self._next_batch_id, sequences=tuple(scheduled))
+        batch = MicroBatch(batch_id=self._next_batch_id, sequences=(*decodes, *prefills))
         self._next_batch_id += 1
-        self._in_flight.append(batch)
+        self._in_flight.append((batch, len(decodes)))
         return batch
 
     def commit(self, result: MicroBatchResult) -> list[TokenEvent]:
@@ -146,7 +147,7 @@ class Scheduler:
         Raises:
             PipelineError: The result is not the one that is due.
         """
-        batch = self._in_flight[0] if self._in_flight else None
+        batch = self._in_flight[0][0] if self._in_flight else None
         if batch is None or batch.batch_id != result.batch_id:
             due = "none" if batch is None else batch.batch_id
             raise PipelineError(f"result of micro-batch {result.batch_id} came, {due} is due")
@@ -198,19 +199,31 @@ class Scheduler:
 
     def _view(self) -> LoadView:
         allocator = self._allocator
+        num_in_flight = sum(len(batch.sequences) for batch, _ in self._in_flight)
+        num_decodes_in_flight = sum(num_decodes for _, num_decodes in self._in_flight)
         num_unwritten_blocks = self._num_prefilling_tokens // allocator.block_size
         return LoadView(
             batch_id=self._next_batch_id,
             num_stages=self._num_stages,
             num_waiting_tokens=self._num_waiting_tokens + self._num_prefilling_tokens,
-            num_decoding=len(self._sequences) - len(self._waiting) - len(self._prefilling),
+            num_decoding=len(self._decoding) + num_decodes_in_flight,
+            num_ready=len(self._decoding),
+            num_prefills_in_flight=num_in_flight - num_decodes_in_flight,
+            num_remaining_tokens=self._num_remaining_tokens,
+            num_preemptions=self.num_preemptions,
             num_blocks=allocator.num_blocks,
+            block_size=allocator.block_size,
             kv_free_ratio=(allocator.num_free_blocks + num_unwritten_blocks) / allocator.num_blocks,
         )
 
-    def _select(self, budget: TokenBudget) -> list[ScheduledSequence]:
+    def _select(
+        self, budget: TokenBudget
+    ) -> tuple[list[ScheduledSequence], list[ScheduledSequence]]:
+        """Put as much in flight as the budget lets: decodes, and prefill chunks."""
         decodes = self._select_decodes(min(budget.decodes, self._max_decodes))
-        return decodes + self._select_prefills(budget.prefill_tokens, budget.reserved_blocks)
+        taken = len(decodes) if budget.is_shared else 0
+        prefill_tokens = max(0, budget.prefill_tokens - taken)
+        return decodes, self._select_prefills(prefill_tokens, budget.reserved_blocks)
 
     def _select_decodes(self, max_decodes: int) -> list[ScheduledSequence]:
         scheduled: list[ScheduledSequence] = []
@@ -242,6 +255,7 @@ class Scheduler:
         if sequence.num_uncomputed_tokens == 0:
             del self._prefilling[sequence.seq_id]
             sequence.state = SequenceState.DECODING
+            self._num_remaining_tokens += sequence.num_remaining_tokens
         return chunk
 
     def _admit(self, sequence: Sequence, reserved_blocks: int) -> bool:
@@ -281,12 +295,18 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take all blocks of a sequence; it will be prefilled again, output included."""
         self._dequeue(sequence)
-        self._allocator.release(sequence.block_table)
+        self._release(sequence)
         sequence.restart()
         position = sum(1 for s in self._waiting if s.seq_id < sequence.seq_id)
         self._waiting.insert(position, sequence)
         self._num_waiting_tokens += sequence.num_uncomputed_tokens
         self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take the blocks of a sequence that no queue and no micro-batch holds."""
+        self._allocator.release(sequence.block_table)
+        if sequence.state is SequenceState.DECODING:
+            self._num_remaining_tokens -= sequence.num_remaining_tokens
 
     def _dequeue(self, sequence: Sequence) -> None:
         """Take a sequence out of whichever queue holds it, so that it is not scheduled."""
@@ -308,6 +328,7 @@ class Scheduler:
         if token_id is None:
             return None
         sequence.token_ids.append(token_id)
+        self._num_remaining_tokens -= 1
         request = sequence.request
         if token_id in request.stop_token_ids:
             return self._finish(sequence, FinishReason.STOP, token_id=token_id)
@@ -325,7 +346,7 @@ class Scheduler:
         error: str | None = None,
     ) -> TokenEvent:
         """Forget a sequence that no queue and no micro-batch holds."""
-        self._allocator.release(sequence.block_table)
+        self._release(sequence)
         del self._sequences[sequence.seq_id]
         request_id = sequence.request.request_id
         del self._seq_ids[request_id]

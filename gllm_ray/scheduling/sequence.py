@@ -57,6 +57,11 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
+    def num_remaining_tokens(self) -> int:
+        """Output tokens still to come, at most."""
+        return self.request.max_tokens - self.num_output_tokens
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Known tokens that no micro-batch has computed or is computing."""
         return len(self.token_ids) - self.num_computed_tokens

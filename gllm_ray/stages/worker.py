@@ -176,13 +176,12 @@ class StageWorker:
 
     def _run_largest_batches(self, max_model_len: int) -> None:
         """Reach the peak of the activations, those of attention and sampler included."""
-        scheduler = self._config.scheduler
-        max_prefill, max_decodes = scheduler.policy.max_prefill_tokens, scheduler.max_decodes
-        chunk = min(max_prefill, max_model_len)
+        num_rows = self._config.scheduler.max_batch_tokens
+        chunk = min(num_rows, max_model_len)
         self.allocate_kv_cache(num_blocks=1)
         # A draw from every row; then as many prefill rows as can be, at the end of their contexts.
-        for chunks in ([1] * max_prefill, [chunk] * -(-max_prefill // chunk)):
-            batch = self._batch_in_block_0([1] * max_decodes + chunks, max_model_len)
+        for chunks in ([1] * num_rows, [chunk] * -(-num_rows // chunk)):
+            batch = self._batch_in_block_0(chunks, max_model_len)
             hidden = torch.zeros(batch.num_tokens, self.hidden_size, dtype=self.dtype)
             self.execute(batch, None if self.is_first else hidden.to(self._device))
         self._caches = {}

@@ -4,9 +4,10 @@ import asyncio
 
 import torch
 
-from gllm_ray.config import ServiceConfig, TokenThrottlingConfig, parse_service_config
+from gllm_ray.config import ServiceConfig, parse_service_config
 from gllm_ray.engine.engine import Engine
 from gllm_ray.messages import GenerationRequest, MicroBatch, SamplingParams
+from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
 from gllm_ray.scheduling import Scheduler, make_policy
 from gllm_ray.stages.local_pipeline import LocalPipeline
 
@@ -71,7 +72,7 @@ def run(
     max_tokens: int,
     *,
     block_size: int = 4,
-    policy: TokenThrottlingConfig = WHOLE,
+    policy: PolicyConfig = WHOLE,
     num_blocks: int | None = None,
     sampling: SamplingParams = GREEDY,
 ) -> Run:

@@ -3,6 +3,7 @@
 import pytest
 
 from gllm_ray.messages import SamplingParams
+from gllm_ray.policy_config import ChunkedPrefillConfig, TokenThrottlingConfig
 from gllm_ray.stages.local_pipeline import LocalPipeline
 from tests.numerics.models import CONFIGS, MAX_TOKENS, WINDOW
 from tests.numerics.serving import WHOLE, chunks_of, run, service_config
@@ -45,6 +46,27 @@ def test_tokens_equal_generate_under_preemption(name, num_stages, small_model, l
         num_blocks=12,
     )
     assert result.num_preemptions > 0
+    assert result.tokens == model.continuations
+
+
+@all_depths
+@pytest.mark.parametrize("num_blocks", [None, 12], ids=["roomy", "squeezed"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        TokenThrottlingConfig(),
+        TokenThrottlingConfig(kv_threshold="adaptive", max_prefill_tokens=7, min_prefill_tokens=3),
+        ChunkedPrefillConfig(),
+        ChunkedPrefillConfig(token_budget=7, watermark=0.0),
+    ],
+    ids=["throttling", "adaptive", "chunked", "sevens"],
+)
+def test_tokens_equal_generate_for_any_policy(
+    num_stages, num_blocks, policy, small_model, local_pipeline
+):
+    model = small_model("llama")
+    pipeline = local_pipeline("llama", num_stages)
+    result = run(pipeline, model.prompts, MAX_TOKENS, policy=policy, num_blocks=num_blocks)
     assert result.tokens == model.continuations
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gllm_ray.config import TokenThrottlingConfig
 from gllm_ray.messages import FinishReason, GenerationRequest, MicroBatch, TokenEvent
+from gllm_ray.policy_config import ChunkedPrefillConfig, PolicyConfig, TokenThrottlingConfig
 from gllm_ray.scheduling.sequence import SequenceState
 from tests.factories import make_scheduler, result_of
 
@@ -26,7 +26,7 @@ class Setting:
     num_blocks: int
     extra_in_flight: int
     max_decodes: int
-    policy: TokenThrottlingConfig
+    policy: PolicyConfig
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,37 @@ class Request:
     stops: bool
 
 
+def _throttling(options):
+    if options["prefill_iterations"] is None:
+        options["floor"] = "budget"  # Without a waiting term there is nothing else to bound.
+    return TokenThrottlingConfig(**options)
+
+
+token_throttling = st.fixed_dictionaries(
+    {
+        "max_prefill_tokens": st.integers(8, 64),
+        "min_prefill_tokens": st.integers(1, 8),
+        "prefill_iterations": st.integers(1, 8) | st.none(),
+        "kv_term": st.booleans(),
+        "kv_threshold": st.sampled_from([0.0, 0.05, 0.3, 0.9, 0.99, "adaptive"]),
+        "floor": st.sampled_from(["budget", "waiting_term"]),
+        "one_stage": st.sampled_from(["exempt", "throttled"]),
+        "few_decodes": st.sampled_from(["one", "all"]),
+        "count_prefills": st.booleans(),
+    }
+).map(_throttling)
+chunked_prefill = st.builds(
+    ChunkedPrefillConfig,
+    token_budget=st.integers(1, 64),
+    watermark=st.sampled_from([0.0, 0.01, 0.3, 0.9, 0.99]),
+)
 settings_of_pipelines = st.builds(
     Setting,
     num_stages=st.integers(1, 4),
     num_blocks=st.integers(MAX_MODEL_LEN // BLOCK_SIZE, 40),
     extra_in_flight=st.integers(0, 1),
     max_decodes=st.integers(1, 8),
-    policy=st.builds(
-        TokenThrottlingConfig,
-        max_prefill_tokens=st.integers(8, 64),
-        min_prefill_tokens=st.integers(1, 8),
-        prefill_iterations=st.integers(1, 8),
-        kv_threshold=st.sampled_from([0.0, 0.05, 0.3, 0.9]),
-    ),
+    policy=token_throttling | chunked_prefill,
 )
 requests = st.builds(
     Request,
@@ -185,11 +203,18 @@ class Harness:
 
     def check_budget(self, batch):
         # Law 10: within the policy's bounds, except the one batch that ends a stall.
-        is_stall = not self.in_flight
         num_decodes = sum(item.start >= self.prompt_ends[item.seq_id] for item in batch.sequences)
         num_prefill_tokens = batch.num_tokens - num_decodes
         assert num_decodes <= self.setting.max_decodes
-        assert num_prefill_tokens <= (256 if is_stall else self.setting.policy.max_prefill_tokens)
+        match self.setting.policy:
+            case TokenThrottlingConfig(max_prefill_tokens=limit):
+                assert num_prefill_tokens <= (limit if self.in_flight else max(limit, 256))
+            case ChunkedPrefillConfig(token_budget=limit):
+                # It never stalls: where no decode runs, the whole budget is left for prefill.
+                assert num_prefill_tokens <= max(0, limit - num_decodes)
+                assert batch.num_tokens <= self.setting.policy.max_batch_tokens(
+                    self.setting.max_decodes
+                )
 
     def check_blocks(self):
         scheduler = self.scheduler
@@ -219,6 +244,11 @@ class Harness:
         assert scheduler._num_waiting_tokens == sum(s.num_uncomputed_tokens for s in waiting)
         assert scheduler._num_prefilling_tokens == sum(
             s.num_uncomputed_tokens for s in scheduler._prefilling.values()
+        )
+        assert scheduler._num_remaining_tokens == sum(
+            s.request.max_tokens - s.num_output_tokens
+            for s in scheduler._sequences.values()
+            if s.state is SequenceState.DECODING
         )
 
 
@@ -282,3 +312,4 @@ def test_failure_ends_every_open_request_once_and_returns_every_block(setting, t
     assert all(event.error == "stage 1 is gone" for event in events)
     assert harness.scheduler.is_idle
     assert harness.scheduler.kv_utilization == 0
+    harness.check_backlog()

@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import gllm_ray
-from gllm_ray.config import ServiceConfig, parse_service_config, resolve_package_path
+from gllm_ray.config import (
+    SchedulerConfig,
+    ServiceConfig,
+    parse_service_config,
+    resolve_package_path,
+)
 from gllm_ray.errors import ConfigError
+from gllm_ray.policy_config import ChunkedPrefillConfig, TokenThrottlingConfig
 from gllm_ray.strict_schema import find_mistakes, key_table
 
 CPU_ARGS: dict[str, Any] = {
@@ -32,9 +38,19 @@ def with_value(path: str, value: object) -> dict[str, Any]:
     return args
 
 
-def key_paths() -> list[str]:
-    """Every key of `args`, as `gllm-ray keys` lists them."""
-    return [row.split("`")[1] for row in key_table(ServiceConfig).splitlines()[2:]]
+def keys() -> list[tuple[str, str]]:
+    """Every key of `args` as `gllm-ray keys` lists them, each with the policy it belongs to."""
+    cells = [row.split("|")[1].strip() for row in key_table(ServiceConfig).splitlines()[2:]]
+    return [(cell.split("`")[1], cell.partition("` of ")[2]) for cell in cells]
+
+
+def with_key(key: tuple[str, str], value: object) -> dict[str, Any]:
+    """`CPU_ARGS` with the value of a key, and the name of the policy it belongs to."""
+    path, policy = key
+    args = with_value(path, value)
+    if policy:
+        args["scheduler"]["policy"]["name"] = policy
+    return args
 
 
 BYTES = "must be a positive number of bytes or text such as 512MiB"
@@ -72,8 +88,24 @@ MISTAKES = [
     ("kv_cache.memory_utilization", 0, "=0: must be a number > 0 and <= 1"),
     ("kv_cache.memory_utilization", 0.5, "=0.5: must be left out when kv_cache_bytes is given"),
     ("kv_cache.memory_utilization", 0.9, "=0.9: must be left out when kv_cache_bytes is given"),
-    ("scheduler.policy.kv_threshold", 1, "=1: must be a number >= 0 and < 1"),
-    ("scheduler.policy.name", "fcfs", "='fcfs': must be token_throttling"),
+    ("scheduler.policy.kv_threshold", 1, "=1: must be a number >= 0 and < 1, or adaptive"),
+    ("scheduler.policy.kv_threshold", "low", "='low': must be a number >= 0 and < 1, or adaptive"),
+    ("scheduler.policy.name", "fcfs", "='fcfs': must be token_throttling or chunked_prefill"),
+    (
+        "scheduler.policy.floor",
+        "top",
+        "='top': must be budget or waiting_term",
+    ),
+    (
+        "scheduler.policy",
+        "fcfs",
+        "='fcfs': must be token_throttling or chunked_prefill, or a mapping with that name",
+    ),
+    (
+        "scheduler.policy",
+        7,
+        "=7: must be token_throttling or chunked_prefill, or a mapping with that name",
+    ),
     ("scheduler.policy.min_prefill_tokens", 4096, "=4096: must be <= max_prefill_tokens=2048"),
     ("deployment.min_replicas", 2, "=2: must be <= max_replicas=1"),
     (
@@ -91,10 +123,10 @@ def test_an_impossible_value_is_one_line_of_key_value_and_range(key, value, rest
     assert str(caught.value) == key + rest
 
 
-@pytest.mark.parametrize("key", key_paths())
+@pytest.mark.parametrize("key", keys())
 def test_every_key_refuses_a_wrong_type_in_one_line_that_names_it(key):
-    (line,) = find_mistakes(ServiceConfig, with_value(key, {"x": 1}))
-    assert line.startswith(f"{key}={{...}}: must be ")
+    (line,) = find_mistakes(ServiceConfig, with_key(key, {"x": 1}))
+    assert line.startswith(f"{key[0]}={{...}}: must be ")
 
 
 def test_a_missing_key_is_named_with_what_it_allows():
@@ -111,12 +143,64 @@ def test_a_missing_key_is_named_with_what_it_allows():
         ("num_stages", "did you mean pipeline.num_stages?"),  # known, but elsewhere
         ("pipeline.kv_cache", "did you mean kv_cache?"),
         ("scheduler.xyz", "known keys: policy, max_decodes"),
+        ("scheduler.policy.kv_treshold", "did you mean kv_threshold?"),
+        (
+            "scheduler.policy.token_budget",  # an option of another policy than the default
+            "did you mean scheduler.policy.token_budget of chunked_prefill?",
+        ),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(key, suggestion):
     assert find_mistakes(ServiceConfig, with_value(key, 7)) == [
         f"{key}=7: unknown key; {suggestion}"
     ]
+
+
+def test_an_option_of_another_policy_is_an_unknown_key_that_names_its_policy():
+    policy = {"name": "chunked_prefill", "floor": "budget", "token_budgt": 1, "watermark": 1}
+    path = "scheduler.policy"
+    assert find_mistakes(ServiceConfig, with_value(path, policy)) == [
+        f"{path}.watermark=1: must be a number >= 0 and < 1",
+        f"{path}.floor='budget': unknown key; did you mean {path}.floor of token_throttling?",
+        f"{path}.token_budgt=1: unknown key; did you mean token_budget?",
+    ]
+
+
+def test_a_floor_of_the_waiting_term_is_refused_where_that_term_is_off():
+    policy = {"floor": "waiting_term", "prefill_iterations": None}
+    assert find_mistakes(ServiceConfig, with_value("scheduler.policy", policy)) == [
+        "scheduler.policy.floor='waiting_term': must be budget when prefill_iterations is null"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("token_throttling", TokenThrottlingConfig()),
+        ("chunked_prefill", ChunkedPrefillConfig()),
+        ({}, TokenThrottlingConfig()),
+        ({"kv_threshold": "adaptive"}, TokenThrottlingConfig(kv_threshold="adaptive")),
+        ({"name": "chunked_prefill"}, ChunkedPrefillConfig()),
+        ({"name": "chunked_prefill", "token_budget": 64}, ChunkedPrefillConfig(token_budget=64)),
+    ],
+)
+def test_a_policy_is_a_name_or_a_mapping_with_options(policy, expected):
+    config = parse_service_config(with_value("scheduler.policy", policy))
+    assert config.scheduler.policy == expected
+    assert parse_service_config(config.model_dump()) == config
+    assert ServiceConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("policy", "max_batch_tokens"),
+    [
+        (TokenThrottlingConfig(), 2048 + 512),
+        (ChunkedPrefillConfig(token_budget=2048), 2048),
+        (ChunkedPrefillConfig(token_budget=64), 512),
+    ],
+)
+def test_the_memory_of_a_stage_is_sized_for_the_largest_micro_batch(policy, max_batch_tokens):
+    assert SchedulerConfig(policy=policy).max_batch_tokens == max_batch_tokens
 
 
 def test_every_mistake_has_its_own_line():
@@ -152,9 +236,14 @@ ANYTHING = st.recursive(
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from(["model", *key_paths(), "pipeline.x"]), ANYTHING)
-def test_whatever_the_value_mistakes_are_bounded_single_lines(path, value):
-    for line in find_mistakes(ServiceConfig, with_value(path, value)):
+@given(
+    st.sampled_from(
+        [("model", ""), ("scheduler.policy", ""), *keys(), ("pipeline.x", "")],
+    ),
+    ANYTHING,
+)
+def test_whatever_the_value_mistakes_are_bounded_single_lines(key, value):
+    for line in find_mistakes(ServiceConfig, with_key(key, value)):
         assert line.isprintable()
         assert len(line) < 500
 

@@ -1,12 +1,17 @@
 """Policies: each turns a view of the load into the budget of the next micro-batch."""
 
-from gllm_ray.config import TokenThrottlingConfig
+from gllm_ray.policy_config import ChunkedPrefillConfig, PolicyConfig, TokenThrottlingConfig
 from gllm_ray.scheduling.policies.base import LoadView, Policy, TokenBudget
+from gllm_ray.scheduling.policies.chunked_prefill import ChunkedPrefillPolicy
 from gllm_ray.scheduling.policies.token_throttling import TokenThrottlingPolicy
 
 __all__ = ["LoadView", "Policy", "TokenBudget", "make_policy"]
 
 
-def make_policy(config: TokenThrottlingConfig) -> Policy:
+def make_policy(config: PolicyConfig) -> Policy:
     """Build the policy that a configuration names."""
-    return TokenThrottlingPolicy(config)
+    match config:
+        case TokenThrottlingConfig():
+            return TokenThrottlingPolicy(config)
+        case ChunkedPrefillConfig():
+            return ChunkedPrefillPolicy(config)

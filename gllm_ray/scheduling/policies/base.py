@@ -13,7 +13,13 @@ class LoadView:
         num_stages: Depth of the pipeline.
         num_waiting_tokens: Prompt tokens not yet scheduled, of waiting and prefilling sequences.
         num_decoding: Sequences in decode, ready or in flight.
+        num_ready: Those of them that are not in flight.
+        num_prefills_in_flight: Prefill chunks in flight.
+        num_remaining_tokens: Output tokens that the sequences in decode, and those whose last
+            chunk is in flight, may still produce.
+        num_preemptions: Preemptions so far.
         num_blocks: KV blocks in all.
+        block_size: Tokens a block holds.
         kv_free_ratio: Share of the blocks that hold no computed token, 0 to 1. Blocks taken for
             prompt tokens not yet scheduled count as free.
     """
@@ -22,7 +28,12 @@ class LoadView:
     num_stages: int
     num_waiting_tokens: int
     num_decoding: int
+    num_ready: int
+    num_prefills_in_flight: int
+    num_remaining_tokens: int
+    num_preemptions: int
     num_blocks: int
+    block_size: int
     kv_free_ratio: float
 
 
@@ -34,11 +45,13 @@ class TokenBudget:
         prefill_tokens: At most this many prompt tokens.
         decodes: At most this many decodes, one token each.
         reserved_blocks: Blocks that admitting a waiting sequence must leave free.
+        is_shared: Each decode in the micro-batch takes one from `prefill_tokens`.
     """
 
     prefill_tokens: int
     decodes: int
     reserved_blocks: int = 0
+    is_shared: bool = False
 
     def __post_init__(self) -> None:
         assert self.prefill_tokens >= 0, "negative prefill budget"
@@ -46,7 +59,7 @@ class TokenBudget:
 
 
 class Policy(Protocol):
-    """Chooses the size of the next micro-batch; a pure function of the view."""
+    """Chooses the size of the next micro-batch; a pure function of the views so far."""
 
     def budget(self, view: LoadView) -> TokenBudget:
         """Decide what the next micro-batch may hold; called once for each `schedule`."""

@@ -2,8 +2,12 @@
 
 from math import ceil
 
-from gllm_ray.config import TokenThrottlingConfig
+from gllm_ray.policy_config import TokenThrottlingConfig
+from gllm_ray.scheduling.policies.adaptive_reserve import AdaptiveReserve
 from gllm_ray.scheduling.policies.base import LoadView, TokenBudget
+
+# A reserve of the whole cache would leave no scale for the KV term; the authors' limit.
+_MAX_THRESHOLD = 0.99
 
 
 class TokenThrottlingPolicy:
@@ -16,40 +20,54 @@ class TokenThrottlingPolicy:
     decodes        RD / S
     ```
 
-    Source: Guo et al., "gLLM", SC '25 (arXiv:2504.14775), Eqs. 1-4. Deviations:
-        the waiting term is rounded up and bounded by MaxP;
-        with one stage there is nothing to balance, so the waiting term does not apply, as in
-        the authors' code;
-        the remainder of RD / S rotates over the micro-batches, and fewer decodes than stages
-        go one by one, as in the authors' code, so that they overlap.
+    Source: Guo et al., "gLLM", SC '25 (arXiv:2504.14775), Eqs. 1-4. `TokenThrottlingConfig` has
+        an option for each deviation of the authors' code. Deviations from both:
+        the waiting term is rounded up and bounded by MaxP, and KVt is rounded up to a block;
+        the remainder of RD / S rotates over the micro-batches by their ids, where the code draws;
+        what the free blocks can hold does not bound the budget, because a prompt takes all its
+        blocks when it is admitted, and leaves those below KVt free.
     """
 
     def __init__(self, config: TokenThrottlingConfig) -> None:
         self._config = config
+        self._adaptive_reserve = AdaptiveReserve()
 
     def budget(self, view: LoadView) -> TokenBudget:
         """Apply both equations to the view."""
+        reserved_blocks = self._reserved_blocks(view)
         return TokenBudget(
-            prefill_tokens=self._prefill_tokens(view),
+            prefill_tokens=self._prefill_tokens(view, reserved_blocks),
             decodes=self._decodes(view),
-            reserved_blocks=ceil(self._config.kv_threshold * view.num_blocks),
+            reserved_blocks=reserved_blocks,
         )
 
-    def _prefill_tokens(self, view: LoadView) -> int:
+    def _reserved_blocks(self, view: LoadView) -> int:
+        threshold = self._config.kv_threshold
+        if threshold == "adaptive":
+            return self._adaptive_reserve.blocks(view)
+        return ceil(threshold * view.num_blocks)
+
+    def _prefill_tokens(self, view: LoadView, reserved_blocks: int) -> int:
         config = self._config
-        headroom = (view.kv_free_ratio - config.kv_threshold) / (1 - config.kv_threshold)
+        threshold = min(_MAX_THRESHOLD, reserved_blocks / view.num_blocks)
+        headroom = (view.kv_free_ratio - threshold) / (1 - threshold)
         if headroom < 0:
             return 0
-        kv_term = round(config.max_prefill_tokens * headroom)
-        waiting_term = config.max_prefill_tokens
-        if view.num_stages > 1:
-            waiting_term = min(
-                waiting_term, ceil(view.num_waiting_tokens / config.prefill_iterations)
-            )
-        return max(min(waiting_term, kv_term), config.min_prefill_tokens)
+        budget = config.max_prefill_tokens
+        if view.num_stages == 1 and config.one_stage == "exempt":
+            return budget
+        if config.prefill_iterations is not None:
+            waiting_term = ceil(view.num_waiting_tokens / config.prefill_iterations)
+            budget = min(budget, max(waiting_term, config.min_prefill_tokens))
+        if config.kv_term:
+            budget = min(budget, round(config.max_prefill_tokens * headroom))
+        return max(budget, config.min_prefill_tokens) if config.floor == "budget" else budget
 
     def _decodes(self, view: LoadView) -> int:
-        if view.num_decoding < view.num_stages:
-            return 1
+        num_running = view.num_decoding
+        if self._config.count_prefills:
+            num_running += view.num_prefills_in_flight
+        if num_running < view.num_stages:
+            return 1 if self._config.few_decodes == "one" else num_running
         rotation = view.batch_id % view.num_stages
-        return (view.num_decoding + rotation) // view.num_stages
+        return (num_running + rotation) // view.num_stages

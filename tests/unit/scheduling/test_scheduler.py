@@ -1,8 +1,8 @@
 import pytest
 
-from gllm_ray.config import TokenThrottlingConfig
 from gllm_ray.errors import InvalidRequestError, PipelineError
 from gllm_ray.messages import FinishReason, MicroBatchResult
+from gllm_ray.policy_config import TokenThrottlingConfig
 from tests.factories import make_request, make_scheduler, result_of
 
 

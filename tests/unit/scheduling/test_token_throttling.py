@@ -2,38 +2,89 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gllm_ray.config import TokenThrottlingConfig
-from gllm_ray.scheduling.policies import LoadView, make_policy
+from gllm_ray.policy_config import TokenThrottlingConfig
+from gllm_ray.scheduling.policies import make_policy
+from tests.unit.scheduling.views import view
 
 POLICY = make_policy(TokenThrottlingConfig())
+PLENTY = {"num_waiting_tokens": 100_000}
+FULL = {"kv_free_ratio": 0.0501}  # just above the threshold: the KV term rounds to 0
 
 
-def view(**changes):
-    values = {
-        "batch_id": 0,
-        "num_stages": 4,
-        "num_waiting_tokens": 6144,
-        "num_decoding": 96,
-        "num_blocks": 1000,
-        "kv_free_ratio": 0.6,
-    }
-    return LoadView(**(values | changes))
+def prefill_tokens(options, changes):
+    policy = make_policy(TokenThrottlingConfig(**options))
+    return policy.budget(view(**changes)).prefill_tokens
+
+
+def decodes(options, changes):
+    policy = make_policy(TokenThrottlingConfig(**options))
+    return [policy.budget(view(batch_id=i, **changes)).decodes for i in range(4)]
 
 
 @pytest.mark.parametrize(
-    ("changes", "prefill_tokens"),
+    ("changes", "expected"),
     [
         ({}, 768),  # the waiting term binds: 6144 / 8
-        ({"num_waiting_tokens": 100_000}, 1186),  # the KV term: 2048 * 0.55 / 0.95
+        (PLENTY, 1186),  # the KV term: 2048 * 0.55 / 0.95
         ({"num_waiting_tokens": 40}, 32),  # the minimum
-        ({"num_waiting_tokens": 100_000, "kv_free_ratio": 1.0}, 2048),  # the maximum
-        ({"kv_free_ratio": 0.051}, 32),  # the minimum also bounds the KV term
+        (PLENTY | {"kv_free_ratio": 1.0}, 2048),  # the maximum
+        (FULL, 32),  # the minimum also bounds the KV term
         ({"kv_free_ratio": 0.049}, 0),  # the threshold suspends prefill
-        ({"num_stages": 1}, 1186),  # one stage: nothing to spread
     ],
 )
-def test_prefill_budget_follows_the_papers_equations(changes, prefill_tokens):
-    assert POLICY.budget(view(**changes)).prefill_tokens == prefill_tokens
+def test_prefill_budget_follows_equation_3_of_the_paper(changes, expected):
+    assert prefill_tokens({}, changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 768),
+        (PLENTY, 2048),
+        ({"num_waiting_tokens": 40}, 32),
+        (FULL, 768),
+        ({"kv_free_ratio": 0.049}, 0),
+    ],
+)
+def test_without_the_kv_term_prefill_follows_equation_1(changes, expected):
+    assert prefill_tokens({"kv_term": False}, changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 1186),
+        ({"num_waiting_tokens": 40}, 1186),
+        (FULL, 32),
+        ({"kv_free_ratio": 0.049}, 0),
+    ],
+)
+def test_without_the_waiting_term_prefill_follows_equation_2(changes, expected):
+    assert prefill_tokens({"prefill_iterations": None}, changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, 768), ({"num_waiting_tokens": 40}, 32), (FULL, 0), (FULL | {"kv_free_ratio": 0.06}, 22)],
+)
+def test_a_floor_of_the_waiting_term_leaves_the_kv_term_free_to_fall_to_0(changes, expected):
+    assert prefill_tokens({"floor": "waiting_term"}, changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("one_stage", "changes", "expected"),
+    [
+        ("exempt", {}, 2048),
+        ("exempt", FULL, 2048),
+        ("exempt", {"kv_free_ratio": 0.049}, 0),
+        ("throttled", {}, 768),
+        ("throttled", FULL, 32),
+    ],
+)
+def test_one_stage_is_exempt_from_both_terms_but_not_from_the_threshold(
+    one_stage, changes, expected
+):
+    assert prefill_tokens({"one_stage": one_stage}, {"num_stages": 1} | changes) == expected
 
 
 @given(num_decoding=st.integers(0, 300), num_stages=st.integers(1, 8), first=st.integers(0, 99))
@@ -44,35 +95,60 @@ def test_decodes_of_one_round_cover_the_running_ones_evenly(num_decoding, num_st
         ).decodes
         for i in range(num_stages)
     ]
-    assert max(shares) - min(shares) <= 1
-    assert sum(shares) >= num_decoding - num_stages
     if num_decoding < num_stages:
         assert shares == [1] * num_stages
     else:
-        remainder = num_decoding % num_stages
-        assert sum(shares) in range(num_decoding - remainder, num_decoding - remainder + num_stages)
+        # Each stage's turn of the rotation rounds up for `remainder` of the shares.
+        assert max(shares) - min(shares) <= 1
+        assert sum(shares) == num_decoding
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "expected"),
+    [
+        ({}, {}, [24] * 4),  # 96 decodes over 4 stages
+        ({}, {"num_decoding": 97}, [24, 24, 24, 25]),  # the remainder takes its turn
+        ({}, {"num_decoding": 3}, [1] * 4),
+        ({"few_decodes": "all"}, {"num_decoding": 3}, [3] * 4),
+        ({"few_decodes": "all"}, {"num_decoding": 4}, [1] * 4),
+        ({"count_prefills": True}, {"num_prefills_in_flight": 4}, [25] * 4),
+    ],
+)
+def test_decodes_follow_equation_4_and_the_options_that_change_it(options, changes, expected):
+    assert decodes(options, changes) == expected
 
 
 def test_admission_leaves_the_threshold_free():
     assert POLICY.budget(view(num_blocks=1001)).reserved_blocks == 51
 
 
-@given(
-    st.integers(0, 10**6),
-    st.integers(0, 10**4),
-    st.floats(0, 1),
-    st.integers(1, 16),
-    st.integers(0, 10**4),
+OPTIONS = st.fixed_dictionaries(
+    {
+        "kv_term": st.booleans(),
+        "kv_threshold": st.sampled_from([0.0, 0.05, 0.999, "adaptive"]),
+        "floor": st.sampled_from(["budget", "waiting_term"]),
+        "one_stage": st.sampled_from(["exempt", "throttled"]),
+        "few_decodes": st.sampled_from(["one", "all"]),
+        "count_prefills": st.booleans(),
+    }
 )
-def test_budgets_are_never_negative(waiting, decoding, free, stages, batch_id):
-    budget = POLICY.budget(
-        view(
-            num_waiting_tokens=waiting,
-            num_decoding=decoding,
-            kv_free_ratio=free,
-            num_stages=stages,
-            batch_id=batch_id,
-        )
-    )
+VIEWS = st.builds(
+    view,
+    num_waiting_tokens=st.integers(0, 10**6),
+    num_decoding=st.integers(0, 10**4),
+    num_ready=st.integers(0, 10**4),
+    num_prefills_in_flight=st.integers(0, 10**4),
+    num_remaining_tokens=st.integers(0, 10**7),
+    num_preemptions=st.integers(0, 100),
+    kv_free_ratio=st.floats(0, 1),
+    num_stages=st.integers(1, 16),
+    batch_id=st.integers(0, 10**4),
+)
+
+
+@given(OPTIONS, VIEWS)
+def test_budgets_stay_in_their_bounds_for_any_load_and_options(options, load):
+    budget = make_policy(TokenThrottlingConfig(**options)).budget(load)
     assert 0 <= budget.prefill_tokens <= 2048
     assert budget.decodes >= 0
+    assert budget.reserved_blocks >= 0

@@ -1,0 +1,120 @@
+"""The options of each scheduling policy: what `scheduler.policy` may hold."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from gllm_ray.strict_schema import StrictModel
+
+
+class TokenThrottlingConfig(StrictModel):
+    """gLLM's token throttling; the symbols are the paper's.
+
+    The defaults are the paper's equations and settings. Where the authors' code differs from them,
+    an option says which holds; `one_stage` and `few_decodes` follow the code by default.
+
+    Source: Guo et al., "gLLM", SC '25 (arXiv:2504.14775), Eqs. 1-4 and section 4.1;
+        github.com/gty111/gLLM at 32065e0 (the paper's) and at bc91d98.
+    """
+
+    name: Literal["token_throttling"] = Field(
+        default="token_throttling",
+        description="The scheduling policy; `policy: <name>` alone takes its defaults.",
+    )
+    max_prefill_tokens: int = Field(
+        default=2048, ge=1, description="Most prefill tokens of a micro-batch, #MaxP."
+    )
+    min_prefill_tokens: int = Field(
+        default=32, ge=1, description="Fewest while prompts wait, #MinP; `floor` says of what."
+    )
+    prefill_iterations: int | None = Field(
+        default=8,
+        ge=1,
+        description="Micro-batches over which waiting tokens are spread, #T; null: Eq. 2, no "
+        "waiting term.",
+    )
+    kv_term: bool = Field(
+        default=True,
+        description="Prefill shrinks with the free share of the KV cache; false: Eq. 1.",
+    )
+    kv_threshold: Annotated[float, Field(ge=0, lt=1)] | Literal["adaptive"] = Field(
+        default=0.05,
+        description="Free share of the KV cache at which prefill stops, KVthresh; adaptive: by "
+        "what running sequences may still need and by preemptions, as in gLLM since 2026.",
+    )
+    floor: Literal["budget", "waiting_term"] = Field(
+        default="budget",
+        description="What #MinP bounds: the result, as in Eq. 3, or, as in gLLM's code, only the "
+        "waiting term, so that a full KV cache takes prefill to 0.",
+    )
+    one_stage: Literal["exempt", "throttled"] = Field(
+        default="exempt",
+        description="A pipeline of one stage has nothing to balance: exempt, as in gLLM's code, "
+        "prefills #MaxP down to the threshold.",
+    )
+    few_decodes: Literal["one", "all"] = Field(
+        default="one",
+        description="Decodes of a micro-batch while fewer run than stages: one, as in gLLM since "
+        "July 2025, so that they overlap, or all, as in the paper's code.",
+    )
+    count_prefills: bool = Field(
+        default=False,
+        description="Prefill chunks in flight count as running decodes, as in gLLM's code.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_prefill_tokens > self.max_prefill_tokens:
+            raise ValueError(
+                f"min_prefill_tokens={self.min_prefill_tokens}: must be <= "
+                f"max_prefill_tokens={self.max_prefill_tokens}"
+            )
+        if self.floor == "waiting_term" and self.prefill_iterations is None:
+            raise ValueError("floor='waiting_term': must be budget when prefill_iterations is null")
+        return self
+
+    def max_batch_tokens(self, max_decodes: int) -> int:
+        """Most tokens of a micro-batch that holds at most `max_decodes` decodes."""
+        return self.max_prefill_tokens + max_decodes
+
+
+class ChunkedPrefillConfig(StrictModel):
+    """Sarathi-Serve's stall-free scheduling.
+
+    Source: Agrawal et al., "Taming Throughput-Latency Tradeoff in LLM Inference with
+        Sarathi-Serve", OSDI '24, Algorithm 3; the defaults are its code's, at 96f9911.
+    """
+
+    name: Literal["chunked_prefill"] = Field(
+        default="chunked_prefill", description="The scheduling policy."
+    )
+    token_budget: int = Field(
+        default=512,
+        ge=1,
+        description="Decodes and prefill tokens of a micro-batch together. Decodes alone may "
+        "exceed it, up to max_decodes; prefill then waits.",
+    )
+    watermark: float = Field(
+        default=0.01,
+        ge=0,
+        lt=1,
+        description="Share of the KV cache that admitting a prompt leaves free.",
+    )
+
+    def max_batch_tokens(self, max_decodes: int) -> int:
+        """Most tokens of a micro-batch that holds at most `max_decodes` decodes."""
+        return max(self.token_budget, max_decodes)
+
+
+def _expand_name(value: object) -> object:
+    """`chunked_prefill` is short for a mapping with that name, and the name has a default."""
+    if isinstance(value, str):
+        return {"name": value}
+    return {"name": "token_throttling"} | value if isinstance(value, dict) else value
+
+
+PolicyConfig = Annotated[
+    TokenThrottlingConfig | ChunkedPrefillConfig,
+    Field(discriminator="name"),
+    BeforeValidator(_expand_name),
+]

@@ -1,0 +1,22 @@
+"""The load of the papers' worked example: 4 stages, 96 decodes, 6144 waiting, 60 % free."""
+
+from typing import Any
+
+from gllm_ray.scheduling.policies import LoadView
+
+
+def view(**changes: Any) -> LoadView:
+    values: dict[str, Any] = {
+        "batch_id": 0,
+        "num_stages": 4,
+        "num_waiting_tokens": 6144,
+        "num_decoding": 96,
+        "num_ready": 24,
+        "num_prefills_in_flight": 0,
+        "num_remaining_tokens": 0,
+        "num_preemptions": 0,
+        "num_blocks": 1000,
+        "block_size": 16,
+        "kv_free_ratio": 0.6,
+    }
+    return LoadView(**(values | changes))
