@@ -14,6 +14,7 @@ def make_scheduler(
     max_in_flight: int | None = None,
     max_decodes: int = 512,
     policy: TokenThrottlingConfig | None = None,
+    prefix_caching: bool = True,
 ) -> Scheduler:
     return Scheduler(
         make_policy(policy or TokenThrottlingConfig()),
@@ -23,6 +24,7 @@ def make_scheduler(
         max_model_len=max_model_len,
         max_in_flight=max_in_flight or num_stages,
         max_decodes=max_decodes,
+        prefix_caching=prefix_caching,
     )
 
 
