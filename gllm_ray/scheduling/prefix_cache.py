@@ -70,7 +70,7 @@ class PrefixCache:
         """The hash of a full block, made once; equal on every machine."""
         hashes = sequence.block_hashes
         if not hashes:
-            salt = sequence.request.cache_salt.encode()
+            salt = sequence.request.cache_salt.encode(errors="surrogatepass")
             # Another domain than the blocks', so that no salt can pass for a prefix.
             hashes.append(blake2b(salt, digest_size=32, person=b"cache_salt").digest())
         size = self._allocator.block_size

@@ -42,7 +42,7 @@ class Scheduler:
         prefix_caching: Whether sequences share the blocks of a common prefix.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         policy: Policy,
         *,

@@ -102,7 +102,7 @@ def test_a_missing_key_is_named_with_what_it_allows():
         ("modle", "did you mean model?"),
         ("num_stages", "did you mean pipeline.num_stages?"),  # known, but elsewhere
         ("pipeline.kv_cache", "did you mean kv_cache?"),
-        ("scheduler.xyz", "known keys: policy, max_decodes"),
+        ("scheduler.xyz", "known keys: policy, max_decodes, prefix_caching"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(key, suggestion):
