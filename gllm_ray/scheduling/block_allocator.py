@@ -1,6 +1,6 @@
 """Who holds which KV block: integers only, the tensors are the stages' business."""
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 
 
@@ -22,7 +22,8 @@ class BlockAllocator:
         self.block_size = block_size
         self._num_references = [0] * num_blocks
         self._free = deque(range(num_blocks))
-        self._cached: dict[int, None] = {}  # in the order of eviction
+        # In the order of eviction. Taking the first of a plain dict searches all that were taken.
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._hashes: dict[int, bytes] = {}  # of used and cached blocks
         self._blocks: dict[bytes, int] = {}  # its inverse
 
@@ -89,7 +90,6 @@ class BlockAllocator:
         self._blocks.clear()
 
     def _evict(self) -> int:
-        block = next(iter(self._cached))
-        del self._cached[block]
+        block, _ = self._cached.popitem(last=False)
         del self._blocks[self._hashes.pop(block)]
         return block
