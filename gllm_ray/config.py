@@ -170,6 +170,9 @@ class SchedulerConfig(StrictModel):
         default=TokenThrottlingConfig(), description="How many tokens a micro-batch may hold."
     )
     max_decodes: int = Field(default=512, ge=1, description="Decodes in one micro-batch.")
+    prefix_caching: bool = Field(
+        default=True, description="Compute the common prefix of prompts once, and keep its KV."
+    )
 
     @property
     def max_batch_tokens(self) -> int:

@@ -48,6 +48,7 @@ class GenerationRequest:
         prompt_token_ids: At least one token.
         max_tokens: Output tokens after which the request ends with `length`; at least 1.
         stop_token_ids: Any of these ends the request with `stop`; the token counts as output.
+        cache_salt: Only requests of the same salt share KV blocks of a common prompt prefix.
     """
 
     request_id: str
@@ -55,6 +56,7 @@ class GenerationRequest:
     max_tokens: int
     sampling: SamplingParams = SamplingParams()
     stop_token_ids: frozenset[int] = frozenset()
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,14 +178,19 @@ class EngineLoad:
     Attributes:
         num_requests: Requests accepted and not ended.
         num_in_flight: Micro-batches submitted and not committed.
-        kv_utilization: Share of the KV blocks in use, 0 to 1.
+        kv_utilization: Share of the KV blocks in use, 0 to 1; cached ones are not.
         num_preemptions: Preemptions since the start.
+        num_prefix_queried_tokens: Tokens of admitted prompts since the start, a preempted
+            sequence's included, that were looked up in the prefix cache.
+        num_prefix_hit_tokens: Those of them that were found there, and not computed again.
     """
 
     num_requests: int
     num_in_flight: int
     kv_utilization: float
     num_preemptions: int
+    num_prefix_queried_tokens: int
+    num_prefix_hit_tokens: int
 
 
 class EdgeAddress(NamedTuple):

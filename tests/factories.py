@@ -1,5 +1,7 @@
 """Requests, schedulers and batches for tests: no model, no network, no clock."""
 
+from collections.abc import Sequence
+
 from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult
 from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
 from gllm_ray.scheduling import Scheduler, make_policy
@@ -14,6 +16,7 @@ def make_scheduler(
     max_in_flight: int | None = None,
     max_decodes: int = 512,
     policy: PolicyConfig | None = None,
+    prefix_caching: bool = False,
 ) -> Scheduler:
     return Scheduler(
         make_policy(policy or TokenThrottlingConfig()),
@@ -23,6 +26,7 @@ def make_scheduler(
         max_model_len=max_model_len,
         max_in_flight=max_in_flight or num_stages,
         max_decodes=max_decodes,
+        prefix_caching=prefix_caching,
     )
 
 
@@ -32,12 +36,15 @@ def make_request(
     num_prompt_tokens: int = 8,
     max_tokens: int = 4,
     stop_token_ids: frozenset[int] = frozenset(),
+    prompt: Sequence[int] | None = None,
+    cache_salt: str = "",
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id=request_id,
-        prompt_token_ids=tuple(range(1, num_prompt_tokens + 1)),
+        prompt_token_ids=tuple(prompt or range(1, num_prompt_tokens + 1)),
         max_tokens=max_tokens,
         stop_token_ids=stop_token_ids,
+        cache_salt=cache_salt,
     )
 
 

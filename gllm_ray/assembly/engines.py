@@ -18,5 +18,6 @@ def build_engine(
         max_model_len=max_model_len,
         max_in_flight=config.pipeline.max_in_flight or config.pipeline.num_stages,
         max_decodes=config.scheduler.max_decodes,
+        prefix_caching=config.scheduler.prefix_caching,
     )
     return Engine(scheduler, pipeline)

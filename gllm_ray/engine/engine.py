@@ -91,6 +91,8 @@ class Engine:
             num_in_flight=self._scheduler.num_in_flight,
             kv_utilization=self._scheduler.kv_utilization,
             num_preemptions=self._scheduler.num_preemptions,
+            num_prefix_queried_tokens=self._scheduler.num_prefix_queried_tokens,
+            num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
         )
 
     async def step(self) -> None:

@@ -18,6 +18,7 @@ from gllm_ray.messages import (
 )
 from gllm_ray.scheduling.block_allocator import BlockAllocator
 from gllm_ray.scheduling.policies.base import LoadView, Policy, TokenBudget
+from gllm_ray.scheduling.prefix_cache import PrefixCache
 from gllm_ray.scheduling.sequence import Sequence, SequenceState
 
 # What runs when a policy's budget would leave an idle pipeline idle although work waits.
@@ -38,9 +39,10 @@ class Scheduler:
         max_model_len: Prompt and output tokens a sequence may have.
         max_in_flight: Micro-batches submitted and not yet committed, at most.
         max_decodes: Decodes in one micro-batch, at most.
+        prefix_caching: Whether sequences share the blocks of a common prefix.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         policy: Policy,
         *,
@@ -50,6 +52,7 @@ class Scheduler:
         max_model_len: int,
         max_in_flight: int,
         max_decodes: int,
+        prefix_caching: bool = True,
     ) -> None:
         self.num_preemptions = 0
         self._policy = policy
@@ -58,13 +61,14 @@ class Scheduler:
         self._max_in_flight = max_in_flight
         self._max_decodes = max_decodes
         self._allocator = BlockAllocator(num_blocks, block_size)
+        self._prefix_cache = PrefixCache(self._allocator, is_enabled=prefix_caching)
         self._sequences: dict[int, Sequence] = {}  # all that are alive, in order of arrival
         self._seq_ids: dict[str, int] = {}
         # A sequence with nothing left to schedule before its next token is in none of the three.
         self._waiting: deque[Sequence] = deque()  # in order of arrival
         self._prefilling: dict[int, Sequence] = {}
         self._decoding: dict[int, Sequence] = {}
-        self._num_waiting_tokens = 0  # uncomputed tokens in _waiting
+        self._num_waiting_tokens = 0  # tokens in _waiting, whatever the prefix cache knows of them
         self._num_prefilling_tokens = 0  # uncomputed tokens in _prefilling
         self._num_remaining_tokens = 0  # output tokens to come, of sequences in decode
         self._in_flight: deque[tuple[MicroBatch, int]] = deque()  # each with its decodes' number
@@ -88,8 +92,18 @@ class Scheduler:
 
     @property
     def kv_utilization(self) -> float:
-        """Share of the KV blocks in use, 0 to 1."""
+        """Share of the KV blocks in use, 0 to 1; blocks that are only cached are not."""
         return 1 - self._allocator.num_free_blocks / self._allocator.num_blocks
+
+    @property
+    def num_prefix_queried_tokens(self) -> int:
+        """Tokens of admitted prompts that were looked up in the prefix cache."""
+        return self._prefix_cache.num_queried_tokens
+
+    @property
+    def num_prefix_hit_tokens(self) -> int:
+        """Those of them that were found there."""
+        return self._prefix_cache.num_hit_tokens
 
     def add(self, request: GenerationRequest) -> None:
         """Accept a request; from here on it ends with exactly one terminal event.
@@ -173,6 +187,7 @@ class Scheduler:
         for sequence in list(self._sequences.values()):
             self._dequeue(sequence)
             events.append(self._finish(sequence, FinishReason.ERROR, error=message))
+        self._allocator.forget_contents()
         return events
 
     def _refuse_invalid(self, request: GenerationRequest) -> None:
@@ -233,7 +248,7 @@ class Scheduler:
             # Making room for one sequence may have preempted one that stood behind it.
             if sequence.seq_id in self._decoding and self._grow(sequence):
                 del self._decoding[sequence.seq_id]
-                scheduled.append(sequence.schedule(1))
+                scheduled.append(self._put_in_flight(sequence, 1))
         return scheduled
 
     def _select_prefills(self, max_tokens: int, reserved_blocks: int) -> list[ScheduledSequence]:
@@ -251,25 +266,33 @@ class Scheduler:
     def _schedule_chunk(self, sequence: Sequence, max_tokens: int) -> ScheduledSequence:
         num_tokens = min(sequence.num_uncomputed_tokens, max_tokens)
         self._num_prefilling_tokens -= num_tokens
-        chunk = sequence.schedule(num_tokens)
+        chunk = self._put_in_flight(sequence, num_tokens)
         if sequence.num_uncomputed_tokens == 0:
             del self._prefilling[sequence.seq_id]
             sequence.state = SequenceState.DECODING
             self._num_remaining_tokens += sequence.num_remaining_tokens
         return chunk
 
+    def _put_in_flight(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+        item = sequence.schedule(num_tokens)
+        self._prefix_cache.publish(sequence, item)
+        return item
+
     def _admit(self, sequence: Sequence, reserved_blocks: int) -> bool:
         """Take blocks for a waiting sequence's whole prompt; False if they are not there."""
         allocator = self._allocator
-        num_blocks = allocator.blocks_for(sequence.num_uncomputed_tokens)
         if allocator.num_free_blocks == allocator.num_blocks:
             reserved_blocks = 0  # no decode is running that the reserve could save
-        if num_blocks + reserved_blocks > allocator.num_free_blocks:
+        hit = self._prefix_cache.find(sequence)
+        num_new_blocks = allocator.blocks_for(len(sequence.token_ids)) - len(hit)
+        num_taken = num_new_blocks + allocator.num_cached(hit)
+        if num_taken + reserved_blocks > allocator.num_free_blocks:
             return False
-        sequence.block_table = allocator.allocate(num_blocks)
+        self._num_waiting_tokens -= sequence.num_uncomputed_tokens
+        self._prefix_cache.reuse(sequence, hit)
+        sequence.block_table += allocator.allocate(num_new_blocks)
         sequence.state = SequenceState.PREFILLING
         self._prefilling[sequence.seq_id] = sequence
-        self._num_waiting_tokens -= sequence.num_uncomputed_tokens
         self._num_prefilling_tokens += sequence.num_uncomputed_tokens
         return True
 

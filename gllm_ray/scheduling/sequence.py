@@ -22,6 +22,7 @@ class Sequence:
     Attributes:
         token_ids: Prompt, then output.
         block_table: Ids of the blocks held, in the order of the positions they serve.
+        block_hashes: The salt's hash, then those of the leading full blocks that were asked for.
         num_computed_tokens: Tokens whose KV exists or is in flight.
         num_in_flight: Submitted and uncommitted micro-batches that hold this sequence.
         epoch: Raised when the KV is given up; results of an older epoch do not count.
@@ -29,6 +30,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "block_hashes",
         "block_table",
         "epoch",
         "is_aborted",
@@ -45,6 +47,7 @@ class Sequence:
         self.request = request
         self.token_ids = list(request.prompt_token_ids)
         self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []
         self.num_computed_tokens = 0
         self.num_in_flight = 0
         self.epoch = 0

@@ -84,6 +84,7 @@ class RequestBuilder:
                 seed=secrets.randbits(63) if body.seed is None else body.seed,
             ),
             stop_token_ids=frozenset() if body.ignore_eos else self.tokenizer.stop_token_ids,
+            cache_salt=body.cache_salt or "",
         )
 
     def _max_tokens(

@@ -23,6 +23,7 @@ from gllm_ray.errors import InvalidRequestError
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_CHARS = 1024
+_MAX_SALT_CHARS = 1024
 _MAX_PROMPTS = 128
 _MAX_KEYS = 128
 
@@ -99,7 +100,10 @@ class StreamOptions(_Schema):
 
 
 class GenerationParams(_Schema):
-    """What both endpoints take; `top_k`, `min_p` and `ignore_eos` are not OpenAI's."""
+    """What both endpoints take.
+
+    `top_k`, `min_p`, `ignore_eos` and `cache_salt` are not OpenAI's.
+    """
 
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
@@ -114,6 +118,7 @@ class GenerationParams(_Schema):
         BeforeValidator(_parse_stop),
     ] = None
     ignore_eos: bool | None = None
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=_MAX_SALT_CHARS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -1,6 +1,8 @@
 """Runs prompts through the real scheduler, engine and stages of one process."""
 
 import asyncio
+import itertools
+from dataclasses import dataclass
 
 import torch
 
@@ -57,25 +59,39 @@ class RecordingPipeline:
         pass
 
 
+@dataclass(frozen=True)
 class Run:
     """The tokens of each prompt, and how the scheduler got there."""
 
-    def __init__(self, tokens, batches, num_preemptions):
-        self.tokens: list[list[int]] = tokens
-        self.batches: list[MicroBatch] = batches
-        self.num_preemptions: int = num_preemptions
+    tokens: list[list[int]]
+    batches: list[MicroBatch]
+    num_preemptions: int
+    num_prefix_hit_tokens: int
 
 
 def run(
+    pipeline: LocalPipeline, prompts: list[list[int]], max_tokens: int, **options: object
+) -> Run:
+    """Run the prompts side by side; see `run_rounds` for the options."""
+    return run_rounds(pipeline, [prompts], max_tokens, **options)
+
+
+def run_rounds(
     pipeline: LocalPipeline,
-    prompts: list[list[int]],
+    rounds: list[list[list[int]]],
     max_tokens: int,
     *,
     block_size: int = 4,
     policy: PolicyConfig = WHOLE,
     num_blocks: int | None = None,
     sampling: SamplingParams = GREEDY,
+    prefix_caching: bool = True,
+    aborted: frozenset[int] = frozenset(),
 ) -> Run:
+    """Run the prompts of each round side by side, after those of the round before have ended.
+
+    The requests of the indices in `aborted` are aborted at their second token.
+    """
     poison_kv_cache(pipeline)
     scheduler = Scheduler(
         make_policy(policy),
@@ -85,31 +101,43 @@ def run(
         max_model_len=64,
         max_in_flight=len(pipeline.stages),
         max_decodes=8,
+        prefix_caching=prefix_caching,
     )
     recorder = RecordingPipeline(pipeline)
+    names = map(str, itertools.count())
     requests = [
-        GenerationRequest(
-            request_id=str(index),
-            prompt_token_ids=tuple(prompt),
-            max_tokens=max_tokens,
-            sampling=sampling,
-        )
-        for index, prompt in enumerate(prompts)
+        [
+            GenerationRequest(
+                request_id=next(names),
+                prompt_token_ids=tuple(prompt),
+                max_tokens=max_tokens,
+                sampling=sampling,
+            )
+            for prompt in prompts
+        ]
+        for prompts in rounds
     ]
-    tokens = asyncio.run(_collect(Engine(scheduler, recorder), requests))
-    return Run(tokens, recorder.batches, scheduler.num_preemptions)
+    tokens = asyncio.run(_collect(Engine(scheduler, recorder), requests, aborted))
+    return Run(tokens, recorder.batches, scheduler.num_preemptions, scheduler.num_prefix_hit_tokens)
 
 
-async def _collect(engine: Engine, requests: list[GenerationRequest]) -> list[list[int]]:
+async def _collect(
+    engine: Engine, rounds: list[list[GenerationRequest]], aborted: frozenset[int]
+) -> list[list[int]]:
     engine.start()
-    for request in requests:
-        await engine.add(request)
-    tokens = {request.request_id: [] for request in requests}
-    num_open = len(requests)
-    while num_open:
-        for event in await engine.next_events():
-            assert event.error is None, event.error
-            tokens[event.request_id].append(event.token_id)
-            num_open -= event.finish_reason is not None
+    tokens: dict[str, list[int]] = {}
+    for requests in rounds:
+        for request in requests:
+            tokens[request.request_id] = []
+            await engine.add(request)
+        num_open = len(requests)
+        while num_open:
+            for event in await engine.next_events():
+                assert event.error is None, event.error
+                num_open -= event.finish_reason is not None
+                if event.token_id is not None:
+                    tokens[event.request_id].append(event.token_id)
+                if int(event.request_id) in aborted and len(tokens[event.request_id]) == 2:
+                    await engine.abort(event.request_id)
     await engine.close()
-    return [tokens[request.request_id] for request in requests]
+    return list(tokens.values())

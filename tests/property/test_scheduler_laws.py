@@ -3,21 +3,31 @@
 Hypothesis drives the scheduler as an engine would: it adds and aborts requests, submits
 micro-batches, and commits results in submit order, each at a moment of its own choice. A model
 of the stages checks every micro-batch on the way.
+
+The prompts are made of few pieces, so that prefixes, and pieces after another prefix, recur.
 """
 
-from collections import deque
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, field, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gllm_ray.messages import FinishReason, GenerationRequest, MicroBatch, TokenEvent
+from gllm_ray.messages import (
+    FinishReason,
+    GenerationRequest,
+    MicroBatch,
+    MicroBatchResult,
+    TokenEvent,
+)
 from gllm_ray.policy_config import ChunkedPrefillConfig, PolicyConfig, TokenThrottlingConfig
 from gllm_ray.scheduling.sequence import SequenceState
-from tests.factories import make_scheduler, result_of
+from tests.factories import make_scheduler
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 48
+MAX_PROMPT_LEN = 36
+PIECES = ((1, 2, 3, 4, 5, 6, 7, 8), (9, 9, 9, 9), (9, 9, 9))
 
 
 @dataclass(frozen=True)
@@ -27,13 +37,23 @@ class Setting:
     extra_in_flight: int
     max_decodes: int
     policy: PolicyConfig
+    prefix_caching: bool = True
 
 
 @dataclass(frozen=True)
 class Request:
-    num_prompt_tokens: int
+    prompt: tuple[int, ...]
     max_tokens: int
     stops: bool
+    cache_salt: str
+
+
+@dataclass(frozen=True)
+class FollowUp:
+    """A request whose prompt is that of an earlier one and the output it has so far."""
+
+    index: int
+    request: Request
 
 
 def _throttling(options):
@@ -68,21 +88,61 @@ settings_of_pipelines = st.builds(
     max_decodes=st.integers(1, 8),
     policy=token_throttling | chunked_prefill,
 )
+prompts = st.builds(
+    lambda pieces, length: tuple(token for piece in pieces for token in piece)[:length],
+    st.lists(st.sampled_from(PIECES), min_size=1, max_size=8),
+    st.integers(1, MAX_PROMPT_LEN),
+)
 requests = st.builds(
     Request,
-    num_prompt_tokens=st.integers(1, 36),
+    prompt=prompts,
     max_tokens=st.integers(1, 12),
     stops=st.booleans(),
+    cache_salt=st.sampled_from(["", "", "tenant"]),
 )
 # An action is a request to add, the index of one to abort, or a number of results to commit.
 actions = st.lists(
     st.one_of(
         requests,
+        st.builds(FollowUp, st.integers(0, 5), requests),
         st.tuples(st.just("abort"), st.integers(0, 30)),
         st.tuples(st.just("commit"), st.integers(1, 3)),
     ),
     max_size=40,
 )
+
+
+class StageModel:
+    """The KV cache of a stage: what a slot holds tells the salt and all tokens up to it."""
+
+    def __init__(self):
+        self.kv: dict[int, int] = {}
+
+    def execute(self, batch, tokens_of):
+        """Write the KV of the whole micro-batch, then read what each sequence attends to."""
+        written = {}
+        for item in batch.sequences:
+            chain = content_chain(*tokens_of(item))
+            for position in range(item.start, item.end):
+                written[slot_of(item, position)] = chain[position]
+        assert len(written) == batch.num_tokens, "two rows write to one slot"
+        self.kv |= written
+        for item in batch.sequences:
+            chain = content_chain(*tokens_of(item))
+            read = [self.kv.get(slot_of(item, position)) for position in range(item.end)]
+            assert read == chain[: item.end], "a sequence reads KV that is not its own"
+
+
+def slot_of(item, position):
+    return item.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+
+
+def content_chain(salt, tokens):
+    contents, content = [], len(salt)
+    for token in tokens:
+        content = hash((content, token))
+        contents.append(content)
+    return contents
 
 
 @dataclass
@@ -96,6 +156,10 @@ class Harness:
     ends: dict[str, FinishReason] = field(default_factory=dict)
     epochs: dict[int, int] = field(default_factory=dict)
     prompt_ends: dict[int, int] = field(default_factory=dict)  # of the epoch, output recomputed
+    ends_scheduled: dict[int, int] = field(default_factory=dict)  # of the epoch
+    owners: dict[int, set[int]] = field(default_factory=dict)  # of blocks, at the last check
+    stage: StageModel = field(default_factory=StageModel)
+    seen: Counter[str] = field(default_factory=Counter)
     log: list[MicroBatch | TokenEvent] = field(default_factory=list)
 
     def __post_init__(self):
@@ -107,6 +171,7 @@ class Harness:
             max_in_flight=self.max_in_flight,
             max_decodes=self.setting.max_decodes,
             policy=self.setting.policy,
+            prefix_caching=self.setting.prefix_caching,
         )
 
     @property
@@ -117,6 +182,9 @@ class Harness:
         for action in todo:
             self.act(action)
             self.fill()
+        self.drain()
+
+    def drain(self):
         while not self.scheduler.is_idle:
             self.fill()
             # Law 2: not idle and nothing in flight => schedule() returned work.
@@ -127,32 +195,56 @@ class Harness:
     def act(self, action):
         match action:
             case Request():
-                request_id = str(len(self.requests))
-                request = GenerationRequest(
-                    request_id=request_id,
-                    prompt_token_ids=tuple(range(1, action.num_prompt_tokens + 1)),
-                    max_tokens=action.max_tokens,
-                    stop_token_ids=frozenset({103, 117, 131}) if action.stops else frozenset(),
-                )
-                self.requests[request_id] = request
-                self.outputs[request_id] = []
-                self.scheduler.add(request)
+                self.add(action)
+            case FollowUp():
+                before = self.known_tokens(action.index) if self.requests else []
+                prompt = (*before, *action.request.prompt)[:MAX_PROMPT_LEN]
+                self.add(replace(action.request, prompt=prompt))
             case ("abort", index):
                 self.apply(self.scheduler.abort(str(index)))
             case ("commit", count):
                 for _ in range(min(count, len(self.in_flight))):
                     self.commit()
 
+    def add(self, action):
+        request = GenerationRequest(
+            request_id=str(len(self.requests)),
+            prompt_token_ids=action.prompt,
+            max_tokens=action.max_tokens,
+            stop_token_ids=frozenset({103, 117, 131}) if action.stops else frozenset(),
+            cache_salt=action.cache_salt,
+        )
+        self.requests[request.request_id] = request
+        self.outputs[request.request_id] = []
+        self.scheduler.add(request)
+
+    def known_tokens(self, index):
+        request_id = str(index % len(self.requests))
+        return [*self.requests[request_id].prompt_token_ids, *self.outputs[request_id]]
+
+    def salt_and_tokens(self, item):
+        return self.requests[str(item.seq_id)].cache_salt, self.known_tokens(item.seq_id)
+
     def fill(self):
         while (batch := self.scheduler.schedule()) is not None:
             self.check_batch(batch)
             self.in_flight.append(batch)
             self.log.append(batch)
+            self.stage.execute(batch, self.salt_and_tokens)
+            self.check_blocks()
         self.check_blocks()
 
     def commit(self):
-        self.apply(self.scheduler.commit(result_of(self.in_flight.popleft())))
+        self.apply(self.scheduler.commit(self.result_of(self.in_flight.popleft())))
         self.check_blocks()
+
+    def result_of(self, batch):
+        """What the stages sample: a hash of the KV at the last position."""
+        sampled = [item for item in batch.sequences if item.sampling is not None]
+        last = [self.stage.kv[slot_of(item, item.end - 1)] for item in sampled]
+        return MicroBatchResult(
+            batch_id=batch.batch_id, token_ids=tuple(100 + content % 50 for content in last)
+        )
 
     def apply(self, events):
         for event in events:
@@ -179,27 +271,66 @@ class Harness:
         # Law 3: a sequence that samples in flight is in no second micro-batch.
         assert sampling_in_flight.isdisjoint(seq_ids)
         for item in batch.sequences:
-            self.check_item(item)
+            self.check_item(item, batch)
+            self.check_writes(item)
         self.check_budget(batch)
 
-    def check_item(self, item):
-        # Law 6: the epoch never falls, and a raised one starts over.
-        before = self.epochs.setdefault(item.seq_id, 0)
+    def check_item(self, item, batch):
+        request = self.requests[str(item.seq_id)]
+        known = self.known_tokens(item.seq_id)
+        # Law 6: the epoch never falls; each starts behind full cached blocks, then has no gap.
+        before = self.epochs.get(item.seq_id, -1)
         assert item.epoch >= before
         if item.epoch > before:
-            assert item.start == 0
+            assert item.start % BLOCK_SIZE == 0
             self.epochs[item.seq_id] = item.epoch
+            self.prompt_ends[item.seq_id] = len(known)
+            self.count_hit(item, request, batch)
+        else:
+            assert item.start == self.ends_scheduled[item.seq_id]
+        self.ends_scheduled[item.seq_id] = item.end
         assert item.num_scheduled_tokens > 0
         # Law 1: blocks for every position the stages will touch, all of them distinct.
         assert len(item.block_table) * BLOCK_SIZE >= item.end
         assert len(set(item.block_table)) == len(item.block_table)
         # The tokens are those of the sequence, at their positions.
-        request = self.requests[str(item.seq_id)]
-        known = list(request.prompt_token_ids) + self.outputs[request.request_id]
         assert list(item.token_ids) == known[item.start : item.end]
-        if item.start == 0:
-            self.prompt_ends[item.seq_id] = len(known)
         assert (item.sampling is not None) == (item.end == len(known))
+
+    def check_writes(self, item):
+        # Law 7: a block that others hold is written no more.
+        for block in item.block_table[item.start // BLOCK_SIZE : -(-item.end // BLOCK_SIZE)]:
+            others = self.owners.get(block, set()) - {item.seq_id}
+            assert not any(
+                block in self.scheduler._sequences[seq_id].block_table
+                for seq_id in others
+                if seq_id in self.scheduler._sequences
+            )
+
+    def count_hit(self, item, request, batch):
+        """Note what kinds of hits the random workloads reach."""
+        if item.start == 0:
+            return
+        last = item.block_table[item.start // BLOCK_SIZE - 1]
+        in_flight = [other for batch in self.in_flight for other in batch.sequences]
+        # Of the last block: the earlier ones were written no later.
+        kinds = {
+            "at first": item.epoch == 0,
+            "after preemption": item.epoch > 0,
+            "of a held block": last in self.owners,
+            "of a block that no sequence holds": last not in self.owners,
+            "in the micro-batch of the write": any(
+                last in other.block_table[other.start // BLOCK_SIZE :]
+                for other in batch.sequences
+                if other is not item
+            ),
+            "while the write is in flight": any(
+                last in other.block_table[other.start // BLOCK_SIZE :] for other in in_flight
+            ),
+            "of output": max(request.prompt_token_ids[: item.start]) >= 100,
+            "of all but one token": item.start == self.prompt_ends[item.seq_id] - 1,
+        }
+        self.seen.update(kind for kind, is_seen in kinds.items() if is_seen)
 
     def check_budget(self, batch):
         # Law 10: within the policy's bounds, except the one batch that ends a stall.
@@ -218,11 +349,7 @@ class Harness:
 
     def check_blocks(self):
         scheduler = self.scheduler
-        allocator = scheduler._allocator
-        held = [b for s in scheduler._sequences.values() for b in s.block_table]
-        # Law 7: no block has two owners, and used + free is constant.
-        assert len(set(held)) == len(held)
-        assert sorted([*held, *allocator._free]) == list(range(self.setting.num_blocks))
+        self.check_references()
         # Law 5: what is in flight still owns the blocks it was given.
         for batch in self.in_flight:
             for item in batch.sequences:
@@ -236,6 +363,32 @@ class Harness:
         for sequence in scheduler._prefilling.values():
             assert len(sequence.block_table) * BLOCK_SIZE >= len(sequence.token_ids)
         self.check_backlog()
+
+    def check_references(self):
+        allocator = self.scheduler._allocator
+        places = defaultdict(list)
+        for sequence in self.scheduler._sequences.values():
+            for index, block in enumerate(sequence.block_table):
+                places[block].append((sequence, index))
+        self.owners = {b: {s.seq_id for s, _ in held} for b, held in places.items()}
+        # Law 7: used + free + cached is constant, and each reference has an owner.
+        parts = [*places, *allocator._free, *allocator._cached]
+        assert sorted(parts) == list(range(self.setting.num_blocks))
+        assert allocator.num_free_blocks == self.setting.num_blocks - len(places)
+        for block, num_references in enumerate(allocator._num_references):
+            assert num_references == len(places.get(block, []))
+        assert allocator._blocks == {content: b for b, content in allocator._hashes.items()}
+        assert allocator._cached.keys() <= allocator._hashes.keys()
+        # Law 7: all owners of a block mean the same full block, at the same position.
+        for held in places.values():
+            contents = set()
+            for sequence, index in held:
+                end = (index + 1) * BLOCK_SIZE
+                prefix = tuple(sequence.token_ids[:end])
+                contents.add((sequence.request.cache_salt, prefix))
+                if len(held) > 1:
+                    assert len(prefix) == end <= sequence.num_computed_tokens
+            assert len(contents) == 1
 
     def check_backlog(self):
         scheduler = self.scheduler
@@ -260,6 +413,11 @@ def test_every_law_holds_under_random_workloads(setting, todo):
     # Law 8: every accepted request ended; law 7: every block came back.
     assert harness.ends.keys() == harness.requests.keys()
     assert harness.scheduler.kv_utilization == 0
+    check_ends(harness)
+
+
+def check_ends(harness):
+    """Law 8: each request ended for the reason that its tokens give."""
     for request_id, reason in harness.ends.items():
         request, output = harness.requests[request_id], harness.outputs[request_id]
         if reason is FinishReason.STOP:
@@ -280,7 +438,7 @@ def test_same_calls_give_the_same_decisions(setting, todo):
 
 @settings(max_examples=100, deadline=None)
 @given(settings_of_pipelines, st.lists(requests, min_size=1, max_size=12))
-def test_preemption_and_chunking_do_not_change_the_tokens(setting, todo):
+def test_preemption_chunking_and_prefix_caching_do_not_change_the_tokens(setting, todo):
     squeezed = Harness(setting)
     squeezed.run(todo)
     roomy = Harness(
@@ -290,17 +448,19 @@ def test_preemption_and_chunking_do_not_change_the_tokens(setting, todo):
             extra_in_flight=0,
             max_decodes=512,
             policy=TokenThrottlingConfig(),
+            prefix_caching=False,
         )
     )
     roomy.run(todo)
     assert roomy.scheduler.num_preemptions == 0
+    assert roomy.scheduler.num_prefix_queried_tokens == 0
     assert squeezed.outputs == roomy.outputs
     assert squeezed.ends == roomy.ends
 
 
 @settings(max_examples=100, deadline=None)
 @given(settings_of_pipelines, actions)
-def test_failure_ends_every_open_request_once_and_returns_every_block(setting, todo):
+def test_failure_ends_every_open_request_once_and_voids_every_block(setting, todo):
     harness = Harness(setting)
     for action in todo:
         harness.act(action)
@@ -313,3 +473,24 @@ def test_failure_ends_every_open_request_once_and_returns_every_block(setting, t
     assert harness.scheduler.is_idle
     assert harness.scheduler.kv_utilization == 0
     harness.check_backlog()
+    # New stages begin with an empty KV cache, and the same prompts come again.
+    harness.apply(events)
+    harness.in_flight.clear()
+    harness.stage = StageModel()
+    harness.run(todo)
+    assert harness.ends.keys() == harness.requests.keys()
+
+
+def test_random_workloads_reach_every_kind_of_hit():
+    seen = Counter()
+
+    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @given(settings_of_pipelines, actions)
+    def explore(setting, todo):
+        harness = Harness(setting)
+        harness.run(todo)
+        seen.update(harness.seen)
+
+    explore()
+    assert len(seen) == 8
+    assert min(seen.values()) >= 5, seen

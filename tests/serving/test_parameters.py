@@ -28,7 +28,7 @@ OFFICIAL = {
     CHAT_PATH: set(typing.get_type_hints(ChatParams)),
     COMPLETION_PATH: set(typing.get_type_hints(CompletionParams)),
 }
-OWN = {"top_k", "min_p", "ignore_eos"}
+OWN = {"top_k", "min_p", "ignore_eos", "cache_salt"}
 
 # What a client that asks for the feature would send, and what one sends that does not.
 REQUESTS_FOR_MORE = {
@@ -161,6 +161,9 @@ def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
         ({"top_k": 1.5}, "top_k"),
         ({"min_p": 1.1}, "min_p"),
         ({"seed": 2**63}, "seed"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"cache_salt": "a" * 1025}, "cache_salt"),
+        ({"cache_salt": "\ud800"}, "cache_salt"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
@@ -255,6 +258,12 @@ def test_the_end_tokens_stop_unless_they_are_ignored(tokenizer):
         assert request_for(tokenizer, path, {}).stop_token_ids == tokenizer.stop_token_ids != set()
         ignoring = {"ignore_eos": True, "max_tokens": 4}
         assert request_for(tokenizer, path, ignoring).stop_token_ids == set()
+
+
+def test_the_cache_salt_reaches_the_engine(tokenizer):
+    for path in BODIES:
+        assert request_for(tokenizer, path, {}).cache_salt == ""
+        assert request_for(tokenizer, path, {"cache_salt": "tenant"}).cache_salt == "tenant"
 
 
 def test_the_limit_of_tokens_is_the_clients_or_the_default(tokenizer):

@@ -228,7 +228,7 @@ def test_the_probe_runs_as_many_rows_and_draws_as_a_batch_may_have(
     num_rows = max_prefill_tokens + max_decodes
     assert min(map(len, positions)) >= num_rows
     last_position = max(rows.max() for rows in positions)
-    assert last_position == (max_model_len - 1 if max_prefill_tokens > 1 else 0)
+    assert last_position == max_model_len - 1
     if worker.is_last:
         assert max(num_draws) == num_rows
     assert worker._caches == {}

@@ -1,0 +1,199 @@
+"""What a request finds of the KV that others left, with blocks of four tokens."""
+
+from functools import partial
+
+import pytest
+
+from gllm_ray.config import TokenThrottlingConfig
+from gllm_ray.scheduling.block_allocator import BlockAllocator
+from gllm_ray.scheduling.prefix_cache import PrefixCache
+from gllm_ray.scheduling.sequence import Sequence
+from tests import factories
+from tests.factories import make_request, result_of
+
+make_scheduler = partial(factories.make_scheduler, prefix_caching=True)
+
+FOURS = TokenThrottlingConfig(max_prefill_tokens=4, min_prefill_tokens=4, kv_threshold=0.0)
+
+
+def run_to_the_end(scheduler):
+    events = []
+    while not scheduler.is_idle:
+        events += scheduler.commit(result_of(scheduler.schedule()))
+    return events
+
+
+def first_item(scheduler, request):
+    """The request's first share of a micro-batch, after it ran to its end alone."""
+    scheduler.add(request)
+    batch = scheduler.schedule()
+    (item,) = batch.sequences
+    scheduler.commit(result_of(batch))
+    run_to_the_end(scheduler)
+    return item
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "num_computed"), [(3, 3), (4, 4), (5, 1), (8, 4), (9, 1), (11, 3)]
+)
+def test_a_full_hit_computes_at_least_the_last_token_and_writes_to_no_shared_block(
+    num_prompt_tokens, num_computed
+):
+    scheduler = make_scheduler()
+    first = first_item(scheduler, make_request(num_prompt_tokens=num_prompt_tokens))
+    second = first_item(scheduler, make_request(num_prompt_tokens=num_prompt_tokens))
+    assert first.num_scheduled_tokens == num_prompt_tokens
+    assert second.num_scheduled_tokens == num_computed
+    assert second.end == num_prompt_tokens
+    assert second.sampling is not None
+    num_shared = (num_prompt_tokens - num_computed) // 4
+    assert second.block_table[:num_shared] == first.block_table[:num_shared]
+    assert set(second.block_table[num_shared:]).isdisjoint(first.block_table[:num_shared])
+
+
+def test_a_hit_ends_where_the_prompts_part():
+    scheduler = make_scheduler()
+    first_item(scheduler, make_request(prompt=[1, 2, 3, 4, 5, 6, 7, 8, 9]))
+    item = first_item(scheduler, make_request(prompt=[1, 2, 3, 4, 5, 6, 0, 8, 9]))
+    assert item.start == 4
+
+
+def test_a_block_after_another_prefix_is_another_block():
+    scheduler = make_scheduler()
+    first_item(scheduler, make_request(prompt=[1, 2, 3, 4, 5, 6, 7, 8, 9]))
+    item = first_item(scheduler, make_request(prompt=[0, 2, 3, 4, 5, 6, 7, 8, 9]))
+    assert item.start == 0
+    item = first_item(scheduler, make_request(prompt=[5, 6, 7, 8, 9]))
+    assert item.start == 0
+
+
+def test_requests_of_different_salts_share_nothing():
+    scheduler = make_scheduler()
+    starts = [
+        first_item(scheduler, make_request(num_prompt_tokens=9, cache_salt=salt)).start
+        for salt in ["a", "b", "", "a", "b", ""]
+    ]
+    assert starts == [0, 0, 0, 8, 8, 8]
+
+
+def test_a_block_hash_is_the_same_in_every_process_and_on_every_machine():
+    cache = PrefixCache(BlockAllocator(num_blocks=4, block_size=4), is_enabled=True)
+    sequence = Sequence(0, make_request(prompt=[1, 2, 3, 4, 5, 6, 70_000, 8], cache_salt="ten"))
+    expected = "665ca47dc9c7d0686d6642b729adc39a6d5e0fe2ce5a96dc708a9c5043b193c9"
+    assert cache._hash(sequence, 1).hex() == expected
+
+
+def test_a_prefix_is_shared_while_its_writer_is_in_flight():
+    scheduler = make_scheduler(num_stages=3)
+    scheduler.add(make_request("a", num_prompt_tokens=9))
+    writer = scheduler.schedule()
+    scheduler.add(make_request("b", num_prompt_tokens=9))
+    reader = scheduler.schedule()
+    assert reader.sequences[0].start == 8
+    assert reader.sequences[0].block_table[:2] == writer.sequences[0].block_table[:2]
+
+
+def test_a_block_is_not_shared_before_its_last_token_is_scheduled():
+    scheduler = make_scheduler(
+        num_stages=3,
+        policy=TokenThrottlingConfig(
+            max_prefill_tokens=6, min_prefill_tokens=6, prefill_iterations=1
+        ),
+    )
+    scheduler.add(make_request("a", num_prompt_tokens=16))
+    first = scheduler.schedule()
+    assert first.sequences[0].end == 6
+    scheduler.abort("a")  # the other ten tokens are never computed
+    scheduler.add(make_request("b", num_prompt_tokens=16))
+    assert scheduler.schedule().sequences[0].start == 4
+
+
+def test_output_is_found_by_the_next_turn_of_a_conversation():
+    scheduler = make_scheduler(num_stages=1)
+    scheduler.add(make_request("a", num_prompt_tokens=6, max_tokens=8))
+    output = [event.token_id for event in run_to_the_end(scheduler)]
+    item = first_item(scheduler, make_request("b", prompt=[*range(1, 7), *output, 77, 78]))
+    # The last output token was never computed, so the block it would fill is not there.
+    assert item.start == 12
+
+
+def test_a_preempted_sequence_finds_its_own_blocks_again():
+    scheduler = make_scheduler(num_stages=1, num_blocks=8, max_model_len=32, policy=FOURS)
+    scheduler.add(make_request("a", prompt=range(10, 18), max_tokens=9))
+    scheduler.add(make_request("b", prompt=range(20, 36), max_tokens=9))
+    items = []
+    while not scheduler.is_idle:
+        batch = scheduler.schedule()
+        items += batch.sequences
+        scheduler.commit(result_of(batch))
+    assert scheduler.num_preemptions == 1
+    back = next(item for item in items if item.epoch == 1)
+    before = [item for item in items if item.seq_id == back.seq_id and item.epoch == 0]
+    assert back.start > 0
+    num_shared = back.start // 4
+    assert back.block_table[:num_shared] == before[-1].block_table[:num_shared]
+
+
+def test_under_pressure_the_prefix_in_use_stays_and_the_oldest_goes():
+    scheduler = make_scheduler(num_stages=1, num_blocks=6, max_model_len=24)
+    prompts = {name: [start] * 9 for name, start in zip("abc", (10, 20, 30), strict=True)}
+    starts = [
+        first_item(scheduler, make_request(name, prompt=prompts[name], max_tokens=1)).start
+        for name in "abacab"
+    ]
+    # a and b leave two cached blocks each, and c finds two free ones and takes b's last one.
+    assert starts == [0, 0, 8, 0, 8, 4]
+
+
+def test_a_failure_voids_what_was_cached():
+    scheduler = make_scheduler()
+    first_item(scheduler, make_request(num_prompt_tokens=9))
+    scheduler.fail_all("stage 0 is gone")
+    assert first_item(scheduler, make_request(num_prompt_tokens=9)).start == 0
+
+
+def test_cached_blocks_leave_the_whole_cache_to_one_large_prompt():
+    scheduler = make_scheduler(num_stages=1, num_blocks=8, max_model_len=32)
+    first_item(scheduler, make_request(prompt=[5] * 16))
+    assert scheduler.kv_utilization == 0
+    item = first_item(scheduler, make_request(prompt=[6] * 28))
+    assert (item.start, len(item.block_table)) == (0, 7)
+
+
+def test_a_hit_needs_its_unreferenced_blocks_beside_the_new_ones():
+    scheduler = make_scheduler(num_stages=2, num_blocks=6, max_model_len=24, policy=FOURS)
+    first_item(scheduler, make_request("a", prompt=[5] * 9, max_tokens=1))  # two are cached
+    scheduler.add(make_request("b", prompt=[6] * 9, max_tokens=1))
+    running = scheduler.schedule()  # takes three: three are left, two of them cached
+    assert running.sequences[0].start == 0
+    scheduler.add(make_request("c", prompt=[5] * 16, max_tokens=1))  # two found, two new
+    assert {item.seq_id for item in scheduler.schedule().sequences} == {1}
+    assert scheduler.schedule() is None
+
+
+def test_counters_tell_queried_and_found_tokens():
+    scheduler = make_scheduler()
+    for num_prompt_tokens in (9, 12, 12):
+        first_item(scheduler, make_request(num_prompt_tokens=num_prompt_tokens))
+    assert scheduler.num_prefix_queried_tokens == 33
+    assert scheduler.num_prefix_hit_tokens == 0 + 8 + 8
+
+
+def test_a_request_that_waits_for_blocks_is_counted_once():
+    scheduler = make_scheduler(num_stages=2, num_blocks=4, max_model_len=16)
+    scheduler.add(make_request("a", prompt=[5] * 9))
+    scheduler.add(make_request("b", prompt=[6] * 9))
+    batch = scheduler.schedule()
+    assert scheduler.schedule() is None
+    assert scheduler.schedule() is None
+    assert scheduler.num_prefix_queried_tokens == 9
+    scheduler.commit(result_of(batch))
+    run_to_the_end(scheduler)
+    assert scheduler.num_prefix_queried_tokens == 18
+
+
+def test_without_prefix_caching_nothing_is_found_or_counted():
+    scheduler = make_scheduler(prefix_caching=False)
+    starts = [first_item(scheduler, make_request(num_prompt_tokens=9)).start for _ in range(2)]
+    assert starts == [0, 0]
+    assert scheduler.num_prefix_queried_tokens == scheduler.num_prefix_hit_tokens == 0
