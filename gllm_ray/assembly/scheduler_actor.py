@@ -17,12 +17,14 @@ class SchedulerActor:
     Args:
         config: The replica's configuration.
         group: The stages to schedule for.
-        max_model_len: Tokens a sequence may have.
     """
 
-    def __init__(self, config: ServiceConfig, group: StageGroup, max_model_len: int) -> None:
+    def __init__(self, config: ServiceConfig, group: StageGroup) -> None:
         self._engine = build_engine(
-            config, RayPipeline(group), num_blocks=group.num_blocks, max_model_len=max_model_len
+            config,
+            RayPipeline(group),
+            num_blocks=group.num_blocks,
+            max_model_len=group.max_model_len,
         )
 
     async def start(self) -> None:
@@ -44,7 +46,3 @@ class SchedulerActor:
     async def load(self) -> EngineLoad:
         """How much the engine holds; raises what broke it."""
         return self._engine.load()
-
-    async def close(self) -> None:
-        """Stop the engine loop and the stages."""
-        await self._engine.close()

@@ -13,7 +13,7 @@ from ray.util import get_current_placement_group
 from gllm_ray.assembly.replica import PipelineReplica
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
-from gllm_ray.messages import GenerationRequest, TokenEvent
+from gllm_ray.messages import GenerationRequest, StageInfo, TokenEvent
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.observability import log_with_serve
 from gllm_ray.serving.openai_api import build_api
@@ -29,13 +29,17 @@ class LLMServer:
     async def __init__(self, config: ServiceConfig) -> None:
         log_with_serve()
         self._config = config
-        loading_tokenizer = asyncio.create_task(
-            asyncio.to_thread(Tokenizer.for_model, config.model)
-        )
-        self._pipeline = await PipelineReplica.start(config, get_current_placement_group())
-        self.tokenizer = await loading_tokenizer
+        starting = asyncio.create_task(PipelineReplica.start(config, get_current_placement_group()))
+        try:
+            # First, because it takes seconds where weights may take minutes.
+            self.tokenizer = await asyncio.to_thread(Tokenizer.for_model, config.model)
+        except BaseException:
+            starting.cancel()
+            await asyncio.wait([starting])
+            raise
+        self._pipeline = await starting
         self.model_name = config.model.name
-        self.max_model_len = self._pipeline.max_model_len
+        self.max_model_len = self._pipeline.group.max_model_len
         self._client = EngineClient(self._pipeline)
         await self._client.start()
         logger.info("ready: model=%s num_stages=%d", self.model_name, config.pipeline.num_stages)
@@ -43,6 +47,12 @@ class LLMServer:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is initialized; the routes then close over it."""
         return build_api(self)
+
+    async def __del__(self) -> None:
+        """Called by Serve after the last request; what it finds half started dies with it."""
+        if hasattr(self, "_client"):
+            await self._client.close()
+            await self._pipeline.close()
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
         """Run a request; closing the generator early aborts it. See `EngineClient.generate`."""
@@ -61,6 +71,11 @@ class LLMServer:
             "max_model_len": self.max_model_len,
             "block_size": self._config.kv_cache.block_size,
             "num_blocks": group.num_blocks,
-            "stages": [asdict(info) for info in group.infos],
+            "stages": [_public(info) for info in group.infos],
             "load": asdict(await self._pipeline.load()),
         }
+
+
+def _public(info: StageInfo) -> dict[str, Any]:
+    """All but the host, which is not for clients."""
+    return {key: value for key, value in asdict(info).items() if key != "node"}

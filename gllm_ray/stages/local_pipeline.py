@@ -62,7 +62,7 @@ class LocalPipeline:
             PipelineError: A stage failed; no later call succeeds.
         """
         if self._failure is not None:
-            raise self._failure
+            raise self._failure.with_traceback(None)
         batch = self._submitted.popleft()
         try:
             return await asyncio.to_thread(self._run, batch)

@@ -64,12 +64,14 @@ class StageGroup:
         stages: The stage actors, in order. They die with the process that started them.
         infos: What each stage holds.
         num_blocks: KV blocks of every stage.
+        max_model_len: Tokens of prompt and output a sequence may have.
         epoch: The epoch the stages are connected for.
     """
 
     stages: tuple[ActorHandle, ...]
     infos: tuple[StageInfo, ...]
     num_blocks: int
+    max_model_len: int
     epoch: int
 
 
@@ -86,7 +88,7 @@ async def start_stage_group(
         ConfigError: The model cannot be served as configured. No actor is left behind.
         PipelineError: A stage failed or died. No actor is left behind.
     """
-    checkpoint = await asyncio.to_thread(open_checkpoint, config.model)
+    max_model_len = (await asyncio.to_thread(open_checkpoint, config.model)).max_model_len
     stages = tuple(
         start_stage(config, stage_id, placement_group)
         for stage_id in range(config.pipeline.num_stages)
@@ -94,7 +96,7 @@ async def start_stage_group(
     try:
         infos = await asyncio.gather(*map(_load, range(len(stages)), stages))
         block_size = config.kv_cache.block_size
-        num_blocks = size_kv_cache(infos, block_size, checkpoint.max_model_len)
+        num_blocks = size_kv_cache(infos, block_size, max_model_len)
         logger.info(
             "KV cache of each stage: %d blocks of %d tokens, the fewest that fit on any of them",
             num_blocks,
@@ -105,7 +107,13 @@ async def start_stage_group(
     except BaseException:
         await stop_stages(stages)
         raise
-    return StageGroup(stages=stages, infos=tuple(infos), num_blocks=num_blocks, epoch=0)
+    return StageGroup(
+        stages=stages,
+        infos=tuple(infos),
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        epoch=0,
+    )
 
 
 async def connect_stages(stages: Sequence[ActorHandle], epoch: int) -> None:
@@ -162,7 +170,7 @@ class RayPipeline:
             PipelineError: A step failed, or the pipeline is closed.
         """
         if self._failure is not None:
-            raise self._failure
+            raise self._failure.with_traceback(None)
         batch_id, refs = self._in_flight[0]
         try:
             token_ids = await refs[-1]
@@ -199,20 +207,31 @@ class RayPipeline:
                 await asyncio.gather(*refs, return_exceptions=True)
 
 
-def translate_ray_error(error: BaseException, stage: str = "a stage") -> GllmRayError:
+async def ask(ref: Awaitable[T], actor: str, *, lost: type[PipelineError] = StageLostError) -> T:
+    """Await an actor's answer; Ray's errors come out as `translate_ray_error` says them."""
+    try:
+        return await ref
+    except RayError as error:
+        raise translate_ray_error(error, actor, lost=lost) from error
+
+
+def translate_ray_error(
+    error: BaseException, actor: str = "a stage", *, lost: type[PipelineError] = StageLostError
+) -> GllmRayError:
     """Say in our errors what Ray reports: the one boundary between the two.
 
     Args:
-        error: What a call to `stage` raised.
-        stage: How to name the stage.
+        error: What a call to `actor` raised.
+        actor: How to name it.
+        lost: What its death is.
     """
     while isinstance(error, RayTaskError):
         error = error.cause
     if isinstance(error, GllmRayError):
         return error
     if isinstance(error, _LOST):
-        return StageLostError(f"{stage} was lost: {_reason(error)}")
-    return PipelineError(f"{stage} failed: {type(error).__name__}: {_reason(error)}")
+        return lost(f"{actor} was lost: {_reason(error)}")
+    return PipelineError(f"{actor} failed: {type(error).__name__}: {_reason(error)}")
 
 
 def _reason(error: BaseException) -> str:
@@ -226,7 +245,7 @@ def _reason(error: BaseException) -> str:
 
 async def _load(stage_id: int, stage: ActorHandle) -> StageInfo:
     logger.info("loading shard %d", stage_id)
-    info = await _ask(stage.load.remote(), f"stage {stage_id}")
+    info = await ask(stage.load.remote(), f"stage {stage_id}")
     logger.info("loaded %s", describe_stage(info))
     return info
 
@@ -234,7 +253,7 @@ async def _load(stage_id: int, stage: ActorHandle) -> StageInfo:
 async def _ping(stage: ActorHandle, info: StageInfo) -> int:
     name = f"stage {info.stage_id} (layers {info.first_layer}-{info.last_layer - 1}, {info.node})"
     async with asyncio.timeout(_PING_TIMEOUT_S):
-        return await _ask(stage.ping.remote(), name)
+        return await ask(stage.ping.remote(), name)
 
 
 async def _wait_until_gone(stage: ActorHandle) -> None:
@@ -244,13 +263,6 @@ async def _wait_until_gone(stage: ActorHandle) -> None:
             await asyncio.sleep(0.01)
 
 
-async def _ask(ref: Awaitable[T], stage: str) -> T:
-    try:
-        return await ref
-    except RayError as error:
-        raise translate_ray_error(error, stage) from error
-
-
 async def _ask_all(refs: Iterable[Awaitable[T]]) -> list[T]:
     """Await one answer of each stage, in order."""
-    return await asyncio.gather(*(_ask(ref, f"stage {i}") for i, ref in enumerate(refs)))
+    return await asyncio.gather(*(ask(ref, f"stage {i}") for i, ref in enumerate(refs)))

@@ -11,7 +11,7 @@ import ray
 import torch
 
 from gllm_ray.config import ServiceConfig
-from gllm_ray.errors import GllmRayError, PipelineError
+from gllm_ray.errors import ConfigError, GllmRayError, PipelineError
 from gllm_ray.messages import EdgeAddress, MicroBatch, StageInfo, StepInterval
 from gllm_ray.stages.transport import (
     DOWNSTREAM,
@@ -162,6 +162,9 @@ class Stage:
         """Name this stage in whatever goes wrong, and refuse steps from then on."""
         try:
             yield
+        except ConfigError as error:
+            self._break()
+            raise ConfigError(f"stage {self._stage_id} on {self._host}: {error}") from error
         except GllmRayError:
             self._break()
             raise

@@ -52,12 +52,12 @@ def stages(config: ServiceConfig, replica_group: PlacementGroup) -> Iterator[Ray
     stages.stop()
 
 
-def stage_processes() -> set[int]:
-    """Process ids of all stage actors of this test run's cluster."""
+def stage_processes(kind: str = "StageActor") -> set[int]:
+    """Process ids of all stage actors, or those of another kind, of this test run's cluster."""
     found = set()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended in the meantime
-            if "ray::StageActor" in " ".join(process.cmdline()):
+            if f"ray::{kind}" in " ".join(process.cmdline()):
                 found.add(process.pid)
     return found
 
@@ -180,9 +180,12 @@ def test_stages_before_the_one_that_failed_do_not_wait_for_it(stages: RayStages)
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("model", ["missing", "too few layers listed"])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("missing", r"^model\.path="), ("too few layers listed", r"^stage 0 on \d+\.[\d.]+: \w")],
+)
 def test_a_model_that_cannot_be_served_is_refused_and_leaves_no_actor(
-    stages: RayStages, tiny_llama: Path, model: str
+    stages: RayStages, tiny_llama: Path, model: str, message: str
 ) -> None:
     async def ids_of_stages() -> set[int]:
         await stages.pipeline()
@@ -194,7 +197,7 @@ def test_a_model_that_cannot_be_served_is_refused_and_leaves_no_actor(
         config = make_service_config(tiny_llama, layers=[3], cpus_per_stage=0.1)
     expected = asyncio.run(ids_of_stages())
     assert stage_processes() == expected
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=message):
         asyncio.run(start_stage_group(config))
     deadline = time.monotonic() + 5
     while stage_processes() != expected and time.monotonic() < deadline:

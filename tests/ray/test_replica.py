@@ -1,6 +1,7 @@
 """A whole replica on a cluster: stages, scheduler actor, and a client of it."""
 
 import asyncio
+import logging
 import os
 import signal
 import time
@@ -9,8 +10,9 @@ import pytest
 
 from gllm_ray.assembly.replica import PipelineReplica
 from gllm_ray.engine.client import EngineClient
-from gllm_ray.errors import InvalidRequestError, PipelineError, StageLostError
+from gllm_ray.errors import ConfigError, InvalidRequestError, PipelineError, StageLostError
 from gllm_ray.messages import FinishReason, GenerationRequest
+from gllm_ray.serving.server import LLMServer
 from tests.pipelines import make_service_config
 from tests.ray.test_ray_pipeline import stage_processes
 
@@ -66,10 +68,14 @@ async def check_loss_of_a_stage(client, replica):
         await anext(client.generate(wanted[0]))
 
 
+def actor_processes():
+    return stage_processes() | stage_processes("SchedulerActor")
+
+
 async def wait_until_gone(processes):
     deadline = time.monotonic() + 5
-    while processes & stage_processes():
-        assert time.monotonic() < deadline, "a stage outlived its replica"
+    while processes & actor_processes():
+        assert time.monotonic() < deadline, "an actor outlived its replica"
         await asyncio.sleep(0.05)
 
 
@@ -77,10 +83,10 @@ def test_a_replica_serves_until_a_stage_dies_and_then_ends_every_request(
     ray_cluster, tiny_llama, reference
 ):
     async def scenario():
-        others = stage_processes()
+        others = actor_processes()
         config = make_service_config(tiny_llama, num_stages=2, cpus_per_stage=0.5)
         replica = await PipelineReplica.start(config)
-        own = stage_processes() - others
+        own = actor_processes() - others
         client = EngineClient(replica)
         await client.start()
         await replica.check_health()
@@ -90,5 +96,82 @@ def test_a_replica_serves_until_a_stage_dies_and_then_ends_every_request(
         await client.close()
         await replica.close()
         await wait_until_gone(own)
+
+    asyncio.run(scenario())
+
+
+def test_a_lost_scheduler_is_no_lost_stage_and_leaves_stages_that_close_ends(
+    ray_cluster, tiny_llama
+):
+    async def scenario():
+        others = actor_processes()
+        config = make_service_config(tiny_llama, num_stages=2, cpus_per_stage=0.5)
+        replica = await PipelineReplica.start(config)
+        own = actor_processes() - others
+        (scheduler,) = own - stage_processes()
+        events = asyncio.ensure_future(replica.next_events())
+        await replica.check_health()
+        os.kill(scheduler, signal.SIGKILL)
+        for answer in (events, replica.load()):
+            with pytest.raises(PipelineError, match=r"^the scheduler was lost: ") as caught:
+                await answer
+            assert type(caught.value) is PipelineError
+        assert own & actor_processes() == own - {scheduler}
+        await replica.close()
+        await wait_until_gone(own)
+
+    asyncio.run(scenario())
+
+
+@pytest.fixture
+def own_log():
+    """The replica's server sends this package's log elsewhere."""
+    own = logging.getLogger("gllm_ray")
+    before = own.handlers, own.level, own.propagate
+    yield
+    own.handlers, own.level, own.propagate = before
+
+
+async def start_server(config):
+    """The server of a replica, made as Serve makes it."""
+    server = object.__new__(LLMServer.func_or_class)
+    await server.__init__(config)
+    return server
+
+
+def with_tokenizer(config, path):
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"tokenizer": str(path)})}
+    )
+
+
+# Python calls Serve's asynchronous destructor once more.
+@pytest.mark.filterwarnings("ignore:coroutine .*__del__")
+def test_a_server_that_serve_shuts_down_leaves_no_actor(ray_cluster, own_log, tiny_llama):
+    async def scenario():
+        others = actor_processes()
+        config = make_service_config(tiny_llama, num_stages=2, cpus_per_stage=0.5)
+        server = await start_server(with_tokenizer(config, "package://gllm_ray/demo/model"))
+        own = actor_processes() - others
+        assert len(own) == 3
+        assert all("node" not in stage for stage in (await server.server_info())["stages"])
+        await server.__del__()
+        with pytest.raises(PipelineError, match="shutting down"):
+            await server.check_health()
+        await wait_until_gone(own)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .*__del__")
+def test_a_model_without_a_tokenizer_is_refused_before_its_weights_are_loaded(
+    ray_cluster, own_log, tiny_llama
+):
+    async def scenario():
+        others = actor_processes()
+        config = make_service_config(tiny_llama, num_stages=2, cpus_per_stage=0.5)
+        with pytest.raises(ConfigError, match="tokenizer"):
+            await start_server(with_tokenizer(config, tiny_llama))
+        await wait_until_gone(actor_processes() - others)
 
     asyncio.run(scenario())

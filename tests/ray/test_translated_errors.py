@@ -70,6 +70,12 @@ def test_every_death_is_a_lost_stage_also_as_the_cause_of_a_later_stages_failure
         assert len(str(translated).splitlines()) == 1
 
 
+def test_the_death_of_another_actor_is_not_told_as_that_of_a_stage() -> None:
+    translated = translate_ray_error(ActorDiedError(), "the scheduler", lost=PipelineError)
+    assert type(translated) is PipelineError
+    assert str(translated).startswith("the scheduler was lost: ")
+
+
 @pytest.mark.parametrize("ours", [ConfigError("a=1: must be 2"), PipelineError("broke")])
 def test_our_own_error_comes_out_as_itself(ours: Exception) -> None:
     assert translate_ray_error(as_raised_by_ray(as_raised_by_ray(ours))) is ours
