@@ -81,7 +81,7 @@ class ScheduledSequence:
 
     Attributes:
         seq_id: The sequence, unique in the life of a scheduler.
-        epoch: The sequence's epoch when it was scheduled; a result of an older one is dropped.
+        epoch: How often the sequence's KV was given up before; the same when the result comes.
         start: Position of the first of `token_ids`, so the tokens whose KV exists already.
         token_ids: The tokens to compute, at positions `start`, `start + 1`, ...
         block_table: Ids of the KV blocks for positions 0 up to the last of `token_ids`.

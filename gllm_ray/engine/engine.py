@@ -132,4 +132,5 @@ class Engine:
 
     def _raise_if_broken(self) -> None:
         if self._failure is not None:
-            raise self._failure
+            # Without this, each raise would add its frames to those before.
+            raise self._failure.with_traceback(None)

@@ -344,6 +344,7 @@ class Scheduler:
     def _advance(self, item: ScheduledSequence, token_id: int | None) -> TokenEvent | None:
         """Apply one sequence's share of a result."""
         sequence = self._sequences[item.seq_id]
+        assert item.epoch == sequence.epoch, "a sequence in flight was preempted"
         sequence.num_in_flight -= 1
         if sequence.is_aborted:
             done = sequence.num_in_flight == 0

@@ -25,7 +25,7 @@ class Sequence:
         block_hashes: The salt's hash, then those of the leading full blocks that were asked for.
         num_computed_tokens: Tokens whose KV exists or is in flight.
         num_in_flight: Submitted and uncommitted micro-batches that hold this sequence.
-        epoch: Raised when the KV is given up; results of an older epoch do not count.
+        epoch: How often its KV was given up.
         is_aborted: It ends at the commit of its last micro-batch in flight.
     """
 

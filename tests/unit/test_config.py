@@ -187,8 +187,8 @@ def test_a_floor_of_the_waiting_term_is_refused_where_that_term_is_off():
 def test_a_policy_is_a_name_or_a_mapping_with_options(policy, expected):
     config = parse_service_config(with_value("scheduler.policy", policy))
     assert config.scheduler.policy == expected
-    assert parse_service_config(config.model_dump()) == config
-    assert ServiceConfig.model_validate_json(config.model_dump_json()) == config
+    assert parse_service_config(config.model_dump(exclude_unset=True)) == config
+    assert ServiceConfig.model_validate_json(config.model_dump_json(exclude_unset=True)) == config
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_a_template_cannot_reach_python(tmp_path):
 @pytest.mark.parametrize("template", ["ok\n{% if %}", "ok\n{{ messages | no_such_filter }}"])
 def test_a_broken_chat_template_is_the_operators_mistake(tmp_path, template):
     save_tokenizer(tmp_path, chat_template=template)
-    with pytest.raises(ConfigError, match="chat template at .* has a mistake in line 2: "):
+    with pytest.raises(ConfigError, match=r"chat template at .* has a mistake in line 2: "):
         Tokenizer.load(str(tmp_path))
 
 
