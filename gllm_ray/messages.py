@@ -18,6 +18,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    EXPIRED = "expired"  # its deadline passed while it waited for its first micro-batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,11 @@ class GenerationRequest:
         max_tokens: Output tokens after which the request ends with `length`; at least 1.
         stop_token_ids: Any of these ends the request with `stop`; the token counts as output.
         cache_salt: Only requests of the same salt share KV blocks of a common prompt prefix.
+        priority: Lower is served first.
+        tenant: Who shares prefill fairly with other tenants, where the service is so configured.
+        expected_output_tokens: The client's own prediction of its output length, if it has one.
+        queue_timeout_s: Seconds the request may wait for its first micro-batch; None: as long as
+            the service allows.
     """
 
     request_id: str
@@ -57,16 +63,21 @@ class GenerationRequest:
     sampling: SamplingParams = SamplingParams()
     stop_token_ids: frozenset[int] = frozenset()
     cache_salt: str = ""
+    priority: int = 0
+    tenant: str = ""
+    expected_output_tokens: int | None = None
+    queue_timeout_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """What happened to a request in one step: a token, an end, or both.
+
+    A named tuple, like `ScheduledSequence`, because one is made for every token.
 
     Attributes:
         token_id: The new output token, or None when the request ended without one.
         finish_reason: Set on the terminal event, and only there.
-        error: The message for the client when `finish_reason` is `error`.
+        error: The message for the client when `finish_reason` is `error` or `expired`.
     """
 
     request_id: str
@@ -75,8 +86,7 @@ class TokenEvent:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """One sequence's share of a micro-batch: a prefill chunk or one decode.
 
     Attributes:
@@ -113,15 +123,26 @@ class MicroBatch:
     Attributes:
         batch_id: Counts up from 0 in submit order.
         sequences: Decodes first, then prefill chunks; each sequence at most once.
+        block_copies: Source and target of KV blocks that each layer copies after it has written
+            this micro-batch's KV and before any row attends. No source is a target.
     """
 
     batch_id: int
     sequences: tuple[ScheduledSequence, ...]
+    block_copies: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def num_tokens(self) -> int:
         """Rows of the packed batch, over all sequences."""
         return sum(len(seq.token_ids) for seq in self.sequences)
+
+
+class StageTime(NamedTuple):
+    """How long a stage computed a micro-batch, waiting for its neighbours left out."""
+
+    stage_id: int
+    batch_id: int
+    time_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +152,13 @@ class MicroBatchResult:
     Attributes:
         batch_id: The micro-batch this answers.
         token_ids: One for each sequence whose `sampling` is set, in the micro-batch's order.
+        stage_times: What the stages measured since the last result, of this micro-batch or of
+            earlier ones; a device that computes asynchronously tells late.
     """
 
     batch_id: int
     token_ids: tuple[int, ...]
+    stage_times: tuple[StageTime, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +201,8 @@ class EngineLoad:
 
     Attributes:
         num_requests: Requests accepted and not ended.
+        num_waiting_requests: Those of them that hold no KV blocks.
+        num_waiting_tokens: Prompt tokens not yet scheduled.
         num_in_flight: Micro-batches submitted and not committed.
         kv_utilization: Share of the KV blocks in use, 0 to 1; cached ones are not.
         num_preemptions: Preemptions since the start.
@@ -186,6 +212,8 @@ class EngineLoad:
     """
 
     num_requests: int
+    num_waiting_requests: int
+    num_waiting_tokens: int
     num_in_flight: int
     kv_utilization: float
     num_preemptions: int
