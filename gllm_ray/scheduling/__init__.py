@@ -5,5 +5,6 @@ The engine drives it in real time, and a simulator can drive the same object in 
 
 from gllm_ray.scheduling.policies import make_policy
 from gllm_ray.scheduling.scheduler import Scheduler
+from gllm_ray.scheduling.settings import QueueLimits, SchedulerSettings
 
-__all__ = ["Scheduler", "make_policy"]
+__all__ = ["QueueLimits", "Scheduler", "SchedulerSettings", "make_policy"]

@@ -24,8 +24,8 @@ class BlockAllocator:
         self._free = deque(range(num_blocks))
         # In the order of eviction. Taking the first of a plain dict searches all that were taken.
         self._cached: OrderedDict[int, None] = OrderedDict()
-        self._hashes: dict[int, bytes] = {}  # of used and cached blocks
-        self._blocks: dict[bytes, int] = {}  # its inverse
+        self._blocks: dict[bytes, int] = {}  # used and cached ones, by the hash of their content
+        self._hashes: dict[int, list[bytes]] = {}  # its inverse
 
     @property
     def num_free_blocks(self) -> int:
@@ -40,10 +40,12 @@ class BlockAllocator:
         """How many of the blocks are unreferenced, so that sharing them takes from the free."""
         return sum(block in self._cached for block in blocks)
 
-    def allocate(self, num_blocks: int) -> list[int]:
+    def allocate(self, num_blocks: int) -> tuple[int, ...]:
         """Take blocks of void content; the caller has checked that as many are free."""
         assert num_blocks <= self.num_free_blocks, "allocated more blocks than are free"
-        blocks = [self._free.popleft() if self._free else self._evict() for _ in range(num_blocks)]
+        blocks = tuple(
+            self._free.popleft() if self._free else self._evict() for _ in range(num_blocks)
+        )
         for block in blocks:
             self._num_references[block] = 1
         return blocks
@@ -69,14 +71,14 @@ class BlockAllocator:
                 self._free.append(block)
 
     def publish(self, block: int, content: bytes) -> None:
-        """Let a used block be found by the hash of its content.
+        """Let a used block be found by the hash of its content, or of its first tokens.
 
         Of several blocks with the same content the first stays the one that is found.
         """
         assert self._num_references[block] > 0, f"block {block} published, but not held"
         if content not in self._blocks:
             self._blocks[content] = block
-            self._hashes[block] = content
+            self._hashes.setdefault(block, []).append(content)
 
     def find(self, content: bytes) -> int | None:
         """The block that holds the content, used or cached."""
@@ -91,5 +93,6 @@ class BlockAllocator:
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
-        del self._blocks[self._hashes.pop(block)]
+        for content in self._hashes.pop(block):
+            del self._blocks[content]
         return block

@@ -1,22 +1,34 @@
 """Prompts that begin alike share the KV blocks of their common prefix."""
 
 from hashlib import blake2b
-from struct import Struct
+from struct import pack
+from typing import NamedTuple
 
 from gllm_ray.messages import ScheduledSequence
 from gllm_ray.scheduling.block_allocator import BlockAllocator
 from gllm_ray.scheduling.sequence import Sequence
 
 
+class PrefixHit(NamedTuple):
+    """What the cache knows of a sequence that holds no block.
+
+    Attributes:
+        blocks: Those of its longest cached prefix, to share.
+        last_block: One that holds all the rest of the tokens, to copy; None if there is none.
+    """
+
+    blocks: tuple[int, ...] = ()
+    last_block: int | None = None
+
+
 class PrefixCache:
     """Finds blocks that other sequences, or earlier lives of the same one, have computed.
 
     A block is known by a hash over its tokens, all tokens before them, and the request's
-    `cache_salt`: requests of different salts never share. Only full blocks are shared, and at
-    least the last token is always computed, because its logits are what is sampled from. So a
-    full hit computes one token, or one whole block if the prompt ends with a block: computing
-    only its last token would write to a block that others read, where a batch of another shape
-    may round differently.
+    `cache_salt`: requests of different salts never share. Full blocks are shared as they are.
+    The block a prompt ends in is known by the tokens of the prompt, whatever its first owner
+    writes behind them; who has the same prompt gets a copy to go on in. At least the last token
+    is always computed, because its logits are what is sampled from.
 
     Args:
         allocator: Holds the blocks.
@@ -28,28 +40,33 @@ class PrefixCache:
         self.num_hit_tokens = 0
         self._allocator = allocator
         self._is_enabled = is_enabled
-        self._packed_block = Struct(f"<{allocator.block_size}q")
 
-    def find(self, sequence: Sequence) -> list[int]:
-        """The blocks of the longest cached prefix of a sequence that holds none."""
-        blocks: list[int] = []
+    def find(self, sequence: Sequence) -> PrefixHit:
+        """What can be reused by a sequence that holds no block."""
         if not self._is_enabled:
-            return blocks
-        for index in range((len(sequence.token_ids) - 1) // self._allocator.block_size):
+            return PrefixHit()
+        blocks: list[int] = []
+        for index in range((sequence.num_tokens - 1) // self._allocator.block_size):
             block = self._allocator.find(self._hash(sequence, index))
             if block is None:
-                break
+                return PrefixHit(tuple(blocks))
             blocks.append(block)
-        return blocks
+        return PrefixHit(tuple(blocks), self._allocator.find(self._end_hash(sequence)))
 
-    def reuse(self, sequence: Sequence, blocks: list[int]) -> None:
-        """Let a sequence start with the blocks that `find` returned, their tokens computed."""
+    def reuse(self, sequence: Sequence, hit: PrefixHit) -> None:
+        """Let a sequence start with what `find` returned, its tokens computed.
+
+        The block to copy from is held, too; the caller releases it once the copy is on its way.
+        """
         if not self._is_enabled:
             return
-        self._allocator.share(blocks)
-        sequence.block_table = blocks
-        sequence.num_computed_tokens = len(blocks) * self._allocator.block_size
-        self.num_queried_tokens += len(sequence.token_ids)
+        self._allocator.share(hit.blocks)
+        sequence.block_table = hit.blocks
+        sequence.num_computed_tokens = len(hit.blocks) * self._allocator.block_size
+        if hit.last_block is not None:
+            self._allocator.share([hit.last_block])
+            sequence.num_computed_tokens = sequence.num_tokens - 1
+        self.num_queried_tokens += sequence.num_tokens
         self.num_hit_tokens += sequence.num_computed_tokens
 
     def publish(self, sequence: Sequence, item: ScheduledSequence) -> None:
@@ -60,14 +77,28 @@ class PrefixCache:
         writes the KV of a whole micro-batch before any of its rows attends to it. So a reader,
         even in the same micro-batch, comes after the write. A lost stage voids everything.
         """
-        if not self._is_enabled:
-            return
         block_size = self._allocator.block_size
-        for index in range(item.start // block_size, item.end // block_size):
-            self._allocator.publish(sequence.block_table[index], self._hash(sequence, index))
+        first, end = item.start // block_size, item.end // block_size
+        if self._is_enabled and first < end:
+            for index in range(first, end):
+                self._allocator.publish(item.block_table[index], self._hash(sequence, index))
+
+    def publish_end(self, sequence: Sequence) -> None:
+        """Let the block be found that a prompt ends in, when all of it is scheduled."""
+        if self._is_enabled and sequence.num_tokens % self._allocator.block_size:
+            index = sequence.num_tokens // self._allocator.block_size
+            self._allocator.publish(sequence.block_table[index], self._end_hash(sequence))
+
+    def _end_hash(self, sequence: Sequence) -> bytes:
+        """The hash of the block that the last token lies in, up to that token."""
+        index = (sequence.num_tokens - 1) // self._allocator.block_size
+        if (index + 1) * self._allocator.block_size == sequence.num_tokens:
+            return self._hash(sequence, index)
+        before = self._hash(sequence, index - 1)
+        return _digest(before, sequence.token_ids[index * self._allocator.block_size :])
 
     def _hash(self, sequence: Sequence, index: int) -> bytes:
-        """The hash of a full block, made once; equal on every machine."""
+        """The hash of a full block, made once; that of block -1 is the salt's."""
         hashes = sequence.block_hashes
         if not hashes:
             salt = sequence.request.cache_salt.encode(errors="surrogatepass")
@@ -76,6 +107,11 @@ class PrefixCache:
         size = self._allocator.block_size
         while len(hashes) < index + 2:
             start = (len(hashes) - 1) * size
-            tokens = self._packed_block.pack(*sequence.token_ids[start : start + size])
-            hashes.append(blake2b(hashes[-1] + tokens, digest_size=32).digest())
+            hashes.append(_digest(hashes[-1], sequence.token_ids[start : start + size]))
         return hashes[index + 1]
+
+
+def _digest(before: bytes, token_ids: list[int]) -> bytes:
+    """A hash that is equal on every machine."""
+    tokens = pack(f"<{len(token_ids)}q", *token_ids)
+    return blake2b(before + tokens, digest_size=32).digest()

@@ -4,6 +4,8 @@ from enum import StrEnum
 
 from gllm_ray.messages import GenerationRequest, ScheduledSequence
 
+Rank = tuple[float, int, int]  # lower is admitted first and preempted last; ends with the id
+
 
 class SequenceState(StrEnum):
     """What a sequence holds: a state's name says it."""
@@ -27,6 +29,9 @@ class Sequence:
         num_in_flight: Submitted and uncommitted micro-batches that hold this sequence.
         epoch: How often its KV was given up.
         is_aborted: It ends at the commit of its last micro-batch in flight.
+        rank: Its place in the order of admission; given by the queue.
+        predicted_output_tokens: How long the output will be in all, if there is a prediction.
+        token_s: When its latest token came, on the driver's clock.
     """
 
     __slots__ = (
@@ -36,23 +41,34 @@ class Sequence:
         "is_aborted",
         "num_computed_tokens",
         "num_in_flight",
+        "predicted_output_tokens",
+        "rank",
         "request",
         "seq_id",
         "state",
         "token_ids",
+        "token_s",
     )
 
     def __init__(self, seq_id: int, request: GenerationRequest) -> None:
         self.seq_id = seq_id
         self.request = request
         self.token_ids = list(request.prompt_token_ids)
-        self.block_table: list[int] = []
+        self.block_table: tuple[int, ...] = ()
         self.block_hashes: list[bytes] = []
         self.num_computed_tokens = 0
         self.num_in_flight = 0
         self.epoch = 0
         self.state = SequenceState.WAITING
         self.is_aborted = False
+        self.rank: Rank | None = None
+        self.predicted_output_tokens: int | None = None
+        self.token_s = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens and output so far."""
+        return len(self.token_ids)
 
     @property
     def num_output_tokens(self) -> int:
@@ -65,6 +81,14 @@ class Sequence:
         return self.request.max_tokens - self.num_output_tokens
 
     @property
+    def num_expected_tokens(self) -> int:
+        """Output tokens still to come as predicted; see `SequenceLoad`."""
+        predicted, num_output_tokens = self.predicted_output_tokens, self.num_output_tokens
+        if predicted is None or predicted <= num_output_tokens:
+            return self.num_remaining_tokens
+        return min(predicted - num_output_tokens, self.num_remaining_tokens)
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Known tokens that no micro-batch has computed or is computing."""
         return len(self.token_ids) - self.num_computed_tokens
@@ -75,18 +99,16 @@ class Sequence:
         end = start + num_tokens
         self.num_computed_tokens = end
         self.num_in_flight += 1
+        token_ids = self.token_ids
+        sampling = self.request.sampling if end == len(token_ids) else None
+        # Positional, because this runs for every token.
         return ScheduledSequence(
-            seq_id=self.seq_id,
-            epoch=self.epoch,
-            start=start,
-            token_ids=tuple(self.token_ids[start:end]),
-            block_table=tuple(self.block_table),
-            sampling=self.request.sampling if end == len(self.token_ids) else None,
+            self.seq_id, self.epoch, start, tuple(token_ids[start:end]), self.block_table, sampling
         )
 
     def restart(self) -> None:
         """Forget all computed KV; the caller has taken the blocks."""
-        self.block_table = []
+        self.block_table = ()
         self.num_computed_tokens = 0
         self.epoch += 1
         self.state = SequenceState.WAITING

@@ -1,0 +1,88 @@
+"""Which requests may come in, and when one that may not should come again."""
+
+from gllm_ray.errors import InvalidRequestError, OverloadedError
+from gllm_ray.messages import GenerationRequest
+from gllm_ray.scheduling.settings import SchedulerSettings
+from gllm_ray.scheduling.waiting_queue import WaitingQueue
+
+_RATE_WINDOW_S = 10.0
+_MIN_RETRY_AFTER_S = 1.0
+_MAX_RETRY_AFTER_S = 600.0
+
+
+class AdmissionControl:
+    """Refuses what can never be served, and what would wait behind too much.
+
+    Args:
+        settings: The limits.
+    """
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        # The last output token is returned, never computed, so it needs no place in the KV cache.
+        num_slots = settings.num_blocks * settings.block_size
+        self._max_tokens = min(settings.max_model_len, num_slots + 1)
+        self._queue = settings.queue
+        self._tokens_per_s = 0.0
+        self._num_tokens = 0  # scheduled since `_since_s`
+        self._since_s: float | None = None
+
+    def check(self, request: GenerationRequest, waiting: WaitingQueue) -> None:
+        """Let a request join those that wait.
+
+        Raises:
+            InvalidRequestError: It can never be served.
+            OverloadedError: Too much waits already.
+        """
+        num_prompt_tokens = len(request.prompt_token_ids)
+        if num_prompt_tokens == 0:
+            raise InvalidRequestError("the prompt is empty; give at least one token")
+        if request.max_tokens < 1:
+            raise InvalidRequestError(f"max_tokens is {request.max_tokens}; it must be at least 1")
+        if num_prompt_tokens + request.max_tokens > self._max_tokens:
+            raise InvalidRequestError(
+                f"prompt ({num_prompt_tokens} tokens) and max_tokens ({request.max_tokens}) come "
+                f"to {num_prompt_tokens + request.max_tokens} tokens; "
+                f"the limit is {self._max_tokens}",
+                code="context_length_exceeded",
+            )
+        if self._queue.max_requests is not None and len(waiting) >= self._queue.max_requests:
+            self._refuse(f"{len(waiting)} requests wait", self._queue.max_requests, waiting)
+        if (
+            self._queue.max_tokens is not None
+            and waiting
+            and waiting.num_tokens + num_prompt_tokens > self._queue.max_tokens
+        ):
+            given = f"{waiting.num_tokens} tokens wait, and the prompt has {num_prompt_tokens}"
+            self._refuse(given, self._queue.max_tokens, waiting)
+
+    def drain_time_s(self, num_tokens: int) -> float:
+        """Seconds until the tokens that wait will have been scheduled, at the recent rate."""
+        estimate = num_tokens / self._tokens_per_s if self._tokens_per_s else 0.0
+        return min(max(estimate, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S)
+
+    def note_scheduled(self, num_tokens: int, now_s: float, *, is_backlogged: bool) -> None:
+        """Learn the rate of prefill, from the times when requests had to wait for it.
+
+        Args:
+            num_tokens: Prefill tokens of a micro-batch.
+            now_s: When it was formed.
+            is_backlogged: Whether requests go on waiting.
+        """
+        if self._since_s is not None and now_s > self._since_s:
+            elapsed_s = now_s - self._since_s
+            weight = elapsed_s / (elapsed_s + _RATE_WINDOW_S) if self._tokens_per_s else 1.0
+            self._tokens_per_s += weight * (self._num_tokens / elapsed_s - self._tokens_per_s)
+            self._since_s, self._num_tokens = now_s, 0
+        self._num_tokens += num_tokens
+        if not is_backlogged:
+            self._since_s, self._num_tokens = None, 0
+        elif self._since_s is None:
+            self._since_s = now_s
+
+    def _refuse(self, given: str, limit: int, waiting: WaitingQueue) -> None:
+        retry_after_s = self.drain_time_s(waiting.num_tokens)
+        raise OverloadedError(
+            f"the service is full: {given}; the limit is {limit}; "
+            f"send the request again in {retry_after_s:.0f} s",
+            retry_after_s,
+        )

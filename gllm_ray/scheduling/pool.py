@@ -1,0 +1,180 @@
+"""Where each sequence stands, and the KV blocks it holds.
+
+Admission takes blocks for a whole prompt at once, because two half-admitted prompts can each hold
+what the other needs.
+"""
+
+from collections.abc import Iterator
+from operator import attrgetter
+
+from gllm_ray.messages import ScheduledSequence
+from gllm_ray.scheduling.block_allocator import BlockAllocator
+from gllm_ray.scheduling.prefix_cache import PrefixCache
+from gllm_ray.scheduling.sequence import Sequence, SequenceState
+from gllm_ray.scheduling.settings import SchedulerSettings
+from gllm_ray.scheduling.waiting_queue import WaitingQueue
+
+
+class SequencePool:
+    """The sequences that are alive, in three queues by what they hold.
+
+    A sequence with nothing left to schedule before its next token is in none of the three.
+
+    Attributes:
+        waiting: They hold no block.
+        prefilling: They hold blocks for a prompt that is not wholly scheduled, by id.
+        ready: In decode and not in flight, by id; the one that waits longest comes first.
+        num_prefilling_tokens: Unscheduled tokens of `prefilling`.
+        num_remaining_tokens: Output tokens to come, of all sequences in decode.
+        num_context_tokens: Tokens of all sequences in decode.
+        num_preemptions: Preemptions so far.
+    """
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        self.allocator = BlockAllocator(settings.num_blocks, settings.block_size)
+        self.prefix_cache = PrefixCache(self.allocator, is_enabled=settings.prefix_caching)
+        self.waiting = WaitingQueue(fair_share=settings.fair_share)
+        self.prefilling: dict[int, Sequence] = {}
+        self.ready: dict[int, Sequence] = {}
+        self.num_prefilling_tokens = 0
+        self.num_remaining_tokens = 0
+        self.num_context_tokens = 0
+        self.num_preemptions = 0
+        self._sequences: dict[int, Sequence] = {}  # in order of arrival
+        self._copies: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences.values())
+
+    def __getitem__(self, seq_id: int) -> Sequence:
+        return self._sequences[seq_id]
+
+    def add(self, sequence: Sequence, deadline_s: float | None) -> None:
+        """Let a new sequence wait, until a time if one is given."""
+        self._sequences[sequence.seq_id] = sequence
+        self.waiting.add(sequence, deadline_s)
+
+    def admit_head(self, reserved_blocks: int) -> Sequence | None:
+        """Take blocks for the whole prompt that is next; None if it has to wait.
+
+        Args:
+            reserved_blocks: To be left free, unless no sequence holds any.
+        """
+        sequence = self.waiting.head()
+        if sequence is None:
+            return None
+        allocator = self.allocator
+        if allocator.num_free_blocks == allocator.num_blocks:
+            reserved_blocks = 0  # no decode is running that the reserve could save
+        hit = self.prefix_cache.find(sequence)
+        num_new_blocks = allocator.blocks_for(sequence.num_tokens) - len(hit.blocks)
+        held = hit.blocks if hit.last_block is None else (*hit.blocks, hit.last_block)
+        num_taken = num_new_blocks + allocator.num_cached(held)
+        if num_taken + reserved_blocks > allocator.num_free_blocks:
+            return None
+        self.waiting.pop()
+        self.prefix_cache.reuse(sequence, hit)
+        sequence.block_table += allocator.allocate(num_new_blocks)
+        if hit.last_block is not None:
+            self._copies.append((hit.last_block, sequence.block_table[-1]))
+        sequence.state = SequenceState.PREFILLING
+        self.prefilling[sequence.seq_id] = sequence
+        self.num_prefilling_tokens += sequence.num_uncomputed_tokens
+        return sequence
+
+    def schedule_chunk(self, sequence: Sequence, max_tokens: int) -> ScheduledSequence:
+        """Put the next tokens of a prompt in flight."""
+        num_tokens = min(sequence.num_uncomputed_tokens, max_tokens)
+        item = sequence.schedule(num_tokens)
+        self.prefix_cache.publish(sequence, item)
+        self.num_prefilling_tokens -= num_tokens
+        if sequence.num_uncomputed_tokens == 0:
+            del self.prefilling[sequence.seq_id]
+            self.prefix_cache.publish_end(sequence)
+            sequence.state = SequenceState.DECODING
+            self.num_remaining_tokens += sequence.num_remaining_tokens
+            self.num_context_tokens += sequence.num_tokens
+        return item
+
+    def schedule_decode(self, sequence: Sequence, *, may_wait: bool) -> ScheduledSequence | None:
+        """Put the next token of a ready sequence in flight; None if it has no block for it.
+
+        Blocks that are missing are taken from the sequence of the highest rank; that may be this
+        one, which then is preempted, or goes on waiting if it may.
+        """
+        allocator = self.allocator
+        while sequence.num_tokens > len(sequence.block_table) * allocator.block_size:
+            if allocator.num_free_blocks:
+                sequence.block_table += allocator.allocate(1)
+                continue
+            victim = self._last_preemptible()
+            if victim is not sequence or not may_wait:
+                self._preempt(victim)
+            if victim is sequence:
+                return None
+        del self.ready[sequence.seq_id]
+        item = sequence.schedule(1)
+        self.prefix_cache.publish(sequence, item)
+        return item
+
+    def take_copies(self) -> tuple[tuple[int, int], ...]:
+        """The blocks that the micro-batch now complete copies, source and target.
+
+        The sources were held so far, lest the same micro-batch write to them anew.
+        """
+        copies = tuple(self._copies)
+        self._copies.clear()
+        self.allocator.release([source for source, _ in copies])
+        return copies
+
+    def append(self, sequence: Sequence, token_id: int) -> None:
+        """Give a sequence in decode its next token."""
+        sequence.token_ids.append(token_id)
+        self.num_remaining_tokens -= 1
+        self.num_context_tokens += 1
+
+    def dequeue(self, sequence: Sequence) -> None:
+        """Take a sequence out of whichever queue holds it, so that it is not scheduled."""
+        if sequence.state is SequenceState.WAITING:
+            self.waiting.remove(sequence)
+        elif self.prefilling.pop(sequence.seq_id, None) is not None:
+            self.num_prefilling_tokens -= sequence.num_uncomputed_tokens
+        else:
+            self.ready.pop(sequence.seq_id, None)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop a sequence that no queue and no micro-batch holds, and free its blocks."""
+        self._release(sequence)
+        del self._sequences[sequence.seq_id]
+
+    def _last_preemptible(self) -> Sequence:
+        """The sequence of the highest rank that holds blocks and is not in flight."""
+        idle = [s for s in self.prefilling.values() if not s.num_in_flight]
+        return max([*idle, *self.ready.values()], key=attrgetter("rank"))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take all blocks of a sequence; it will be prefilled again, output included."""
+        self.dequeue(sequence)
+        self._release(sequence)
+        sequence.restart()
+        self.waiting.add(sequence)
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.allocator.release(sequence.block_table)
+        if sequence.state is SequenceState.DECODING:
+            self.num_remaining_tokens -= sequence.num_remaining_tokens
+            self.num_context_tokens -= sequence.num_tokens
+
+
+class LiveSequences:
+    """The sequences of a pool that hold blocks, in order of arrival; iterates anew each time."""
+
+    def __init__(self, pool: SequencePool) -> None:
+        self._pool = pool
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (s for s in self._pool if s.state is not SequenceState.WAITING)
