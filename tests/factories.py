@@ -1,10 +1,14 @@
 """Requests, schedulers and batches for tests: no model, no network, no clock."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult
 from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
-from gllm_ray.scheduling import Scheduler, make_policy
+from gllm_ray.scheduling import QueueLimits, Scheduler, SchedulerSettings, make_policy
+from gllm_ray.scheduling.cost_model import LearntCostModel
+from gllm_ray.scheduling.length_predictor import HintPredictor, LengthPredictor
+from gllm_ray.scheduling.load import CostModel
 
 
 def make_scheduler(
@@ -17,9 +21,12 @@ def make_scheduler(
     max_decodes: int = 512,
     policy: PolicyConfig | None = None,
     prefix_caching: bool = False,
+    fair_share: bool = False,
+    queue: QueueLimits | None = None,
+    cost: CostModel | None = None,
+    predictor: LengthPredictor | None = None,
 ) -> Scheduler:
-    return Scheduler(
-        make_policy(policy or TokenThrottlingConfig()),
+    settings = SchedulerSettings(
         num_stages=num_stages,
         num_blocks=num_blocks,
         block_size=block_size,
@@ -27,6 +34,14 @@ def make_scheduler(
         max_in_flight=max_in_flight or num_stages,
         max_decodes=max_decodes,
         prefix_caching=prefix_caching,
+        fair_share=fair_share,
+        queue=queue or QueueLimits(),
+    )
+    return Scheduler(
+        make_policy(policy or TokenThrottlingConfig()),
+        settings,
+        cost=cost or LearntCostModel(),
+        predictor=predictor or HintPredictor(),
     )
 
 
@@ -37,14 +52,14 @@ def make_request(
     max_tokens: int = 4,
     stop_token_ids: frozenset[int] = frozenset(),
     prompt: Sequence[int] | None = None,
-    cache_salt: str = "",
+    **options: Any,
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id=request_id,
         prompt_token_ids=tuple(prompt or range(1, num_prompt_tokens + 1)),
         max_tokens=max_tokens,
         stop_token_ids=stop_token_ids,
-        cache_salt=cache_salt,
+        **options,
     )
 
 

@@ -3,21 +3,33 @@
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.engine import Engine
 from gllm_ray.interfaces import Pipeline
-from gllm_ray.scheduling import Scheduler, make_policy
+from gllm_ray.scheduling import QueueLimits, Scheduler, SchedulerSettings, make_policy
 
 
 def build_engine(
     config: ServiceConfig, pipeline: Pipeline, *, num_blocks: int, max_model_len: int
 ) -> Engine:
     """An engine over a running pipeline whose stages have `num_blocks` KV blocks each."""
-    scheduler = Scheduler(
-        make_policy(config.scheduler.policy),
+    options = config.scheduler
+    settings = SchedulerSettings(
         num_stages=config.pipeline.num_stages,
         num_blocks=num_blocks,
         block_size=config.kv_cache.block_size,
         max_model_len=max_model_len,
         max_in_flight=config.pipeline.max_in_flight or config.pipeline.num_stages,
-        max_decodes=config.scheduler.max_decodes,
-        prefix_caching=config.scheduler.prefix_caching,
+        max_decodes=options.max_decodes,
+        prefix_caching=options.prefix_caching,
+        fair_share=options.fair_share,
+        queue=QueueLimits(
+            max_requests=options.max_waiting_requests,
+            max_tokens=options.max_waiting_tokens,
+            timeout_s=options.queue_timeout_s,
+        ),
+    )
+    scheduler = Scheduler(
+        make_policy(options.policy),
+        settings,
+        cost=build_cost_model(options),
+        predictor=build_length_predictor(options),
     )
     return Engine(scheduler, pipeline)

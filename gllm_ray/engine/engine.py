@@ -34,6 +34,7 @@ class Engine:
         self._has_work = asyncio.Event()
         self._failure: PipelineError | None = None
         self._loop_task: asyncio.Task[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begin to serve; called once, inside the event loop."""
@@ -41,6 +42,8 @@ class Engine:
 
     async def close(self) -> None:
         """Stop serving and stop the stages; open requests get no further event."""
+        if self._alarm is not None:
+            self._alarm.cancel()
         if self._loop_task is not None:
             self._loop_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -52,10 +55,12 @@ class Engine:
 
         Raises:
             InvalidRequestError: The request can never be served.
+            OverloadedError: Too much waits already.
             PipelineError: The pipeline is broken.
         """
         self._raise_if_broken()
-        self._scheduler.add(request)
+        self._scheduler.add(request, _now_s())
+        self._set_alarm()
         # Requests that arrive in one turn of the event loop then share a micro-batch.
         asyncio.get_running_loop().call_soon(self._fill_pipeline)
         self._has_work.set()
@@ -88,6 +93,8 @@ class Engine:
         self._raise_if_broken()
         return EngineLoad(
             num_requests=self._scheduler.num_requests,
+            num_waiting_requests=self._scheduler.num_waiting_requests,
+            num_waiting_tokens=self._scheduler.num_waiting_tokens,
             num_in_flight=self._scheduler.num_in_flight,
             kv_utilization=self._scheduler.kv_utilization,
             num_preemptions=self._scheduler.num_preemptions,
@@ -103,11 +110,23 @@ class Engine:
             await self._has_work.wait()
             return
         result = await self._pipeline.next_result()
-        self._deliver(self._scheduler.commit(result))
+        self._deliver(self._scheduler.commit(result, _now_s()))
 
     def _fill_pipeline(self) -> None:
-        while self._failure is None and (batch := self._scheduler.schedule()) is not None:
+        while self._failure is None and (batch := self._scheduler.schedule(_now_s())) is not None:
             self._pipeline.submit(batch)
+
+    def _set_alarm(self) -> None:
+        """Wake up when a waiting request may expire."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        deadline_s = self._scheduler.next_deadline_s
+        loop = asyncio.get_running_loop()
+        self._alarm = None if deadline_s is None else loop.call_at(deadline_s, self._expire)
+
+    def _expire(self) -> None:
+        self._deliver(self._scheduler.expire(_now_s()))
+        self._set_alarm()
 
     async def _run(self) -> None:
         try:
@@ -134,3 +153,8 @@ class Engine:
         if self._failure is not None:
             # Without this, each raise would add its frames to those before.
             raise self._failure.with_traceback(None)
+
+
+def _now_s() -> float:
+    """The clock that timers of the event loop go by."""
+    return asyncio.get_running_loop().time()

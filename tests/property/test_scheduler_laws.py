@@ -13,14 +13,24 @@ from dataclasses import dataclass, field, replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gllm_ray.errors import OverloadedError
 from gllm_ray.messages import (
     FinishReason,
     GenerationRequest,
     MicroBatch,
     MicroBatchResult,
+    StageTime,
     TokenEvent,
 )
-from gllm_ray.policy_config import ChunkedPrefillConfig, PolicyConfig, TokenThrottlingConfig
+from gllm_ray.policy_config import (
+    BalancedConfig,
+    ChunkedPrefillConfig,
+    PolicyConfig,
+    TemporalConfig,
+    TokenThrottlingConfig,
+)
+from gllm_ray.scheduling import QueueLimits
+from gllm_ray.scheduling.length_predictor import StatisticsPredictor
 from gllm_ray.scheduling.sequence import SequenceState
 from tests.factories import make_scheduler
 
@@ -38,6 +48,8 @@ class Setting:
     max_decodes: int
     policy: PolicyConfig
     prefix_caching: bool = True
+    fair_share: bool = False
+    queue: QueueLimits = QueueLimits()
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,11 @@ class Request:
     prompt: tuple[int, ...]
     max_tokens: int
     stops: bool
-    cache_salt: str
+    cache_salt: str = ""
+    priority: int = 0
+    tenant: str = ""
+    expected_output_tokens: int | None = None
+    queue_timeout_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,19 @@ chunked_prefill = st.builds(
     ChunkedPrefillConfig,
     token_budget=st.integers(1, 64),
     watermark=st.sampled_from([0.0, 0.01, 0.3, 0.9, 0.99]),
+    tbt_target_s=st.none() | st.floats(0.001, 0.1),
+)
+temporal = st.builds(
+    TemporalConfig,
+    prefill_tokens=st.integers(1, 64),
+    kv_limit=st.sampled_from([0.1, 0.5, 0.9]),
+    watermark=st.sampled_from([0.0, 0.02, 0.5]),
+)
+balanced = st.builds(
+    BalancedConfig,
+    max_prefill_tokens=st.integers(8, 64),
+    min_prefill_tokens=st.integers(1, 8),
+    tbt_target_s=st.none() | st.floats(0.001, 0.1),
 )
 settings_of_pipelines = st.builds(
     Setting,
@@ -86,7 +115,14 @@ settings_of_pipelines = st.builds(
     num_blocks=st.integers(MAX_MODEL_LEN // BLOCK_SIZE, 40),
     extra_in_flight=st.integers(0, 1),
     max_decodes=st.integers(1, 8),
-    policy=token_throttling | chunked_prefill,
+    policy=token_throttling | chunked_prefill | temporal | balanced,
+    fair_share=st.booleans(),
+    queue=st.builds(
+        QueueLimits,
+        max_requests=st.none() | st.integers(1, 5),
+        max_tokens=st.none() | st.integers(1, 60),
+        timeout_s=st.none() | st.floats(0.5, 5),
+    ),
 )
 prompts = st.builds(
     lambda pieces, length: tuple(token for piece in pieces for token in piece)[:length],
@@ -99,14 +135,20 @@ requests = st.builds(
     max_tokens=st.integers(1, 12),
     stops=st.booleans(),
     cache_salt=st.sampled_from(["", "", "tenant"]),
+    priority=st.sampled_from([0, 0, 0, -1, 5]),
+    tenant=st.sampled_from("abc"),
+    expected_output_tokens=st.none() | st.integers(1, 20),
 )
-# An action is a request to add, the index of one to abort, or a number of results to commit.
+# An action is a request to add, the index of one to abort, a number of results to commit, or
+# seconds that pass.
 actions = st.lists(
     st.one_of(
         requests,
         st.builds(FollowUp, st.integers(0, 5), requests),
+        st.builds(replace, requests, queue_timeout_s=st.floats(0.1, 3)),
         st.tuples(st.just("abort"), st.integers(0, 30)),
         st.tuples(st.just("commit"), st.integers(1, 3)),
+        st.tuples(st.just("wait"), st.floats(0, 2)),
     ),
     max_size=40,
 )
@@ -127,6 +169,10 @@ class StageModel:
                 written[slot_of(item, position)] = chain[position]
         assert len(written) == batch.num_tokens, "two rows write to one slot"
         self.kv |= written
+        for source, target in batch.block_copies:
+            for offset in range(BLOCK_SIZE):
+                content = self.kv.get(source * BLOCK_SIZE + offset)
+                self.kv[target * BLOCK_SIZE + offset] = content
         for item in batch.sequences:
             chain = content_chain(*tokens_of(item))
             read = [self.kv.get(slot_of(item, position)) for position in range(item.end)]
@@ -151,6 +197,7 @@ class Harness:
 
     setting: Setting
     in_flight: deque[MicroBatch] = field(default_factory=deque)
+    now_s: float = 0.0
     requests: dict[str, GenerationRequest] = field(default_factory=dict)
     outputs: dict[str, list[int]] = field(default_factory=dict)
     ends: dict[str, FinishReason] = field(default_factory=dict)
@@ -172,6 +219,9 @@ class Harness:
             max_decodes=self.setting.max_decodes,
             policy=self.setting.policy,
             prefix_caching=self.setting.prefix_caching,
+            fair_share=self.setting.fair_share,
+            queue=self.setting.queue,
+            predictor=StatisticsPredictor(),
         )
 
     @property
@@ -205,6 +255,11 @@ class Harness:
             case ("commit", count):
                 for _ in range(min(count, len(self.in_flight))):
                     self.commit()
+            case ("wait", seconds):
+                self.now_s += seconds
+                self.apply(self.scheduler.expire(self.now_s))
+                deadline_s = self.scheduler.next_deadline_s
+                assert deadline_s is None or deadline_s > self.now_s
 
     def add(self, action):
         request = GenerationRequest(
@@ -213,10 +268,20 @@ class Harness:
             max_tokens=action.max_tokens,
             stop_token_ids=frozenset({103, 117, 131}) if action.stops else frozenset(),
             cache_salt=action.cache_salt,
+            priority=action.priority,
+            tenant=action.tenant,
+            expected_output_tokens=action.expected_output_tokens,
+            queue_timeout_s=action.queue_timeout_s,
         )
-        self.requests[request.request_id] = request
-        self.outputs[request.request_id] = []
-        self.scheduler.add(request)
+        try:
+            self.scheduler.add(request, self.now_s)
+        except OverloadedError as error:
+            assert error.retry_after_s >= 1
+            assert self.scheduler.num_waiting_requests > 0
+            self.log.append(str(error))
+        else:
+            self.requests[request.request_id] = request
+            self.outputs[request.request_id] = []
 
     def known_tokens(self, index):
         request_id = str(index % len(self.requests))
@@ -226,7 +291,7 @@ class Harness:
         return self.requests[str(item.seq_id)].cache_salt, self.known_tokens(item.seq_id)
 
     def fill(self):
-        while (batch := self.scheduler.schedule()) is not None:
+        while (batch := self.scheduler.schedule(self.now_s)) is not None:
             self.check_batch(batch)
             self.in_flight.append(batch)
             self.log.append(batch)
@@ -235,7 +300,9 @@ class Harness:
         self.check_blocks()
 
     def commit(self):
-        self.apply(self.scheduler.commit(self.result_of(self.in_flight.popleft())))
+        self.now_s += 0.01
+        result = self.result_of(self.in_flight.popleft())
+        self.apply(self.scheduler.commit(result, self.now_s))
         self.check_blocks()
 
     def result_of(self, batch):
@@ -243,7 +310,12 @@ class Harness:
         sampled = [item for item in batch.sequences if item.sampling is not None]
         last = [self.stage.kv[slot_of(item, item.end - 1)] for item in sampled]
         return MicroBatchResult(
-            batch_id=batch.batch_id, token_ids=tuple(100 + content % 50 for content in last)
+            batch_id=batch.batch_id,
+            token_ids=tuple(100 + content % 50 for content in last),
+            stage_times=tuple(
+                StageTime(stage_id, batch.batch_id, 0.002 + 0.001 * batch.num_tokens)
+                for stage_id in range(self.setting.num_stages)
+            ),
         )
 
     def apply(self, events):
@@ -273,16 +345,33 @@ class Harness:
         for item in batch.sequences:
             self.check_item(item, batch)
             self.check_writes(item)
+        self.check_copies(batch)
         self.check_budget(batch)
+
+    def check_copies(self, batch):
+        sources = {source for source, _ in batch.block_copies}
+        targets = [target for _, target in batch.block_copies]
+        assert sources.isdisjoint(targets)
+        assert len(set(targets)) == len(targets)
+        last_blocks = {i.block_table[-1]: i for i in batch.sequences if i.sampling is not None}
+        for target in targets:
+            # The copy covers what its sequence writes in the same micro-batch.
+            assert last_blocks[target].num_scheduled_tokens == 1
+            self.seen["into a copy"] += 1
 
     def check_item(self, item, batch):
         request = self.requests[str(item.seq_id)]
         known = self.known_tokens(item.seq_id)
-        # Law 6: the epoch never falls; each starts behind full cached blocks, then has no gap.
+        # Law 6: the epoch never falls; each starts behind full cached blocks, or in a copy of the
+        # last one, and then has no gap.
         before = self.epochs.get(item.seq_id, -1)
         assert item.epoch >= before
         if item.epoch > before:
-            assert item.start % BLOCK_SIZE == 0
+            targets = {target for _, target in batch.block_copies}
+            if item.block_table[-1] in targets:
+                assert item.start == len(known) - 1
+            else:
+                assert item.start % BLOCK_SIZE == 0
             self.epochs[item.seq_id] = item.epoch
             self.prompt_ends[item.seq_id] = len(known)
             self.count_hit(item, request, batch)
@@ -302,9 +391,9 @@ class Harness:
         for block in item.block_table[item.start // BLOCK_SIZE : -(-item.end // BLOCK_SIZE)]:
             others = self.owners.get(block, set()) - {item.seq_id}
             assert not any(
-                block in self.scheduler._sequences[seq_id].block_table
-                for seq_id in others
-                if seq_id in self.scheduler._sequences
+                block in sequence.block_table
+                for sequence in self.scheduler._pool
+                if sequence.seq_id in others
             )
 
     def count_hit(self, item, request, batch):
@@ -337,37 +426,38 @@ class Harness:
         num_decodes = sum(item.start >= self.prompt_ends[item.seq_id] for item in batch.sequences)
         num_prefill_tokens = batch.num_tokens - num_decodes
         assert num_decodes <= self.setting.max_decodes
+        policy = self.scheduler._policy
+        assert num_prefill_tokens <= policy.max_prefill_tokens
+        assert batch.num_tokens <= self.setting.policy.max_batch_tokens(self.setting.max_decodes)
         match self.setting.policy:
-            case TokenThrottlingConfig(max_prefill_tokens=limit):
-                assert num_prefill_tokens <= (limit if self.in_flight else max(limit, 256))
             case ChunkedPrefillConfig(token_budget=limit):
                 # It never stalls: where no decode runs, the whole budget is left for prefill.
                 assert num_prefill_tokens <= max(0, limit - num_decodes)
-                assert batch.num_tokens <= self.setting.policy.max_batch_tokens(
-                    self.setting.max_decodes
-                )
+            case TemporalConfig():
+                # One phase or the other, whatever is still in flight.
+                assert not (num_prefill_tokens and num_decodes)
 
     def check_blocks(self):
-        scheduler = self.scheduler
+        pool = self.scheduler._pool
         self.check_references()
         # Law 5: what is in flight still owns the blocks it was given.
         for batch in self.in_flight:
             for item in batch.sequences:
-                owner = scheduler._sequences[item.seq_id]
-                assert tuple(owner.block_table[: len(item.block_table)]) == item.block_table
+                owner = pool[item.seq_id]
+                assert owner.block_table[: len(item.block_table)] == item.block_table
                 assert owner.epoch == item.epoch
         # Law 1: waiting holds none; prefilling holds blocks for its whole prompt.
-        for sequence in scheduler._waiting:
+        for sequence in pool.waiting:
             assert sequence.state is SequenceState.WAITING
             assert not sequence.block_table
-        for sequence in scheduler._prefilling.values():
+        for sequence in pool.prefilling.values():
             assert len(sequence.block_table) * BLOCK_SIZE >= len(sequence.token_ids)
         self.check_backlog()
 
     def check_references(self):
-        allocator = self.scheduler._allocator
+        allocator = self.scheduler._pool.allocator
         places = defaultdict(list)
-        for sequence in self.scheduler._sequences.values():
+        for sequence in self.scheduler._pool:
             for index, block in enumerate(sequence.block_table):
                 places[block].append((sequence, index))
         self.owners = {b: {s.seq_id for s, _ in held} for b, held in places.items()}
@@ -377,7 +467,8 @@ class Harness:
         assert allocator.num_free_blocks == self.setting.num_blocks - len(places)
         for block, num_references in enumerate(allocator._num_references):
             assert num_references == len(places.get(block, []))
-        assert allocator._blocks == {content: b for b, content in allocator._hashes.items()}
+        inverse = {content: b for b, contents in allocator._hashes.items() for content in contents}
+        assert allocator._blocks == inverse
         assert allocator._cached.keys() <= allocator._hashes.keys()
         # Law 7: all owners of a block mean the same full block, at the same position.
         for held in places.values():
@@ -391,17 +482,17 @@ class Harness:
             assert len(contents) == 1
 
     def check_backlog(self):
-        scheduler = self.scheduler
-        waiting = list(scheduler._waiting)
-        assert waiting == sorted(waiting, key=lambda s: s.seq_id), "not in order of arrival"
-        assert scheduler._num_waiting_tokens == sum(s.num_uncomputed_tokens for s in waiting)
-        assert scheduler._num_prefilling_tokens == sum(
-            s.num_uncomputed_tokens for s in scheduler._prefilling.values()
-        )
-        assert scheduler._num_remaining_tokens == sum(
-            s.request.max_tokens - s.num_output_tokens
-            for s in scheduler._sequences.values()
-            if s.state is SequenceState.DECODING
+        pool = self.scheduler._pool
+        waiting = list(pool.waiting)
+        assert len(waiting) == len(pool.waiting) == self.scheduler.num_waiting_requests
+        assert waiting == sorted(waiting, key=lambda s: s.rank), "not in the order of admission"
+        num_prefilling_tokens = sum(s.num_uncomputed_tokens for s in pool.prefilling.values())
+        assert pool.num_prefilling_tokens == num_prefilling_tokens
+        assert pool.waiting.num_tokens == sum(s.num_uncomputed_tokens for s in waiting)
+        decoding = [s for s in pool if s.state is SequenceState.DECODING]
+        assert pool.num_context_tokens == sum(len(s.token_ids) for s in decoding)
+        assert pool.num_remaining_tokens == sum(
+            s.request.max_tokens - s.num_output_tokens for s in decoding
         )
 
 
@@ -424,6 +515,8 @@ def check_ends(harness):
             assert output[-1] in request.stop_token_ids
         if reason is FinishReason.LENGTH:
             assert len(output) == request.max_tokens
+        if reason is FinishReason.EXPIRED:
+            assert not output
         assert not request.stop_token_ids.intersection(output[:-1])
 
 
@@ -492,5 +585,5 @@ def test_random_workloads_reach_every_kind_of_hit():
         seen.update(harness.seen)
 
     explore()
-    assert len(seen) == 8
+    assert len(seen) == 9
     assert min(seen.values()) >= 5, seen

@@ -55,7 +55,7 @@ def test_cached_blocks_are_evicted_only_when_none_is_free():
     allocator.release(cached)
     others = allocator.allocate(2)
     assert not set(others) & set(cached)
-    assert [allocator.find(content("a", i)) for i in range(2)] == cached
+    assert tuple(allocator.find(content("a", i)) for i in range(2)) == cached
     assert set(allocator.allocate(2)) == set(cached)
     assert [allocator.find(content("a", i)) for i in range(2)] == [None, None]
 
@@ -68,11 +68,11 @@ def test_the_least_recently_used_is_evicted_first_and_of_one_sequence_the_last_b
         allocator.release(blocks)
     allocator.share(tables["a"])  # used again
     allocator.release(tables["a"])
-    assert allocator.allocate(6) == [
+    assert allocator.allocate(6) == (
         *reversed(tables["b"]),
         *reversed(tables["c"]),
         *reversed(tables["a"]),
-    ]
+    )
 
 
 def test_content_is_found_in_the_block_that_had_it_first():
@@ -82,8 +82,19 @@ def test_content_is_found_in_the_block_that_had_it_first():
     publish(allocator, [second], "a")
     allocator.release([second])
     assert allocator.find(content("a", 0)) == first
-    assert allocator.allocate(1) == [second]  # free, not cached
+    assert allocator.allocate(1) == (second,)  # free, not cached
     assert allocator.find(content("a", 0)) == first
+
+
+def test_an_evicted_block_is_found_by_none_of_its_contents():
+    allocator = BlockAllocator(num_blocks=1, block_size=4)
+    block = allocator.allocate(1)
+    publish(allocator, block, "a")  # its first tokens
+    publish(allocator, block, "b")  # all of them
+    assert allocator.find(content("a", 0)) == allocator.find(content("b", 0)) == block[0]
+    allocator.release(block)
+    allocator.allocate(1)
+    assert allocator.find(content("a", 0)) is allocator.find(content("b", 0)) is None
 
 
 def test_forgotten_contents_are_not_found_and_their_blocks_are_free():

@@ -22,7 +22,7 @@ def prefilled(names, *, num_prompt_tokens=4, max_tokens=16, **options):
         scheduler.add(
             make_request(name, num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens)
         )
-    while scheduler._waiting or scheduler._prefilling:
+    while scheduler.num_waiting_tokens:
         scheduler.commit(result_of(scheduler.schedule()))
     return scheduler
 
@@ -161,7 +161,7 @@ def test_more_decodes_than_the_token_budget_leave_no_negative_chunk():
     scheduler = chunked_with_31_decodes()
     batch = scheduler.schedule()
     assert [item.num_scheduled_tokens for item in batch.sequences] == [1] * 31
-    assert scheduler._num_prefilling_tokens == 8
+    assert scheduler._pool.num_prefilling_tokens == 8
     scheduler.commit(result_of(batch))
     assert len(run_to_end(scheduler)) == 32
 
@@ -189,7 +189,7 @@ def test_no_victim_is_in_flight_and_each_starts_over_with_a_higher_epoch(policy)
                     assert item.start == 0
                 epochs[item.seq_id] = item.epoch
             for item in (item for other in in_flight for item in other.sequences):
-                assert scheduler._sequences[item.seq_id].epoch == item.epoch
+                assert scheduler._pool[item.seq_id].epoch == item.epoch
         scheduler.commit(result_of(in_flight.pop(0)))
     assert scheduler.num_preemptions > 0
     assert sum(epochs.values()) == scheduler.num_preemptions

@@ -23,32 +23,79 @@ def run_to_the_end(scheduler):
     return events
 
 
-def first_item(scheduler, request):
-    """The request's first share of a micro-batch, after it ran to its end alone."""
-    scheduler.add(request)
+def commit_next(scheduler):
     batch = scheduler.schedule()
-    (item,) = batch.sequences
     scheduler.commit(result_of(batch))
+    return batch
+
+
+def first_step(scheduler, request):
+    """The request's first share of a micro-batch and its copies, after it ran to its end alone."""
+    scheduler.add(request)
+    batch = commit_next(scheduler)
+    (item,) = batch.sequences
     run_to_the_end(scheduler)
-    return item
+    return item, batch.block_copies
 
 
-@pytest.mark.parametrize(
-    ("num_prompt_tokens", "num_computed"), [(3, 3), (4, 4), (5, 1), (8, 4), (9, 1), (11, 3)]
-)
-def test_a_full_hit_computes_at_least_the_last_token_and_writes_to_no_shared_block(
-    num_prompt_tokens, num_computed
-):
+def first_item(scheduler, request):
+    return first_step(scheduler, request)[0]
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [2, 3, 4, 5, 8, 9, 11])
+def test_a_full_hit_computes_the_last_token_in_a_copy_of_the_last_block(num_prompt_tokens):
     scheduler = make_scheduler()
-    first = first_item(scheduler, make_request(num_prompt_tokens=num_prompt_tokens))
-    second = first_item(scheduler, make_request(num_prompt_tokens=num_prompt_tokens))
+    first, _ = first_step(scheduler, make_request(num_prompt_tokens=num_prompt_tokens))
+    second, copies = first_step(scheduler, make_request(num_prompt_tokens=num_prompt_tokens))
     assert first.num_scheduled_tokens == num_prompt_tokens
-    assert second.num_scheduled_tokens == num_computed
-    assert second.end == num_prompt_tokens
+    assert (second.start, second.end) == (num_prompt_tokens - 1, num_prompt_tokens)
     assert second.sampling is not None
-    num_shared = (num_prompt_tokens - num_computed) // 4
-    assert second.block_table[:num_shared] == first.block_table[:num_shared]
-    assert set(second.block_table[num_shared:]).isdisjoint(first.block_table[:num_shared])
+    assert second.block_table[:-1] == first.block_table[:-1]
+    assert copies == ((first.block_table[-1], second.block_table[-1]),)
+    assert second.block_table[-1] not in first.block_table
+
+
+def test_a_last_block_is_copied_while_its_first_owner_writes_on():
+    scheduler = make_scheduler(num_stages=1)
+    scheduler.add(make_request("a", num_prompt_tokens=6))
+    (first,) = commit_next(scheduler).sequences
+    scheduler.add(make_request("b", num_prompt_tokens=6))
+    batch = commit_next(scheduler)
+    decode, second = batch.sequences
+    assert (decode.start, second.start) == (6, 5)
+    assert batch.block_copies == ((first.block_table[1], second.block_table[1]),)
+
+
+def test_equal_prompts_of_one_micro_batch_compute_it_once():
+    scheduler = make_scheduler(num_stages=1)
+    for request_id in "abc":
+        scheduler.add(make_request(request_id, num_prompt_tokens=6))
+    batch = scheduler.schedule()
+    assert [item.num_scheduled_tokens for item in batch.sequences] == [6, 1, 1]
+    source = batch.sequences[0].block_table[1]
+    targets = [item.block_table[1] for item in batch.sequences[1:]]
+    assert batch.block_copies == tuple((source, target) for target in targets)
+    assert len({source, *targets}) == 3
+
+
+def test_a_longer_prompt_does_not_go_on_in_the_last_block_of_a_shorter_one():
+    scheduler = make_scheduler()
+    first_step(scheduler, make_request(num_prompt_tokens=6))
+    item, copies = first_step(scheduler, make_request(num_prompt_tokens=7))
+    assert (item.start, copies) == (4, ())
+
+
+def test_a_block_to_copy_is_not_given_away_in_the_same_micro_batch():
+    scheduler = make_scheduler(num_stages=1, num_blocks=4, max_model_len=16)
+    first, _ = first_step(scheduler, make_request(prompt=[5] * 6, max_tokens=1))
+    scheduler.add(make_request("b", prompt=[5] * 6, max_tokens=1))
+    scheduler.add(make_request("c", prompt=[6] * 4, max_tokens=1))
+    scheduler.add(make_request("d", prompt=[7] * 4, max_tokens=1))
+    batch = scheduler.schedule()  # one block is left beside the three that b shares and copies
+    assert [item.seq_id for item in batch.sequences] == [1, 2]
+    ((source, target),) = batch.block_copies
+    assert source == first.block_table[1]
+    assert {source, target}.isdisjoint(batch.sequences[1].block_table)
 
 
 def test_a_hit_ends_where_the_prompts_part():
@@ -123,9 +170,7 @@ def test_a_preempted_sequence_finds_its_own_blocks_again():
     scheduler.add(make_request("b", prompt=range(20, 36), max_tokens=9))
     items = []
     while not scheduler.is_idle:
-        batch = scheduler.schedule()
-        items += batch.sequences
-        scheduler.commit(result_of(batch))
+        items += commit_next(scheduler).sequences
     assert scheduler.num_preemptions == 1
     back = next(item for item in items if item.epoch == 1)
     before = [item for item in items if item.seq_id == back.seq_id and item.epoch == 0]
@@ -176,7 +221,7 @@ def test_counters_tell_queried_and_found_tokens():
     for num_prompt_tokens in (9, 12, 12):
         first_item(scheduler, make_request(num_prompt_tokens=num_prompt_tokens))
     assert scheduler.num_prefix_queried_tokens == 33
-    assert scheduler.num_prefix_hit_tokens == 0 + 8 + 8
+    assert scheduler.num_prefix_hit_tokens == 0 + 8 + 11
 
 
 def test_a_request_that_waits_for_blocks_is_counted_once():

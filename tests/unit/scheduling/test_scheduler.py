@@ -27,7 +27,7 @@ def test_decodes_are_spread_over_as_many_micro_batches_as_stages():
     scheduler = make_scheduler(num_stages=4, num_blocks=256)
     for name in "abcdefgh":
         scheduler.add(make_request(name, num_prompt_tokens=4, max_tokens=16))
-    while scheduler._num_waiting_tokens or scheduler._prefilling:
+    while scheduler.num_waiting_tokens:
         scheduler.commit(result_of(scheduler.schedule()))
     batches = [scheduler.schedule() for _ in range(4)]
     assert [len(b.sequences) for b in batches] == [2, 2, 2, 2]
@@ -63,7 +63,7 @@ def test_the_youngest_is_preempted_and_returns_to_the_front():
         for event in scheduler.commit(result_of(scheduler.schedule())):
             outputs[event.request_id].append(event.token_id)
         if scheduler.num_preemptions == 1:
-            assert [s.request.request_id for s in scheduler._waiting][:1] == ["c"]
+            assert [s.request.request_id for s in scheduler._pool.waiting][:1] == ["c"]
     assert scheduler.num_preemptions > 0
     assert {name: len(tokens) for name, tokens in outputs.items()} == dict.fromkeys("abc", 16)
 
