@@ -4,7 +4,7 @@ from enum import StrEnum
 
 from gllm_ray.messages import GenerationRequest, ScheduledSequence
 
-Rank = tuple[float, int, int]  # lower is admitted first and preempted last; ends with the id
+Rank = tuple[float, float, int]  # lower is admitted first and preempted last; ends with the id
 
 
 class SequenceState(StrEnum):

@@ -1,15 +1,18 @@
 """The order in which waiting sequences get their blocks: priority, fairness, arrival."""
 
+from collections import Counter
 from collections.abc import Iterator
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, nlargest
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from gllm_ray.scheduling.sequence import Rank, Sequence
 
-# One admission in this many goes to the sequence that came first, whatever its rank.
+# One admission in this many is made without regard to priorities.
 _AGING_INTERVAL = 8
 _AGED_PRIORITY = float("-inf")
 _MIN_COMPACTED = 64
+_MAX_COUNTERS = 8192
 
 Key = TypeVar("Key", bound=tuple[Any, ...])
 
@@ -18,16 +21,17 @@ class WaitingQueue:
     """Sequences that hold no block; the one of the lowest rank is admitted first.
 
     A rank is given when a sequence first waits, and kept when it is preempted: `priority`, then
-    the tenant's virtual token counter (0 without `fair_share`), then arrival. A tenant's counter
-    counts its prompt tokens; a tenant that comes anew starts level with those being served, so it
-    can neither save up nor owe for long.
+    the tenant's virtual token counter (0 without `fair_share`), then arrival. The counter counts
+    the tenant's prompt tokens, from at least the virtual time, so it can neither save up nor owe
+    for long. Virtual time is what a tenant with a backlog has been served.
 
-    No sequence starves: one admission in eight takes the oldest, which then ranks before all
-    others, so that it is not preempted either.
+    No priority starves: one admission in eight is made without regard to them, and who is admitted
+    so ranks before all others, so that it is not preempted either.
 
     Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI '24, Algorithm 2.
-        Deviations: prompt tokens alone are charged, and when a request comes, not when it is
-        admitted, which gives the same order because they are known.
+        Deviations: prompt tokens alone are charged, and when a request comes, which gives the
+        order of charging at admission because they are known; virtual time goes on with the
+        service given, as in weighted fair queueing, lest ever new tenants hold it.
 
     Args:
         fair_share: Whether tenants take turns; else only priority and arrival count.
@@ -38,11 +42,11 @@ class WaitingQueue:
         self._fair_share = fair_share
         self._members: dict[int, Sequence] = {}
         self._ranks = _LazyHeap[Rank](self._members)
-        self._arrivals = _LazyHeap[tuple[int]](self._members)
+        self._ages = _LazyHeap[tuple[float, int]](self._members)  # ranks without their priority
         self._deadlines = _LazyHeap[tuple[float, int]](self._members)
-        self._counters: dict[str, int] = {}
-        self._max_counters = _MIN_COMPACTED
-        self._served_counter = 0  # of the latest sequence that was admitted
+        self._counters: dict[str, float] = {}
+        self._num_waiting: Counter[str] = Counter()  # members of each tenant that waits
+        self._virtual_time = 0.0  # tokens
         self._num_pops = 0
 
     def __len__(self) -> int:
@@ -69,18 +73,20 @@ class WaitingQueue:
             deadline_s: When to give up on it, unless it has been admitted by then.
         """
         self._members[sequence.seq_id] = sequence
+        self._num_waiting[sequence.request.tenant] += 1
         self.num_tokens += sequence.num_uncomputed_tokens
         if sequence.rank is None:
-            counter = self._charge(sequence) if self._fair_share else 0
+            counter = self._charge(sequence) if self._fair_share else 0.0
             sequence.rank = (sequence.request.priority, counter, sequence.seq_id)
         self._ranks.push(sequence.rank)
-        self._arrivals.push((sequence.seq_id,))
+        self._ages.push(sequence.rank[1:])
         if deadline_s is not None:
             self._deadlines.push((deadline_s, sequence.seq_id))
 
     def head(self) -> Sequence | None:
         """The sequence to admit next."""
-        first = self._arrivals.first() if self._is_turn_of_oldest else self._ranks.first()
+        is_aged = self._num_pops % _AGING_INTERVAL == _AGING_INTERVAL - 1
+        first = self._ages.first() if is_aged else self._ranks.first()
         return None if first is None else self._members[first[-1]]
 
     def pop(self) -> Sequence:
@@ -88,9 +94,11 @@ class WaitingQueue:
         sequence, first = self.head(), self._ranks.first()
         assert sequence is not None
         assert sequence.rank is not None
-        self._served_counter = max(self._served_counter, sequence.rank[1])
+        _, counter, seq_id = sequence.rank
+        served = sequence.num_tokens / len(self._num_waiting)
+        self._virtual_time = max(self._virtual_time + served, counter)
         if sequence.rank != first:
-            sequence.rank = (_AGED_PRIORITY, 0, sequence.seq_id)
+            sequence.rank = (_AGED_PRIORITY, counter, seq_id)
         self._num_pops += 1
         self._forget(sequence)
         return sequence
@@ -111,23 +119,22 @@ class WaitingQueue:
                 self.remove(sequence)
                 yield sequence
 
-    @property
-    def _is_turn_of_oldest(self) -> bool:
-        return self._num_pops % _AGING_INTERVAL == _AGING_INTERVAL - 1
-
     def _forget(self, sequence: Sequence) -> None:
         del self._members[sequence.seq_id]
         self.num_tokens -= sequence.num_uncomputed_tokens
+        tenant = sequence.request.tenant
+        self._num_waiting[tenant] -= 1
+        if not self._num_waiting[tenant]:
+            del self._num_waiting[tenant]
 
-    def _charge(self, sequence: Sequence) -> int:
+    def _charge(self, sequence: Sequence) -> float:
         """Add a prompt to its tenant's counter; returns what the counter was."""
         tenant = sequence.request.tenant
-        counter = max(self._counters.get(tenant, 0), self._served_counter)
-        if len(self._counters) >= self._max_counters:
-            # A counter that others have passed says as much as none.
-            served = self._served_counter
-            self._counters = {t: c for t, c in self._counters.items() if c > served}
-            self._max_counters = max(_MIN_COMPACTED, 2 * len(self._counters))
+        counter = max(self._counters.get(tenant, 0.0), self._virtual_time)
+        if len(self._counters) >= _MAX_COUNTERS:
+            # Those that owe least are forgiven.
+            items = nlargest(_MAX_COUNTERS // 2, self._counters.items(), key=itemgetter(1))
+            self._counters = dict(items)
         self._counters[tenant] = counter + sequence.num_tokens
         return counter
 
@@ -143,11 +150,13 @@ class _LazyHeap(Generic[Key]):
         self._keys: list[Key] = []
 
     def __iter__(self) -> Iterator[Key]:
-        keys = self._keys.copy()
+        keys, last = self._keys.copy(), None
         while keys:
             key = heappop(keys)
-            if key[-1] in self._members:
+            # A member that left and came back may have its key twice.
+            if key[-1] in self._members and key != last:
                 yield key
+                last = key
 
     def push(self, key: Key) -> None:
         heappush(self._keys, key)

@@ -49,7 +49,7 @@ class Setting:
     policy: PolicyConfig
     prefix_caching: bool = True
     fair_share: bool = False
-    queue: QueueLimits = QueueLimits()
+    queue: QueueLimits = field(default_factory=QueueLimits)
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ settings_of_pipelines = st.builds(
         timeout_s=st.none() | st.floats(0.5, 5),
     ),
 )
+without_limits = settings_of_pipelines.map(lambda s: replace(s, queue=QueueLimits()))
 prompts = st.builds(
     lambda pieces, length: tuple(token for piece in pieces for token in piece)[:length],
     st.lists(st.sampled_from(PIECES), min_size=1, max_size=8),
@@ -207,7 +208,7 @@ class Harness:
     owners: dict[int, set[int]] = field(default_factory=dict)  # of blocks, at the last check
     stage: StageModel = field(default_factory=StageModel)
     seen: Counter[str] = field(default_factory=Counter)
-    log: list[MicroBatch | TokenEvent] = field(default_factory=list)
+    log: list[MicroBatch | TokenEvent | float] = field(default_factory=list)
 
     def __post_init__(self):
         self.scheduler = make_scheduler(
@@ -276,9 +277,8 @@ class Harness:
         try:
             self.scheduler.add(request, self.now_s)
         except OverloadedError as error:
-            assert error.retry_after_s >= 1
+            self.log.append(error.retry_after_s)
             assert self.scheduler.num_waiting_requests > 0
-            self.log.append(str(error))
         else:
             self.requests[request.request_id] = request
             self.outputs[request.request_id] = []
@@ -530,7 +530,7 @@ def test_same_calls_give_the_same_decisions(setting, todo):
 
 
 @settings(max_examples=100, deadline=None)
-@given(settings_of_pipelines, st.lists(requests, min_size=1, max_size=12))
+@given(without_limits, st.lists(requests, min_size=1, max_size=12))
 def test_preemption_chunking_and_prefix_caching_do_not_change_the_tokens(setting, todo):
     squeezed = Harness(setting)
     squeezed.run(todo)

@@ -1,0 +1,163 @@
+"""Who is admitted next."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gllm_ray.scheduling.sequence import Sequence
+from gllm_ray.scheduling.waiting_queue import WaitingQueue
+from tests.factories import make_request
+
+
+def sequence(seq_id, *, num_tokens=8, priority=0, tenant=""):
+    request = make_request(
+        str(seq_id), num_prompt_tokens=num_tokens, priority=priority, tenant=tenant
+    )
+    return Sequence(seq_id, request)
+
+
+def queue_of(*sequences, fair_share=False):
+    queue = WaitingQueue(fair_share=fair_share)
+    for item in sequences:
+        queue.add(item)
+    return queue
+
+
+def pop_all(queue):
+    return [queue.pop().seq_id for _ in range(len(queue))]
+
+
+def preempt(queue, item):
+    item.restart()
+    queue.add(item)
+
+
+def test_lower_priority_goes_first_and_arrival_decides_within():
+    priorities = [0, 5, -1, 5, 0, -1]
+    queue = queue_of(*(sequence(i, priority=p) for i, p in enumerate(priorities)))
+    assert [s.seq_id for s in queue] == [2, 5, 0, 4, 1, 3]
+    assert pop_all(queue) == [2, 5, 0, 4, 1, 3]
+
+
+def test_a_preempted_sequence_returns_to_its_place():
+    items = [sequence(i, priority=p) for i, p in enumerate([0, 0, 0, -1])]
+    queue = queue_of(*items)
+    assert [queue.pop(), queue.pop()] == [items[3], items[0]]
+    preempt(queue, items[0])
+    assert [s.seq_id for s in queue] == [0, 1, 2]
+
+
+def test_one_admission_in_eight_heeds_no_priority_and_is_not_preempted_later():
+    low = sequence(0, priority=9)
+    queue = queue_of(low, *(sequence(i) for i in range(1, 20)))
+    assert [queue.pop().seq_id for _ in range(9)] == [1, 2, 3, 4, 5, 6, 7, 0, 8]
+    preempt(queue, low)
+    assert queue.head() is low
+
+
+def test_a_low_priority_is_admitted_under_an_endless_flow_of_high_ones():
+    queue = queue_of(*(sequence(i, priority=1) for i in range(5)))
+    admitted = []
+    for seq_id in range(5, 100):
+        queue.add(sequence(seq_id))
+        admitted.append(queue.pop().seq_id)
+    assert set(range(5)) <= set(admitted)
+
+
+def test_in_plain_order_of_arrival_no_rank_is_raised():
+    items = [sequence(i) for i in range(20)]
+    queue = queue_of(*items)
+    assert pop_all(queue) == list(range(20))
+    assert [item.rank for item in items] == [(0, 0, i) for i in range(20)]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_tenants_with_a_backlog_get_equal_prefill_tokens(size_a, size_b):
+    items = [sequence(i, num_tokens=size_a, tenant="a") for i in range(100)]
+    items += [sequence(100 + i, num_tokens=size_b, tenant="b") for i in range(100)]
+    queue = queue_of(*items, fair_share=True)
+    tokens = {"a": 0, "b": 0}
+    while min(sum(s.request.tenant == t for s in queue) for t in "ab") > 1:
+        item = queue.pop()
+        tokens[item.request.tenant] += item.num_tokens
+    assert abs(tokens["a"] - tokens["b"]) <= 2 * max(size_a, size_b)
+
+
+def test_a_tenant_that_comes_anew_has_saved_up_nothing():
+    queue = queue_of(*(sequence(i, tenant="a") for i in range(40)), fair_share=True)
+    for _ in range(20):
+        queue.pop()
+    for seq_id in range(40, 44):
+        queue.add(sequence(seq_id, tenant="b"))
+    tenants = [queue.pop().request.tenant for _ in range(8)]
+    assert 3 <= tenants.count("b") <= 4
+
+
+def test_ever_new_tenants_do_not_starve_one_with_a_backlog():
+    queue = queue_of(*(sequence(i, tenant="a") for i in range(5)), fair_share=True)
+    admitted = []
+    for seq_id in range(5, 100):
+        queue.add(sequence(seq_id, tenant=f"new {seq_id}"))
+        admitted.append(queue.pop().seq_id)
+    assert set(range(5)) <= set(admitted)
+
+
+def test_who_leaves_unserved_is_not_charged():
+    queue = WaitingQueue(fair_share=True)
+    gone = sequence(0, num_tokens=1000, tenant="a")
+    queue.add(gone)
+    queue.remove(gone)
+    queue.add(sequence(1, tenant="b"))
+    queue.add(sequence(2, tenant="a"))
+    queue.add(sequence(3, tenant="b"))
+    assert pop_all(queue) == [1, 2, 3]
+
+
+def test_the_counters_of_many_tenants_are_bounded():
+    queue = WaitingQueue(fair_share=True)
+    for seq_id in range(10_000):
+        queue.add(sequence(seq_id, tenant=str(seq_id)))
+        queue.pop()
+    assert len(queue._counters) <= 8192
+
+
+def test_a_deadline_ends_the_wait_of_those_never_admitted():
+    preempted, early, late = (sequence(i) for i in range(3))
+    queue = WaitingQueue()
+    queue.add(preempted, deadline_s=1.0)
+    queue.add(late, deadline_s=3.0)
+    queue.add(early, deadline_s=2.0)
+    assert queue.next_deadline_s == 1.0
+    assert queue.pop() is preempted
+    preempt(queue, preempted)
+    assert list(queue.take_expired(2.0)) == [early]
+    assert queue.next_deadline_s == 3.0
+    assert set(queue) == {preempted, late}
+    assert queue.num_tokens == 16
+
+
+@given(st.lists(st.one_of(st.integers(-2, 2), st.sampled_from(["pop", "remove"])), max_size=300))
+def test_counts_and_order_follow_the_members(todo):
+    queue, waiting = WaitingQueue(), []
+    for index, action in enumerate(todo):
+        if action == "pop" and waiting:
+            waiting.remove(queue.pop())
+        elif action == "remove" and waiting:
+            queue.remove(waiting.pop(len(waiting) // 2))
+        elif isinstance(action, int):
+            waiting.append(sequence(index, priority=action))
+            queue.add(waiting[-1], deadline_s=index)
+        assert len(queue) == len(waiting)
+        assert queue.num_tokens == 8 * len(waiting)
+        assert list(queue) == sorted(waiting, key=lambda s: (s.request.priority, s.seq_id))
+
+
+def test_what_left_is_not_kept():
+    queue = queue_of(sequence(0, priority=9))
+    for seq_id in range(1, 5000):
+        queue.add(sequence(seq_id), deadline_s=1e9)
+        queue.pop()
+        if queue.head() is None:
+            queue.add(sequence(-seq_id, priority=9))
+        for heap in (queue._ranks, queue._ages, queue._deadlines):
+            assert len(heap._keys) <= 70
