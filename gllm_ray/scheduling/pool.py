@@ -88,7 +88,7 @@ class SequencePool:
     def schedule_chunk(self, sequence: Sequence, max_tokens: int) -> ScheduledSequence:
         """Put the next tokens of a prompt in flight."""
         num_tokens = min(sequence.num_uncomputed_tokens, max_tokens)
-        item = sequence.schedule(num_tokens)
+        item = sequence.schedule_chunk(num_tokens)
         self.prefix_cache.publish(sequence, item)
         self.num_prefilling_tokens -= num_tokens
         if sequence.num_uncomputed_tokens == 0:
@@ -105,19 +105,15 @@ class SequencePool:
         Blocks that are missing are taken from the sequence of the highest rank; that may be this
         one, which then is preempted, or goes on waiting if it may.
         """
-        allocator = self.allocator
-        while sequence.num_tokens > len(sequence.block_table) * allocator.block_size:
-            if allocator.num_free_blocks:
-                sequence.block_table += allocator.allocate(1)
-                continue
-            victim = self._last_preemptible()
-            if victim is not sequence or not may_wait:
-                self._preempt(victim)
-            if victim is sequence:
-                return None
+        num_tokens, block_size = len(sequence.token_ids), self.allocator.block_size
+        if num_tokens > len(sequence.block_table) * block_size and not self._grow(
+            sequence, may_wait=may_wait
+        ):
+            return None
         del self.ready[sequence.seq_id]
-        item = sequence.schedule(1)
-        self.prefix_cache.publish(sequence, item)
+        item = sequence.schedule_decode()
+        if num_tokens % block_size == 0:
+            self.prefix_cache.publish(sequence, item)
         return item
 
     def take_copies(self) -> tuple[tuple[int, int], ...]:
@@ -130,11 +126,10 @@ class SequencePool:
         self.allocator.release([source for source, _ in copies])
         return copies
 
-    def append(self, sequence: Sequence, token_id: int) -> None:
-        """Give a sequence in decode its next token."""
-        sequence.token_ids.append(token_id)
-        self.num_remaining_tokens -= 1
-        self.num_context_tokens += 1
+    def count_output(self, num_tokens: int) -> None:
+        """Note that sequences in decode got tokens, those among them included that then ended."""
+        self.num_remaining_tokens -= num_tokens
+        self.num_context_tokens += num_tokens
 
     def dequeue(self, sequence: Sequence) -> None:
         """Take a sequence out of whichever queue holds it, so that it is not scheduled."""
@@ -149,6 +144,17 @@ class SequencePool:
         """Drop a sequence that no queue and no micro-batch holds, and free its blocks."""
         self._release(sequence)
         del self._sequences[sequence.seq_id]
+
+    def _grow(self, sequence: Sequence, *, may_wait: bool) -> bool:
+        """Give a ready sequence one more block; False if it cannot have it now."""
+        while not self.allocator.num_free_blocks:
+            victim = self._last_preemptible()
+            if victim is not sequence or not may_wait:
+                self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table += self.allocator.allocate(1)
+        return True
 
     def _last_preemptible(self) -> Sequence:
         """The sequence of the highest rank that holds blocks and is not in flight."""

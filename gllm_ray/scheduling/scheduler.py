@@ -190,7 +190,8 @@ class Scheduler:
         flight = self._take_due(result)
         self._stage_times.add(result.stage_times)
         token_ids = iter(result.token_ids)
-        events = []
+        events: list[TokenEvent] = []
+        num_tokens = 0
         for sequence, item in zip(flight.sequences, flight.batch.sequences, strict=True):
             assert item.epoch == sequence.epoch, "a sequence in flight was preempted"
             sequence.num_in_flight -= 1
@@ -199,8 +200,11 @@ class Scheduler:
                 if not sequence.num_in_flight:
                     events.append(self._finish(sequence, FinishReason.ABORT))
             elif token_id is not None:
+                num_tokens += 1
+                sequence.token_ids.append(token_id)
                 sequence.token_s = now_s
-                events.append(self._append(sequence, token_id))
+                events.append(self._event(sequence, token_id))
+        self._pool.count_output(num_tokens)
         return events
 
     def fail_all(self, message: str) -> list[TokenEvent]:
@@ -256,28 +260,32 @@ class Scheduler:
         return step
 
     def _select_decodes(self, step: Step, budget: TokenBudget) -> None:
+        ready, may_wait = self._pool.ready, bool(self._in_flight)
         max_decodes = min(budget.decodes, self._settings.max_decodes)
         load_left = float("inf") if budget.decode_load is None else budget.decode_load
-        may_wait = bool(self._in_flight)
-        for sequence in list(self._pool.ready.values()):
-            if step.num_decodes == max_decodes or load_left <= 0:
+        for seq_id, sequence in list(ready.items()):
+            if len(step.items) == max_decodes or load_left <= 0:
                 break
             # Making room for one sequence may have preempted one that stood behind it.
-            if sequence.seq_id not in self._pool.ready:
+            if seq_id not in ready:
                 continue
-            if item := self._pool.schedule_decode(sequence, may_wait=may_wait):
-                step.add(sequence, item)
-                step.num_decodes += 1
-                load_left -= budget.decode_weight + item.end
+            item = self._pool.schedule_decode(sequence, may_wait=may_wait)
+            if item is not None:
+                step.items.append(item)
+                step.sequences.append(sequence)
+                load_left -= budget.decode_weight + item.start + 1
+        step.num_decodes = len(step.items)
 
     def _select_prefills(self, step: Step, max_tokens: int, reserved_blocks: int) -> None:
-        for sequence in list(self._pool.prefilling.values()):
-            if max_tokens == 0:
+        pool = self._pool
+        under_way = iter(list(pool.prefilling.values()))
+        while max_tokens > 0:
+            sequence = next(under_way, None) or pool.admit_head(reserved_blocks)
+            if sequence is None:
                 return
-            step.add(sequence, item := self._pool.schedule_chunk(sequence, max_tokens))
-            max_tokens -= item.num_scheduled_tokens
-        while max_tokens > 0 and (admitted := self._pool.admit_head(reserved_blocks)):
-            step.add(admitted, item := self._pool.schedule_chunk(admitted, max_tokens))
+            item = pool.schedule_chunk(sequence, max_tokens)
+            step.items.append(item)
+            step.sequences.append(sequence)
             max_tokens -= item.num_scheduled_tokens
 
     def _launch(self, step: Step, now_s: float) -> MicroBatch:
@@ -310,13 +318,12 @@ class Scheduler:
             )
         return self._in_flight.popleft()
 
-    def _append(self, sequence: Sequence, token_id: int) -> TokenEvent:
-        """Give a sequence its next token."""
-        self._pool.append(sequence, token_id)
+    def _event(self, sequence: Sequence, token_id: int) -> TokenEvent:
+        """What a sequence's latest token means: it ends, or is ready for the next."""
         request = sequence.request
         if token_id in request.stop_token_ids:
             return self._finish(sequence, FinishReason.STOP, token_id=token_id)
-        if sequence.num_remaining_tokens == 0:
+        if len(sequence.token_ids) == sequence.max_num_tokens:
             return self._finish(sequence, FinishReason.LENGTH, token_id=token_id)
         self._pool.ready[sequence.seq_id] = sequence
         return TokenEvent(request.request_id, token_id)

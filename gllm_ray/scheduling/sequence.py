@@ -32,6 +32,8 @@ class Sequence:
         rank: Its place in the order of admission; given by the queue.
         predicted_output_tokens: How long the output will be in all, if there is a prediction.
         token_s: When its latest token came, on the driver's clock.
+        num_prompt_tokens: Tokens of the request's prompt.
+        max_num_tokens: Prompt and output tokens at which it ends.
     """
 
     __slots__ = (
@@ -39,8 +41,10 @@ class Sequence:
         "block_table",
         "epoch",
         "is_aborted",
+        "max_num_tokens",
         "num_computed_tokens",
         "num_in_flight",
+        "num_prompt_tokens",
         "predicted_output_tokens",
         "rank",
         "request",
@@ -54,6 +58,8 @@ class Sequence:
         self.seq_id = seq_id
         self.request = request
         self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.max_num_tokens = self.num_prompt_tokens + request.max_tokens
         self.block_table: tuple[int, ...] = ()
         self.block_hashes: list[bytes] = []
         self.num_computed_tokens = 0
@@ -73,12 +79,12 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         """Tokens generated so far."""
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_remaining_tokens(self) -> int:
         """Output tokens still to come, at most."""
-        return self.request.max_tokens - self.num_output_tokens
+        return self.max_num_tokens - len(self.token_ids)
 
     @property
     def num_expected_tokens(self) -> int:
@@ -93,17 +99,25 @@ class Sequence:
         """Known tokens that no micro-batch has computed or is computing."""
         return len(self.token_ids) - self.num_computed_tokens
 
-    def schedule(self, num_tokens: int) -> ScheduledSequence:
+    # Both build their result by position, because they run for every token.
+    def schedule_chunk(self, num_tokens: int) -> ScheduledSequence:
         """Put the next `num_tokens` uncomputed tokens in flight."""
         start = self.num_computed_tokens
         end = start + num_tokens
         self.num_computed_tokens = end
         self.num_in_flight += 1
-        token_ids = self.token_ids
-        sampling = self.request.sampling if end == len(token_ids) else None
-        # Positional, because this runs for every token.
+        tokens = tuple(self.token_ids[start:end])
+        sampling = self.request.sampling if end == len(self.token_ids) else None
+        return ScheduledSequence(self.seq_id, self.epoch, start, tokens, self.block_table, sampling)
+
+    def schedule_decode(self) -> ScheduledSequence:
+        """Put the one uncomputed token in flight."""
+        start = self.num_computed_tokens
+        self.num_computed_tokens = start + 1
+        self.num_in_flight = 1
+        token = (self.token_ids[-1],)
         return ScheduledSequence(
-            self.seq_id, self.epoch, start, tuple(token_ids[start:end]), self.block_table, sampling
+            self.seq_id, self.epoch, start, token, self.block_table, self.request.sampling
         )
 
     def restart(self) -> None:

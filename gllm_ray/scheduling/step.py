@@ -21,11 +21,6 @@ class Step:
     sequences: list[Sequence] = field(default_factory=list)
     num_decodes: int = 0
 
-    def add(self, sequence: Sequence, item: ScheduledSequence) -> None:
-        """Put a sequence's share in."""
-        self.items.append(item)
-        self.sequences.append(sequence)
-
     def load(self) -> StepLoad:
         """What the micro-batch makes each stage compute."""
         decodes, chunks = self.items[: self.num_decodes], self.items[self.num_decodes :]

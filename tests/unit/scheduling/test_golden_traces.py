@@ -15,7 +15,7 @@ def load_of_96_decodes(policy):
         scheduler.commit(result_of(scheduler.schedule()))
     for index in range(12):
         scheduler.add(make_request(f"w{index}", num_prompt_tokens=512, max_tokens=8))
-    view = scheduler._view()
+    view = scheduler._view(now_s=0.0)
     assert (view.num_decoding, view.num_waiting_tokens, view.kv_free_ratio) == (96, 6144, 0.6)
     return scheduler
 

@@ -86,7 +86,8 @@ def test_a_longer_prompt_does_not_go_on_in_the_last_block_of_a_shorter_one():
 
 
 def test_a_block_to_copy_is_not_given_away_in_the_same_micro_batch():
-    scheduler = make_scheduler(num_stages=1, num_blocks=4, max_model_len=16)
+    policy = TokenThrottlingConfig(kv_threshold=0.0)
+    scheduler = make_scheduler(num_stages=1, num_blocks=4, max_model_len=16, policy=policy)
     first, _ = first_step(scheduler, make_request(prompt=[5] * 6, max_tokens=1))
     scheduler.add(make_request("b", prompt=[5] * 6, max_tokens=1))
     scheduler.add(make_request("c", prompt=[6] * 4, max_tokens=1))
@@ -180,13 +181,14 @@ def test_a_preempted_sequence_finds_its_own_blocks_again():
 
 
 def test_under_pressure_the_prefix_in_use_stays_and_the_oldest_goes():
-    scheduler = make_scheduler(num_stages=1, num_blocks=6, max_model_len=24)
+    scheduler = make_scheduler(num_stages=1, num_blocks=8, max_model_len=24)
     prompts = {name: [start] * 9 for name, start in zip("abc", (10, 20, 30), strict=True)}
     starts = [
         first_item(scheduler, make_request(name, prompt=prompts[name], max_tokens=1)).start
         for name in "abacab"
     ]
-    # a and b leave two cached blocks each, and c finds two free ones and takes b's last one.
+    # a and b leave three cached blocks each; c finds two free ones and takes b's last one; the
+    # copy that a then needs takes the one before.
     assert starts == [0, 0, 8, 0, 8, 4]
 
 
