@@ -34,15 +34,15 @@ async def local_api(
     script=None,
     pipeline=None,
     hold_after=None,
-    max_model_len=128,
     max_body_bytes=2**20,
+    **service_options,
 ):
     """Yield the service and an HTTP client; the model says `text` and ends, or follows `script`."""
     if script is None:
         script = [*tokenizer.encode(text), *tokenizer.stop_token_ids]
     pipeline = pipeline or ScriptedPipeline(script, hold_after=hold_after)
     async with (
-        LocalService(tokenizer, pipeline, max_model_len=max_model_len) as service,
+        LocalService(tokenizer, pipeline, **service_options) as service,
         http_client(service, max_body_bytes=max_body_bytes) as http,
     ):
         yield service, http
