@@ -173,6 +173,33 @@ class SchedulerConfig(StrictModel):
     prefix_caching: bool = Field(
         default=True, description="Compute the common prefix of prompts once, and keep its KV."
     )
+    max_waiting_requests: int | None = Field(
+        default=None,
+        ge=1,
+        description="Requests that may wait for KV blocks, every output counted; one more is "
+        "refused with 429. null: no limit.",
+    )
+    max_waiting_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Prompt tokens that may wait to be computed; a request that adds more is "
+        "refused with 429, unless nothing waits. null: no limit.",
+    )
+    queue_timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds a request may wait for its first micro-batch, then it ends with 429; "
+        "its own queue_timeout_s comes first. null: no limit.",
+    )
+    fair_share: bool = Field(
+        default=False,
+        description="Users, as requests name them, share prefill tokens evenly.",
+    )
+    cost_calibration: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File of a calibrated cost model; null: learnt from measured stage times.",
+    )
 
     @property
     def max_batch_tokens(self) -> int:

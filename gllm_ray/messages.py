@@ -78,12 +78,14 @@ class TokenEvent(NamedTuple):
         token_id: The new output token, or None when the request ended without one.
         finish_reason: Set on the terminal event, and only there.
         error: The message for the client when `finish_reason` is `error` or `expired`.
+        retry_after_s: Seconds after which a retry is worth it, when it is `expired`.
     """
 
     request_id: str
     token_id: int | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    retry_after_s: float | None = None
 
 
 class ScheduledSequence(NamedTuple):

@@ -103,11 +103,21 @@ class LocalService:
 
     model_name = "demo/model"
 
-    def __init__(self, tokenizer, pipeline: ScriptedPipeline, *, max_model_len: int = 128) -> None:
+    def __init__(
+        self,
+        tokenizer,
+        pipeline: ScriptedPipeline,
+        *,
+        max_model_len: int = 128,
+        num_blocks: int = 256,
+        **scheduler_options,
+    ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.pipeline = pipeline
-        self.scheduler = make_scheduler(num_blocks=256, max_model_len=max_model_len)
+        self.scheduler = make_scheduler(
+            num_blocks=num_blocks, max_model_len=max_model_len, **scheduler_options
+        )
         self.requests: list[GenerationRequest] = []
         self._engine = Engine(self.scheduler, pipeline)
         self._client = EngineClient(self._engine)

@@ -15,6 +15,8 @@ from gllm_ray.serving.openai_protocol import (
 )
 
 _DEFAULT_COMPLETION_TOKENS = 16
+# The increment of splitmix64: no seed that a client counts up to meets another seed's outputs.
+_SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class RequestBuilder:
     max_model_len: int
 
     async def from_chat(self, body: ChatCompletionRequest, name: str) -> list[GenerationRequest]:
-        """The request for a conversation; by default its answer may fill the context.
+        """A request for each answer to a conversation; by default it may fill the context.
 
         Raises:
             InvalidRequestError: The model cannot serve it.
@@ -43,16 +45,17 @@ class RequestBuilder:
         max_tokens = self._max_tokens(
             len(prompt), body.answer_limit, default=self.max_model_len, param="messages"
         )
-        return [self._request(body, f"{name}-0", prompt, max_tokens)]
+        return self._requests(body, name, 0, prompt, max_tokens)
 
     async def from_completion(self, body: CompletionRequest, name: str) -> list[GenerationRequest]:
-        """A request for each prompt.
+        """A request for each output of each prompt, those of a prompt side by side.
 
         Raises:
-            InvalidRequestError: The model cannot serve one of them.
+            InvalidRequestError: The model cannot serve one of them, or they are too many.
         """
-        requests = []
-        for index, text_or_ids in enumerate(body.prompt):
+        body.check_num_outputs()
+        requests: list[GenerationRequest] = []
+        for text_or_ids in body.prompt:
             prompt = text_or_ids
             if isinstance(prompt, str):
                 self._refuse_endless(len(prompt), "prompt")
@@ -61,31 +64,40 @@ class RequestBuilder:
             max_tokens = self._max_tokens(
                 len(prompt), body.max_tokens, default=_DEFAULT_COMPLETION_TOKENS, param="prompt"
             )
-            requests.append(self._request(body, f"{name}-{index}", prompt, max_tokens))
+            requests += self._requests(body, name, len(requests), prompt, max_tokens)
         return requests
 
-    def _request(
-        self, body: GenerationParams, request_id: str, prompt: Sequence[int], max_tokens: int
-    ) -> GenerationRequest:
+    def _requests(
+        self,
+        body: GenerationParams,
+        name: str,
+        first_index: int,
+        prompt: Sequence[int],
+        max_tokens: int,
+    ) -> list[GenerationRequest]:
+        """A request for each output of a prompt; `first_index` is that of the first."""
         if not 0 <= min(prompt) <= max(prompt) < self.tokenizer.vocab_size:
             raise InvalidRequestError(
                 f"the prompt has a token id outside 0 to {self.tokenizer.vocab_size - 1}",
                 param="prompt",
             )
-        return GenerationRequest(
-            request_id=request_id,
-            prompt_token_ids=tuple(prompt),
-            max_tokens=max_tokens,
-            sampling=SamplingParams(
-                temperature=1.0 if body.temperature is None else body.temperature,
-                top_p=1.0 if body.top_p is None else body.top_p,
-                top_k=max(body.top_k or 0, 0),
-                min_p=body.min_p or 0.0,
-                seed=secrets.randbits(63) if body.seed is None else body.seed,
-            ),
-            stop_token_ids=frozenset() if body.ignore_eos else self.tokenizer.stop_token_ids,
-            cache_salt=body.cache_salt or "",
-        )
+        prompt_token_ids = tuple(prompt)
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        return [
+            GenerationRequest(
+                request_id=f"{name}-{first_index + output}",
+                prompt_token_ids=prompt_token_ids,
+                max_tokens=max_tokens,
+                sampling=_sampling(body, _seed_of_output(seed, output)),
+                stop_token_ids=frozenset() if body.ignore_eos else self.tokenizer.stop_token_ids,
+                cache_salt=body.cache_salt or "",
+                priority=body.priority or 0,
+                tenant=body.user or "",
+                expected_output_tokens=body.expected_output_tokens,
+                queue_timeout_s=body.queue_timeout_s,
+            )
+            for output in range(body.outputs_per_prompt)
+        ]
 
     def _max_tokens(
         self, num_prompt_tokens: int, requested: int | None, *, default: int, param: str
@@ -114,6 +126,21 @@ class RequestBuilder:
             param=param,
             code="context_length_exceeded",
         )
+
+
+def _sampling(body: GenerationParams, seed: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        seed=seed,
+    )
+
+
+def _seed_of_output(seed: int, output: int) -> int:
+    """A seed of 64 bits, with sign, for each output of a prompt; the first has the prompt's."""
+    return (seed + output * _SEED_STRIDE + 2**63) % 2**64 - 2**63
 
 
 def _refuse_empty(prompt: Sequence[int], param: str) -> None:

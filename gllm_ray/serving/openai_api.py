@@ -74,7 +74,7 @@ Service = Annotated[GenerationService, Depends(_service)]
 
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatCompletionRequest, service: Service) -> Response:
-    """Answer a conversation."""
+    """Answer a conversation, once or several times."""
     _check(body, service)
     head = ResponseHead.new(model=body.model, is_chat=True)
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
@@ -131,7 +131,9 @@ async def _respond(
         for index, request in enumerate(requests)
     ]
     deltas = streams[0] if len(streams) == 1 else merge_deltas(streams)
-    num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+    # The outputs of a prompt stand side by side; the prompt is paid for once.
+    prompts = [request.prompt_token_ids for request in requests[:: body.outputs_per_prompt]]
+    num_prompt_tokens = sum(map(len, prompts))
     if body.stream:
         options = body.stream_options
         writer = ChunkWriter(head, include_usage=bool(options and options.include_usage))

@@ -5,6 +5,7 @@ clients send their defaults.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -14,6 +15,7 @@ from pydantic import (
     ConfigDict,
     FailFast,
     Field,
+    ValidationInfo,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -23,24 +25,29 @@ from gllm_ray.errors import InvalidRequestError
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_CHARS = 1024
-_MAX_SALT_CHARS = 1024
-_MAX_PROMPTS = 128
+_MAX_NAME_CHARS = 1024
+_MAX_OUTPUTS = 128
 _MAX_KEYS = 128
 
 
 def _only(*neutral: object) -> AfterValidator:
     """Accept null and the values that ask for nothing."""
+    return AfterValidator(lambda value: _refuse_unless(value, neutral))
 
-    def check(value: object) -> object:
-        # `True == 1`, so the types are compared, too.
-        is_neutral = any(
-            value == item and isinstance(value, bool) is isinstance(item, bool) for item in neutral
-        )
-        if value is not None and not is_neutral:
-            raise PydanticCustomError("unsupported_parameter", "is not supported yet; leave it out")
-        return value
 
-    return AfterValidator(check)
+def _refuse_unless(value: object, neutral: Iterable[object]) -> object:
+    # `True == 1`, so the types are compared, too.
+    is_neutral = any(
+        value == item and isinstance(value, bool) is isinstance(item, bool) for item in neutral
+    )
+    if value is not None and not is_neutral:
+        raise PydanticCustomError("unsupported_parameter", "is not supported yet; leave it out")
+    return value
+
+
+def _check_best_of(value: object, info: ValidationInfo) -> object:
+    """The best `n` of `n` outputs are all of them."""
+    return _refuse_unless(value, (1, info.data.get("n")))
 
 
 def _parse_stop(value: object) -> object:
@@ -102,7 +109,8 @@ class StreamOptions(_Schema):
 class GenerationParams(_Schema):
     """What both endpoints take.
 
-    `top_k`, `min_p`, `ignore_eos` and `cache_salt` are not OpenAI's.
+    `top_k`, `min_p`, `ignore_eos`, `cache_salt`, `priority`, `expected_output_tokens` and
+    `queue_timeout_s` are not OpenAI's.
     """
 
     model: str
@@ -111,6 +119,7 @@ class GenerationParams(_Schema):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, description="0 or -1: no limit.")
     min_p: float | None = Field(default=None, ge=0, le=1)
+    n: int | None = Field(default=None, ge=1, le=_MAX_OUTPUTS)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]] | None,
@@ -118,26 +127,47 @@ class GenerationParams(_Schema):
         BeforeValidator(_parse_stop),
     ] = None
     ignore_eos: bool | None = None
-    cache_salt: str | None = Field(default=None, min_length=1, max_length=_MAX_SALT_CHARS)
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=_MAX_NAME_CHARS)
+    user: str | None = Field(default=None, max_length=_MAX_NAME_CHARS)
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
+    expected_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    queue_timeout_s: float | None = Field(default=None, gt=0)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     frequency_penalty: Annotated[object, _only(0)] = None
     logit_bias: Annotated[object, _only({})] = None
-    n: Annotated[object, _only(1)] = None
     presence_penalty: Annotated[object, _only(0)] = None
-    user: Annotated[object, _only("")] = None
+
+    @property
+    def outputs_per_prompt(self) -> int:
+        """How often each prompt is continued."""
+        return self.n or 1
 
 
 class CompletionRequest(GenerationParams):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[list[Any], Field(max_length=_MAX_PROMPTS), BeforeValidator(_parse_prompts)]
+    prompt: Annotated[list[Any], Field(max_length=_MAX_OUTPUTS), BeforeValidator(_parse_prompts)]
 
-    best_of: Annotated[object, _only(1)] = None
+    best_of: Annotated[object, AfterValidator(_check_best_of)] = None
     echo: Annotated[object, _only(False)] = None
     logprobs: Annotated[object, _only()] = None
     suffix: Annotated[object, _only("")] = None
+
+    def check_num_outputs(self) -> None:
+        """Bound the work that one body can ask for.
+
+        Raises:
+            InvalidRequestError: It asks for too many outputs.
+        """
+        num_prompts, n = len(self.prompt), self.outputs_per_prompt
+        if num_prompts * n > _MAX_OUTPUTS:
+            raise InvalidRequestError(
+                f"n={n} for each of {num_prompts} prompts comes to {num_prompts * n} outputs; the "
+                f"limit is {_MAX_OUTPUTS}, so send fewer prompts or a smaller n",
+                param="n",
+            )
 
 
 class TextPart(_Schema):

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from gllm_ray.errors import PipelineError
+from gllm_ray.errors import GllmRayError, OverloadedError, PipelineError
 from gllm_ray.messages import FinishReason, TokenEvent
 from gllm_ray.model.detokenizer import Detokenizer
 
@@ -33,6 +33,7 @@ async def text_deltas(
     """Turn each list of events into one delta; a complete stop string closes `events`.
 
     Raises:
+        OverloadedError: The request waited too long for its first token.
         PipelineError: The server ended the request before it was complete.
     """
     async with aclosing(events):
@@ -46,9 +47,8 @@ async def text_deltas(
 def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokenizer) -> TextDelta:
     text, num_tokens = "", 0
     for event in events:
-        if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
-            reason = event.error or "the server ended the request early; send it again"
-            raise PipelineError(reason, public_message=reason)
+        if event.finish_reason not in (None, FinishReason.STOP, FinishReason.LENGTH):
+            raise _failure(event)
         if event.token_id is not None:
             num_tokens += 1
             # A token that ends the output has no text.
@@ -59,6 +59,13 @@ def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokeniz
         if detokenizer.is_stopped:
             return TextDelta(index, text, num_tokens, FinishReason.STOP)
     return TextDelta(index, text, num_tokens, events[-1].finish_reason)
+
+
+def _failure(event: TokenEvent) -> GllmRayError:
+    message = event.error or "the server ended the request early; send it again"
+    if event.finish_reason is FinishReason.EXPIRED:
+        return OverloadedError(message, event.retry_after_s or 1.0)
+    return PipelineError(message, public_message=message)
 
 
 async def merge_deltas(

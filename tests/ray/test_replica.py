@@ -154,7 +154,9 @@ def test_a_server_that_serve_shuts_down_leaves_no_actor(ray_cluster, own_log, ti
         server = await start_server(with_tokenizer(config, "package://gllm_ray/demo/model"))
         own = actor_processes() - others
         assert len(own) == 3
-        assert all("node" not in stage for stage in (await server.server_info())["stages"])
+        info = await server.server_info()
+        assert all("node" not in stage for stage in info["stages"])
+        assert info["load"]["num_waiting_requests"] == info["load"]["num_waiting_tokens"] == 0
         await server.__del__()
         with pytest.raises(PipelineError, match="shutting down"):
             await server.check_health()

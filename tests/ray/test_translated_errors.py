@@ -21,7 +21,14 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from gllm_ray.errors import ConfigError, PipelineError, StageLostError
+from gllm_ray.errors import (
+    ConfigError,
+    GllmRayError,
+    InvalidRequestError,
+    OverloadedError,
+    PipelineError,
+    StageLostError,
+)
 from gllm_ray.stages.ray_pipeline import translate_ray_error
 
 DEATHS = [
@@ -79,6 +86,22 @@ def test_the_death_of_another_actor_is_not_told_as_that_of_a_stage() -> None:
 @pytest.mark.parametrize("ours", [ConfigError("a=1: must be 2"), PipelineError("broke")])
 def test_our_own_error_comes_out_as_itself(ours: Exception) -> None:
     assert translate_ray_error(as_raised_by_ray(as_raised_by_ray(ours))) is ours
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        InvalidRequestError("no", param="n", code="c"),
+        OverloadedError("full", retry_after_s=7.2),
+        PipelineError("stage 1 of host x broke", public_message="broke"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_client_is_told_crosses_from_one_process_to_another(ours: GllmRayError) -> None:
+    received = RayError.from_bytes(in_task(ours).to_bytes())
+    translated = translate_ray_error(received.as_instanceof_cause())
+    assert type(translated) is type(ours)
+    assert (str(translated), vars(translated)) == (str(ours), vars(ours))
 
 
 def test_the_failure_of_an_actors_start_says_why_without_a_traceback() -> None:

@@ -18,30 +18,48 @@ BODIES = {
 
 
 @asynccontextmanager
+async def http_client(service, *, max_body_bytes=2**20):
+    """Yield an HTTP client of the routes over a service."""
+    app = build_api(service, max_body_bytes=max_body_bytes)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        yield http
+
+
+@asynccontextmanager
 async def local_api(
-    tokenizer, text="", *, script=None, hold_after=None, max_model_len=128, max_body_bytes=2**20
+    tokenizer,
+    text="",
+    *,
+    script=None,
+    pipeline=None,
+    hold_after=None,
+    max_body_bytes=2**20,
+    **service_options,
 ):
     """Yield the service and an HTTP client; the model says `text` and ends, or follows `script`."""
     if script is None:
         script = [*tokenizer.encode(text), *tokenizer.stop_token_ids]
-    pipeline = ScriptedPipeline(script, hold_after=hold_after)
-    async with LocalService(tokenizer, pipeline, max_model_len=max_model_len) as service:
-        app = build_api(service, max_body_bytes=max_body_bytes)
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            yield service, http
+    pipeline = pipeline or ScriptedPipeline(script, hold_after=hold_after)
+    async with (
+        LocalService(tokenizer, pipeline, **service_options) as service,
+        http_client(service, max_body_bytes=max_body_bytes) as http,
+    ):
+        yield service, http
 
 
 @asynccontextmanager
 async def openai_client(tokenizer, text, **options):
     """Yield the service and OpenAI's own client."""
     async with local_api(tokenizer, text, **options) as (service, http):
-        yield (
-            service,
-            openai.AsyncOpenAI(
-                api_key="none", base_url="http://test/v1", http_client=http, max_retries=0
-            ),
-        )
+        yield service, openai_over(http)
+
+
+def openai_over(http) -> openai.AsyncOpenAI:
+    """OpenAI's own client, which tells of the first failure."""
+    return openai.AsyncOpenAI(
+        api_key="none", base_url="http://test/v1", http_client=http, max_retries=0
+    )
 
 
 async def wait_until(condition) -> None:

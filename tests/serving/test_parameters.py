@@ -19,7 +19,8 @@ from tests.serving.local_api import BODIES, CHAT, local_api
 
 CHAT_PATH, COMPLETION_PATH = BODIES
 JSON = {"Content-Type": "application/json"}
-COMMON = {"model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"}
+COMMON = {"model", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "user"}
+COMMON |= {"stream", "stream_options"}
 HONOURED = {
     CHAT_PATH: COMMON | {"messages", "max_completion_tokens"},
     COMPLETION_PATH: COMMON | {"prompt"},
@@ -29,6 +30,7 @@ OFFICIAL = {
     COMPLETION_PATH: set(typing.get_type_hints(CompletionParams)),
 }
 OWN = {"top_k", "min_p", "ignore_eos", "cache_salt"}
+OWN |= {"priority", "expected_output_tokens", "queue_timeout_s"}
 
 # What a client that asks for the feature would send, and what one sends that does not.
 REQUESTS_FOR_MORE = {
@@ -43,7 +45,6 @@ REQUESTS_FOR_MORE = {
     "metadata": {"key": "value"},
     "modalities": ["text", "audio"],
     "moderation": {"model": "m"},
-    "n": 2,
     "parallel_tool_calls": False,
     "prediction": {"type": "content", "content": "x"},
     "presence_penalty": -0.5,
@@ -59,7 +60,6 @@ REQUESTS_FOR_MORE = {
     "tool_choice": "required",
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "top_logprobs": 3,
-    "user": "me",
     "verbosity": "low",
     "web_search_options": {"search_context_size": "low"},
 }
@@ -164,6 +164,24 @@ def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
         ({"cache_salt": ""}, "cache_salt"),
         ({"cache_salt": "a" * 1025}, "cache_salt"),
         ({"cache_salt": "\ud800"}, "cache_salt"),
+        ({"user": "a" * 1025}, "user"),
+        ({"user": "\ud800"}, "user"),
+        ({"user": 7}, "user"),
+        ({"priority": 2**31}, "priority"),
+        ({"priority": -(2**31) - 1}, "priority"),
+        ({"priority": 1.5}, "priority"),
+        ({"priority": True}, "priority"),
+        ({"expected_output_tokens": 0}, "expected_output_tokens"),
+        ({"expected_output_tokens": 10**400}, "expected_output_tokens"),
+        ({"expected_output_tokens": "9"}, "expected_output_tokens"),
+        ({"queue_timeout_s": 0}, "queue_timeout_s"),
+        ({"queue_timeout_s": -1.5}, "queue_timeout_s"),
+        ({"queue_timeout_s": 10**400}, "queue_timeout_s"),
+        ({"queue_timeout_s": True}, "queue_timeout_s"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 2.0}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
@@ -264,6 +282,46 @@ def test_the_cache_salt_reaches_the_engine(tokenizer):
     for path in BODIES:
         assert request_for(tokenizer, path, {}).cache_salt == ""
         assert request_for(tokenizer, path, {"cache_salt": "tenant"}).cache_salt == "tenant"
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_what_orders_the_queue_reaches_the_engine(tokenizer, path):
+    request = request_for(tokenizer, path, {})
+    assert (request.priority, request.tenant) == (0, "")
+    assert (request.expected_output_tokens, request.queue_timeout_s) == (None, None)
+    change = {"priority": -(2**31), "user": "me", "expected_output_tokens": 7}
+    request = request_for(tokenizer, path, change | {"queue_timeout_s": 60})
+    assert (request.priority, request.tenant) == (-(2**31), "me")
+    assert (request.expected_output_tokens, request.queue_timeout_s) == (7, 60.0)
+
+
+@pytest.mark.parametrize("best_of", [1, 3])
+def test_a_best_of_that_drops_no_output_is_accepted(tokenizer, best_of):
+    change = {"n": 3, "best_of": best_of}
+    status, body, requests = post(tokenizer, COMPLETION_PATH, change)
+    assert (status, len(body["choices"]), len(requests)) == (200, 3, 3)
+
+
+@pytest.mark.parametrize("change", [{"best_of": 3}, {"n": 2, "best_of": 3}, {"n": 3, "best_of": 2}])
+def test_any_other_best_of_is_refused_by_name(tokenizer, change):
+    status, body, requests = post(tokenizer, COMPLETION_PATH, change)
+    assert (status, body["error"]["param"]) == (400, "best_of")
+    assert body["error"]["code"] == "unsupported_parameter"
+    assert requests == []
+
+
+@pytest.mark.parametrize(("num_prompts", "n", "is_accepted"), [(16, 8, True), (43, 3, False)])
+def test_a_body_asks_for_at_most_128_outputs(tokenizer, num_prompts, n, is_accepted):
+    change = {"prompt": ["a"] * num_prompts, "n": n}
+    status, body, requests = post(tokenizer, COMPLETION_PATH, change)
+    if is_accepted:
+        assert (status, len(requests)) == (200, num_prompts * n)
+        return
+    assert (status, body["error"]["param"], requests) == (400, "n", [])
+    assert body["error"]["message"] == (
+        "n=3 for each of 43 prompts comes to 129 outputs; the limit is 128, so send fewer prompts "
+        "or a smaller n"
+    )
 
 
 def test_the_limit_of_tokens_is_the_clients_or_the_default(tokenizer):

@@ -142,7 +142,7 @@ def test_a_missing_key_is_named_with_what_it_allows():
         ("modle", "did you mean model?"),
         ("num_stages", "did you mean pipeline.num_stages?"),  # known, but elsewhere
         ("pipeline.kv_cache", "did you mean kv_cache?"),
-        ("scheduler.xyz", "known keys: policy, max_decodes, prefix_caching"),
+        ("kv_cache.xyz", "known keys: block_size, memory_utilization, kv_cache_bytes"),
         ("scheduler.policy.kv_treshold", "did you mean kv_threshold?"),
         (
             "scheduler.policy.token_budget",  # an option of another policy than the default
