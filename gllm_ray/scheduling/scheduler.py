@@ -159,7 +159,8 @@ class Scheduler:
                 "the request waited longer than it may, because the service is full; "
                 f"send it again in {retry_after_s:.0f} s"
             )
-            events.append(self._finish(sequence, FinishReason.EXPIRED, error=message))
+            event = self._finish(sequence, FinishReason.EXPIRED, error=message)
+            events.append(event._replace(retry_after_s=retry_after_s))
         return events
 
     def schedule(self, now_s: float = 0.0) -> MicroBatch | None:
