@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
+from gllm_ray.predictor_config import LengthPredictorConfig, StatisticsPredictorConfig
 from gllm_ray.strict_schema import StrictModel, find_mistakes
 
 PACKAGE_SCHEME = "package://"
@@ -172,6 +173,18 @@ class SchedulerConfig(StrictModel):
     max_decodes: int = Field(default=512, ge=1, description="Decodes in one micro-batch.")
     prefix_caching: bool = Field(
         default=True, description="Compute the common prefix of prompts once, and keep its KV."
+    )
+    length_predictor: LengthPredictorConfig = Field(
+        default=StatisticsPredictorConfig(), description="How long outputs are expected to be."
+    )
+    length_log: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A file on the node of the replica to which each request that ends adds a "
+        "line, to train a classifier from; null: none.",
+    )
+    length_log_max_bytes: ByteSize = Field(
+        default=16 * 2**20, description="Size at which `length_log` stops growing."
     )
 
     @property
