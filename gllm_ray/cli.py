@@ -1,6 +1,6 @@
-"""The command line: check a configuration file, serve it, list the keys it may have.
+"""The command line: check a configuration file, serve it, list the keys it may have, train.
 
-Neither Ray nor torch is imported: a file is checked where they are not installed.
+Neither Ray nor torch is imported to check a file: that is done where they are not installed.
 """
 
 import argparse
@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "keys":
         print(key_table(ServiceConfig))
         return 0
+    if options.command == "train-lengths":
+        return _train_lengths(options)
     if not all([_validate(path) for path in options.files]):  # noqa: C419 every file is checked
         return 1
     if options.command == "serve":
@@ -41,7 +43,48 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("files", nargs=1, type=Path, metavar="FILE")
     serve.add_argument("--address", help="the Ray cluster to join; `local`: start one")
     commands.add_parser("keys", help="print every key of `args` as a Markdown table")
+    train = commands.add_parser(
+        "train-lengths",
+        help="train a classifier of output lengths from a service's log",
+        description="Train a classifier of output lengths from the file that "
+        "`scheduler.length_log` names, and tell how well it does on a fifth of it, held out.",
+    )
+    train.add_argument("log", type=Path, metavar="LOG.jsonl", help="the log of a service")
+    train.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="where to write the classifier, the `path` of `length_predictor`; overwritten",
+    )
+    train.add_argument(
+        "--classes",
+        type=int,
+        choices=range(3, 33),
+        default=5,
+        metavar="N",
+        help="classes of length, 3 to 32 (default: 5)",
+    )
+    train.add_argument(
+        "--seed", type=int, default=0, help="draws the rows that are held out (default: 0)"
+    )
     return parser
+
+
+def _train_lengths(options: argparse.Namespace) -> int:
+    from gllm_ray.length_training import read_length_log, train_classifier  # it imports torch
+
+    try:
+        classifier, evaluation = train_classifier(
+            read_length_log(options.log), num_classes=options.classes, seed=options.seed
+        )
+        options.output.write_text(classifier.model_dump_json() + "\n", encoding="utf-8")
+    except (ConfigError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(evaluation.table())
+    print(f"\nwrote {options.output}")
+    return 0
 
 
 def _validate(path: Path) -> bool:

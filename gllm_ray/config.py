@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
+from gllm_ray.predictor_config import LengthPredictorConfig, StatisticsPredictorConfig
 from gllm_ray.strict_schema import StrictModel, find_mistakes
 
 PACKAGE_SCHEME = "package://"
@@ -199,6 +200,18 @@ class SchedulerConfig(StrictModel):
         default=None,
         min_length=1,
         description="File of a calibrated cost model; null: learnt from measured stage times.",
+    )
+    length_predictor: LengthPredictorConfig = Field(
+        default=StatisticsPredictorConfig(), description="How long outputs are expected to be."
+    )
+    length_log: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A file on the node of the replica to which each request that ends adds a "
+        "line, to train a classifier from; null: none.",
+    )
+    length_log_max_bytes: ByteSize = Field(
+        default=16 * 2**20, description="Size at which `length_log` stops growing."
     )
 
     @property

@@ -1,5 +1,7 @@
 """An engine from a configuration and a pipeline."""
 
+from gllm_ray.assembly.cost_models import build_cost_model
+from gllm_ray.assembly.length_predictors import build_length_predictor
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.engine import Engine
 from gllm_ray.interfaces import Pipeline
