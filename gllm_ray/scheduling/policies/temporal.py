@@ -49,7 +49,8 @@ class TemporalPolicy:
         the idle time is not negative where decodes are the slower ones;
         a decode micro-batch is a share of the load, not of the number, of the live; decodes come
         in turn, where the code sorts by arrival: none starves, and nothing is sorted;
-        it may hold a single decode, and takes no last few along, so that as many are in flight as
+        a decode weighs what one more adds to the time, not the mean, which would share out what
+        each micro-batch costs at least; a micro-batch may hold a single decode, and takes no last few along, so that as many are in flight as
         there are stages;
         the scheduler, not the phase, bounds the micro-batches in flight.
     """
@@ -125,7 +126,7 @@ class TemporalPolicy:
     def _decode_weight(
         self, view: LoadView, num_decodes: int, num_context_tokens: int
     ) -> float | None:
-        """One decode's share of the compute, in context tokens of the same time.
+        """What one more decode costs beside reading its context, in context tokens.
 
         None where there is nothing to balance: the cost model knows no price of a context, or the
         micro-batches hold one or two decodes each, which would leave stages idle if they shared.
@@ -134,7 +135,10 @@ class TemporalPolicy:
             return None
         compute = self._time(view, StepLoad(num_decodes))
         reading = self._time(view, StepLoad(num_decodes, num_context_tokens)) - compute
-        return compute / num_decodes * num_context_tokens / reading if reading > 0 else None
+        if reading <= 0:
+            return None
+        rise = (compute - self._time(view, StepLoad(1))) / (num_decodes - 1)
+        return max(0.0, rise) * num_context_tokens / reading
 
     def _watermark(self, view: LoadView) -> int:
         return ceil(self._config.watermark * view.num_blocks)
