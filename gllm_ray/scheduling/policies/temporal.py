@@ -41,18 +41,17 @@ class TemporalPolicy:
         High-Throughput LLM Inference", ICPP '25 (arXiv:2506.10470), and its code at c8c5316.
         Deviations from that code:
         prompts are chunked, so that the micro-batches of a prefill phase cost the same;
-        both tests use one `kv_limit`, so that a phase does not end as soon as it began;
-        a decode phase has a least length;
-        all times are a stage's, where the code compares a stage's prefill with the decode of the
-        whole model; decodes also read their context;
-        the rate is an envelope, because times rise in steps, and its limit is at one batch size;
-        the idle time is not negative where decodes are the slower ones;
-        a decode micro-batch is a share of the load, not of the number, of the live; decodes come
-        in turn, where the code sorts by arrival: none starves, and nothing is sorted;
-        a decode weighs what one more adds to the time, not the mean, which would share out what
-        each micro-batch costs at least; a micro-batch may hold a single decode, and takes no last few along, so that as many are in flight as
-        there are stages;
-        the scheduler, not the phase, bounds the micro-batches in flight.
+        both tests use one `kv_limit`, so that a phase does not end as soon as it began, and a
+        decode phase has a least length;
+        all times are a stage's, where the code compares a stage's prefill with the whole model's
+        decode, and decodes also read their context; idle time is never negative;
+        the rate is an envelope, because times rise in steps, and saturates at one size, not two;
+        a decode micro-batch is a share of the load of the live, not of their number, where one
+        decode weighs its context and what it adds to the time of others;
+        decodes come in turn, where the code sorts them by arrival: none starves, nothing is sorted;
+        a micro-batch may hold a single decode, and takes no last few along, so that as many
+        micro-batches are in flight as there are stages;
+        the scheduler, not the phase, bounds their number.
     """
 
     def __init__(self, config: TemporalConfig) -> None:

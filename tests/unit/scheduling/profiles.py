@@ -55,5 +55,6 @@ _QWEN_32B = (
 )
 L20_LLAMA_13B = ProfileCost(dict(zip(_SIZES, _LLAMA_13B, strict=True)))
 L20_QWEN_32B = ProfileCost(dict(zip(_SIZES, _QWEN_32B, strict=True)))
-# Llama 13B keeps 819,200 bytes of KV a token; an L20 reads 864 GB/s, three quarters of it in use.
+# KV bytes of a token; an L20 reads 864e6 bytes a millisecond, and three quarters of that in use.
 L20_LLAMA_13B_WITH_CONTEXT = L20_LLAMA_13B._replace(context_time=819_200 / (4 * 0.75 * 864e6))
+L20_QWEN_32B_WITH_CONTEXT = L20_QWEN_32B._replace(context_time=262_144 / (4 * 0.75 * 864e6))

@@ -11,6 +11,7 @@ from tests.unit.scheduling.profiles import (
     L20_LLAMA_13B,
     L20_LLAMA_13B_WITH_CONTEXT,
     L20_QWEN_32B,
+    L20_QWEN_32B_WITH_CONTEXT,
     ProfileCost,
 )
 from tests.unit.scheduling.views import TokenCost, view_of
@@ -176,10 +177,9 @@ UNEQUAL = [20 + (37 * index) ** 2 % 900 for index in range(300)]
 
 
 @pytest.mark.parametrize("contexts", [UNEQUAL, sorted(UNEQUAL), sorted(UNEQUAL, reverse=True)])
-@pytest.mark.parametrize("profile", [L20_LLAMA_13B, L20_QWEN_32B])
-def test_decodes_of_unequal_context_fill_micro_batches_of_equal_time(profile, contexts):
+@pytest.mark.parametrize("cost", [L20_LLAMA_13B_WITH_CONTEXT, L20_QWEN_32B_WITH_CONTEXT])
+def test_decodes_of_unequal_context_fill_micro_batches_of_equal_time(cost, contexts):
     """Within a tenth; with as many decodes in each, sorted contexts would differ by half."""
-    cost = profile._replace(context_time=L20_LLAMA_13B_WITH_CONTEXT.context_time)
     phase, times = DecodePhase(contexts, cost), []
     for batch_id in range(80):
         batch = phase.dispatch()
