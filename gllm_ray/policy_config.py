@@ -106,6 +106,54 @@ class ChunkedPrefillConfig(StrictModel):
         return max(self.token_budget, max_decodes)
 
 
+class TemporalConfig(StrictModel):
+    """TD-Pipe's temporal disaggregation: phases of prefill alone and of decode alone.
+
+    It is for throughput. Decodes stand still for whole prefill phases, and a prompt that comes in a
+    decode phase waits for its end.
+
+    Source: "TD-Pipe", ICPP '25 (arXiv:2506.10470), and its code at c8c5316, which has the constants
+        kv_limit, watermark and saturating_decodes.
+    """
+
+    name: Literal["temporal"] = Field(default="temporal", description="The scheduling policy.")
+    prefill_tokens: int = Field(
+        default=512,
+        ge=1,
+        description="Prompt tokens of a micro-batch in a prefill phase; best a multiple of 128 "
+        "that saturates a stage.",
+    )
+    kv_limit: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Share of the KV cache that the running sequences may need at their "
+        "predicted peak; a prefill phase ends there.",
+    )
+    watermark: float = Field(
+        default=0.02,
+        ge=0,
+        lt=1,
+        description="Share of the KV cache that admitting a prompt leaves free.",
+    )
+    min_finished_ratio: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Share of its sequences that must have ended before a decode phase may end.",
+    )
+    saturating_decodes: int = Field(
+        default=256,
+        ge=1,
+        description="Decodes of a micro-batch beyond which more are taken to raise its token rate "
+        "no further.",
+    )
+
+    def max_batch_tokens(self, max_decodes: int) -> int:
+        """Most tokens of a micro-batch that holds at most `max_decodes` decodes."""
+        return max(self.prefill_tokens, max_decodes)
+
+
 def _expand_name(value: object) -> object:
     """`chunked_prefill` is short for a mapping with that name, and the name has a default."""
     if isinstance(value, str):
@@ -114,7 +162,7 @@ def _expand_name(value: object) -> object:
 
 
 PolicyConfig = Annotated[
-    TokenThrottlingConfig | ChunkedPrefillConfig,
+    TokenThrottlingConfig | ChunkedPrefillConfig | TemporalConfig,
     Field(discriminator="name"),
     BeforeValidator(_expand_name),
 ]

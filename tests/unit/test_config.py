@@ -17,9 +17,10 @@ from gllm_ray.config import (
     resolve_package_path,
 )
 from gllm_ray.errors import ConfigError
-from gllm_ray.policy_config import ChunkedPrefillConfig, TokenThrottlingConfig
+from gllm_ray.policy_config import ChunkedPrefillConfig, TemporalConfig, TokenThrottlingConfig
 from gllm_ray.strict_schema import find_mistakes, key_table
 
+POLICIES = "token_throttling, chunked_prefill or temporal"
 CPU_ARGS: dict[str, Any] = {
     "model": {"path": "org/model"},
     "pipeline": {"num_stages": 2, "device": "cpu"},
@@ -90,7 +91,7 @@ MISTAKES = [
     ("kv_cache.memory_utilization", 0.9, "=0.9: must be left out when kv_cache_bytes is given"),
     ("scheduler.policy.kv_threshold", 1, "=1: must be a number >= 0 and < 1, or adaptive"),
     ("scheduler.policy.kv_threshold", "low", "='low': must be a number >= 0 and < 1, or adaptive"),
-    ("scheduler.policy.name", "fcfs", "='fcfs': must be token_throttling or chunked_prefill"),
+    ("scheduler.policy.name", "fcfs", f"='fcfs': must be {POLICIES}"),
     (
         "scheduler.policy.floor",
         "top",
@@ -99,12 +100,12 @@ MISTAKES = [
     (
         "scheduler.policy",
         "fcfs",
-        "='fcfs': must be token_throttling or chunked_prefill, or a mapping with that name",
+        f"='fcfs': must be {POLICIES}, or a mapping with that name",
     ),
     (
         "scheduler.policy",
         7,
-        "=7: must be token_throttling or chunked_prefill, or a mapping with that name",
+        f"=7: must be {POLICIES}, or a mapping with that name",
     ),
     ("scheduler.policy.min_prefill_tokens", 4096, "=4096: must be <= max_prefill_tokens=2048"),
     ("deployment.min_replicas", 2, "=2: must be <= max_replicas=1"),
@@ -178,6 +179,7 @@ def test_a_floor_of_the_waiting_term_is_refused_where_that_term_is_off():
     [
         ("token_throttling", TokenThrottlingConfig()),
         ("chunked_prefill", ChunkedPrefillConfig()),
+        ("temporal", TemporalConfig()),
         ({}, TokenThrottlingConfig()),
         ({"kv_threshold": "adaptive"}, TokenThrottlingConfig(kv_threshold="adaptive")),
         ({"name": "chunked_prefill"}, ChunkedPrefillConfig()),
@@ -197,6 +199,8 @@ def test_a_policy_is_a_name_or_a_mapping_with_options(policy, expected):
         (TokenThrottlingConfig(), 2048 + 512),
         (ChunkedPrefillConfig(token_budget=2048), 2048),
         (ChunkedPrefillConfig(token_budget=64), 512),
+        (TemporalConfig(), 512),
+        (TemporalConfig(prefill_tokens=1024), 1024),
     ],
 )
 def test_the_memory_of_a_stage_is_sized_for_the_largest_micro_batch(policy, max_batch_tokens):

@@ -1,8 +1,14 @@
 """Policies: each turns a view of the load into the budget of the next micro-batch."""
 
-from gllm_ray.policy_config import ChunkedPrefillConfig, PolicyConfig, TokenThrottlingConfig
+from gllm_ray.policy_config import (
+    ChunkedPrefillConfig,
+    PolicyConfig,
+    TemporalConfig,
+    TokenThrottlingConfig,
+)
 from gllm_ray.scheduling.policies.base import LoadView, Policy, TokenBudget
 from gllm_ray.scheduling.policies.chunked_prefill import ChunkedPrefillPolicy
+from gllm_ray.scheduling.policies.temporal import TemporalPolicy
 from gllm_ray.scheduling.policies.token_throttling import TokenThrottlingPolicy
 
 __all__ = ["LoadView", "Policy", "TokenBudget", "make_policy"]
@@ -15,3 +21,5 @@ def make_policy(config: PolicyConfig) -> Policy:
             return TokenThrottlingPolicy(config)
         case ChunkedPrefillConfig():
             return ChunkedPrefillPolicy(config)
+        case TemporalConfig():
+            return TemporalPolicy(config)

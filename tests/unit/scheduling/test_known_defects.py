@@ -1,11 +1,15 @@
-"""Defects known of gLLM's and Sarathi-Serve's schedulers, and that ours has none of them."""
+"""Defects known of the schedulers of gLLM, Sarathi-Serve and TD-Pipe; ours has none of them."""
 
 import pytest
 
 from gllm_ray.errors import InvalidRequestError
 from gllm_ray.messages import FinishReason
-from gllm_ray.policy_config import ChunkedPrefillConfig, TokenThrottlingConfig
+from gllm_ray.policy_config import ChunkedPrefillConfig, TemporalConfig, TokenThrottlingConfig
+from gllm_ray.scheduling.kv_forecast import KvForecast
+from gllm_ray.scheduling.policies.temporal import TemporalPolicy
 from tests.factories import make_request, make_scheduler, result_of
+from tests.unit.scheduling.profiles import L20_LLAMA_13B
+from tests.unit.scheduling.views import Length, view_of
 
 THROTTLING = TokenThrottlingConfig(min_prefill_tokens=16, max_prefill_tokens=64)
 ADAPTIVE = TokenThrottlingConfig(kv_threshold="adaptive", max_prefill_tokens=64)
@@ -201,3 +205,109 @@ def test_one_more_micro_batch_than_stages_may_be_in_flight(policy):
     scheduler = make_scheduler(num_stages=2, max_in_flight=3, policy=policy)
     scheduler.add(make_request(num_prompt_tokens=100))
     assert [scheduler.schedule() is not None for _ in range(4)] == [True, True, True, False]
+
+
+# ---- TD-Pipe
+
+
+def peak_blocks(*lengths):
+    forecast = KvForecast(block_size=16)
+    for num_tokens, num_expected_tokens in lengths:
+        forecast.add(Length(num_tokens, num_expected_tokens))
+    return forecast.peak_blocks()
+
+
+def decoding(num_live, waiting=(), batch_id=0, **changes):
+    """Llama 13B on four L20, with sequences of 180 tokens that end in 50."""
+    load = {"cost": L20_LLAMA_13B, "num_blocks": 100_000, "batch_id": batch_id}
+    return view_of([(180, 50)] * num_live, list(waiting), **(load | changes))
+
+
+def shares(contexts):
+    """The numbers of decodes of a round of 4 micro-batches when all are ready at first."""
+    policy, left, sizes = TemporalPolicy(TemporalConfig()), list(contexts), []
+    for batch_id in range(4):
+        budget = policy.budget(
+            view_of([(context, 50) for context in contexts], batch_id=batch_id, num_blocks=10_000)
+        )
+        sizes.append(len(left[: budget.decodes]))
+        del left[: budget.decodes]
+    return sizes
+
+
+def test_sequences_that_outgrew_their_prediction_keep_their_blocks_in_the_forecast():
+    """TD-Pipe counts 50 of them, of 1,100 tokens each, as 0 blocks."""
+    for num_expected_tokens in (1, 4, 900):
+        assert peak_blocks(*[(1100, num_expected_tokens)] * 50) >= 3450
+
+
+def test_predictions_are_not_rounded_down_to_a_power_of_two():
+    """TD-Pipe's peak is 23 blocks for both."""
+    assert (peak_blocks((100, 300)), peak_blocks((100, 511))) == (25, 39)
+
+
+def test_the_output_of_a_preempted_sequence_counts_once_in_the_forecast():
+    """TD-Pipe adds all of its prediction to the tokens it holds already."""
+    prompt, predicted, generated = 100, 300, 200
+    assert peak_blocks((prompt + generated, predicted - generated)) == peak_blocks((100, 300))
+
+
+def test_small_numbers_of_decodes_do_not_alternate():
+    """With 10, TD-Pipe dispatches 3 and 7; with 7, 2 and 5; with 5, all in one."""
+    assert [shares([100] * n) for n in (10, 7, 5)] == [[3, 3, 2, 2], [2, 2, 2, 1], [2, 1, 1, 1]]
+
+
+def test_as_many_decodes_as_stages_keep_every_stage_busy():
+    """TD-Pipe takes at least 2, so that fewer micro-batches than stages are in flight."""
+    assert [shares([100] * n) for n in (4, 3)] == [[1, 1, 1, 1], [1, 1, 1, 0]]
+
+
+def test_prefill_and_decode_times_are_of_one_stage_when_compared():
+    """TD-Pipe's share of the phase that is no bubble is 2.21 for one prompt, 1.05 for 100."""
+    policy = TemporalPolicy(TemporalConfig(prefill_tokens=180))
+    values = [
+        policy._temporal_intensity(decoding(340), [180] * num_prompts, 340 + num_prompts, 0)
+        for num_prompts in (1, 100)
+    ]
+    assert [round(value, 2) for value in values] == [0.74, 0.99]
+
+
+def test_the_token_rate_of_decodes_does_not_fall_where_a_tile_begins():
+    """TD-Pipe's spatial intensity is 0.73 at 128 decodes, 0.59 at 129, and 1 from 192 on."""
+    policy = TemporalPolicy(TemporalConfig())
+    at = [policy._spatial_intensity(decoding(0), 4 * size) for size in (128, 129, 160, 192, 256)]
+    assert at == sorted(at)
+    assert [round(value, 2) for value in at] == [0.73, 0.73, 0.73, 0.76, 1]
+
+
+@pytest.mark.parametrize("num_live", [0, 1, 3])
+def test_fewer_decodes_than_stages_may_end_their_phase(num_live):
+    """TD-Pipe raises a KeyError."""
+    policy = TemporalPolicy(TemporalConfig(min_finished_ratio=0))
+    assert policy.budget(decoding(40)).decodes > 0
+    assert policy.budget(decoding(num_live, [(180, 50)], batch_id=4)).prefill_tokens > 0
+
+
+def test_decodes_that_will_need_the_whole_cache_go_on():
+    """TD-Pipe divides by zero: no prompt would be added."""
+    policy = TemporalPolicy(TemporalConfig(min_finished_ratio=0))
+    for batch_id in range(9):
+        load = decoding(8, [(180, 50)], batch_id, num_blocks=8 * 15)
+        assert policy.budget(load).decodes > 0
+
+
+def test_a_cache_between_two_limits_does_not_flip_the_phase():
+    """TD-Pipe leaves prefill at 0.9 but enters it up to 1.0, for one micro-batch, every round."""
+    policy = TemporalPolicy(TemporalConfig(min_finished_ratio=0))
+    for batch_id in range(20):
+        load = decoding(8, [(180, 50)], batch_id, num_blocks=126)  # the live need 120 at the peak
+        budget = policy.budget(load)
+        assert budget.decodes > 0
+        assert budget.prefill_tokens == 0
+
+
+def test_one_long_prompt_does_not_set_the_time_of_every_micro_batch():
+    """TD-Pipe prefills a prompt whole, and the stages behind it wait."""
+    policy = TemporalPolicy(TemporalConfig())
+    budget = policy.budget(view_of(waiting=[(8000, 10), (180, 50)], num_blocks=10_000))
+    assert budget.prefill_tokens == policy.max_prefill_tokens == 512
