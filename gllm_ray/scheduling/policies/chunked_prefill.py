@@ -3,7 +3,8 @@
 from math import ceil
 
 from gllm_ray.policy_config import ChunkedPrefillConfig
-from gllm_ray.scheduling.policies.base import LoadView, TokenBudget
+from gllm_ray.scheduling.load import LoadView
+from gllm_ray.scheduling.policies.base import TokenBudget
 
 
 class ChunkedPrefillPolicy:
@@ -24,6 +25,11 @@ class ChunkedPrefillPolicy:
 
     def __init__(self, config: ChunkedPrefillConfig) -> None:
         self._config = config
+
+    @property
+    def max_prefill_tokens(self) -> int:
+        """Most prompt tokens that `budget` ever allows."""
+        return self._config.token_budget
 
     def budget(self, view: LoadView) -> TokenBudget:
         """Take every ready decode."""

@@ -3,8 +3,9 @@
 from math import ceil
 
 from gllm_ray.policy_config import TokenThrottlingConfig
+from gllm_ray.scheduling.load import LoadView
 from gllm_ray.scheduling.policies.adaptive_reserve import AdaptiveReserve
-from gllm_ray.scheduling.policies.base import LoadView, TokenBudget
+from gllm_ray.scheduling.policies.base import TokenBudget
 
 # A reserve of the whole cache would leave no scale for the KV term; the authors' limit.
 _MAX_THRESHOLD = 0.99
@@ -31,6 +32,11 @@ class TokenThrottlingPolicy:
     def __init__(self, config: TokenThrottlingConfig) -> None:
         self._config = config
         self._adaptive_reserve = AdaptiveReserve()
+
+    @property
+    def max_prefill_tokens(self) -> int:
+        """Most prompt tokens that `budget` ever allows."""
+        return self._config.max_prefill_tokens
 
     def budget(self, view: LoadView) -> TokenBudget:
         """Apply both equations to the view."""

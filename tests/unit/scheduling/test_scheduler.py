@@ -1,8 +1,13 @@
+from dataclasses import asdict, replace
+
 import pytest
 
 from gllm_ray.errors import InvalidRequestError, PipelineError
-from gllm_ray.messages import FinishReason, MicroBatchResult
+from gllm_ray.messages import FinishReason, MicroBatchResult, StageTime
 from gllm_ray.policy_config import TokenThrottlingConfig
+from gllm_ray.scheduling.cost_model import FixedCostModel
+from gllm_ray.scheduling.length_predictor import StatisticsPredictor
+from gllm_ray.scheduling.load import StepLoad
 from tests.factories import make_request, make_scheduler, result_of
 
 
@@ -113,3 +118,68 @@ def test_a_result_that_does_not_answer_the_oldest_micro_batch_is_an_error(wrong)
     with pytest.raises(PipelineError):
         scheduler.commit(wrong)
     assert scheduler.commit(result_of(batch))
+
+
+def test_of_two_priorities_the_lower_number_is_admitted_first_and_preempted_last():
+    policy = TokenThrottlingConfig(kv_threshold=0.0)
+    scheduler = make_scheduler(num_stages=1, num_blocks=4, max_model_len=16, policy=policy)
+    scheduler.add(make_request("later", num_prompt_tokens=7, max_tokens=8, priority=1))
+    scheduler.add(make_request("sooner", num_prompt_tokens=7, max_tokens=8, priority=0))
+    batch = scheduler.schedule()
+    assert [item.seq_id for item in batch.sequences] == [1, 0]
+    while not scheduler.num_preemptions:
+        scheduler.commit(result_of(batch))
+        batch = scheduler.schedule()
+    assert [s.request.request_id for s in scheduler._pool.waiting] == ["later"]
+
+
+def test_a_low_priority_request_finishes_under_an_endless_flow_of_high_ones():
+    scheduler = make_scheduler(num_stages=2, num_blocks=12, max_model_len=32)
+    ended: list[str] = []
+    for index in range(500):
+        if index == 20:
+            scheduler.add(make_request("low", num_prompt_tokens=12, max_tokens=12, priority=1))
+        if scheduler.num_waiting_requests < 10:
+            scheduler.add(make_request(str(index), num_prompt_tokens=12, max_tokens=12))
+        while scheduler.schedule() is not None:
+            pass
+        events = scheduler.commit(result_of(scheduler._in_flight[0].batch))
+        ended += [event.request_id for event in events if event.finish_reason]
+    assert "low" in ended
+    assert ended.index("low") > 5
+    assert len(ended) > 30
+
+
+def test_stage_times_teach_the_cost_model_the_time_of_the_slowest_stage():
+    learnt = []
+
+    class Listener(FixedCostModel):
+        def observe(self, load, time_s):
+            learnt.append((load, time_s))
+
+    free = FixedCostModel(
+        floor_s=0, token_s=1, context_token_s=0, attention_pair_s=0, tile=1, provenance="a test"
+    )
+    scheduler = make_scheduler(num_stages=2, cost=Listener(**asdict(free)))
+    scheduler.add(make_request(num_prompt_tokens=6))
+    result = result_of(scheduler.schedule())
+    scheduler.commit(replace(result, stage_times=(StageTime(0, 0, 0.2),)))
+    assert learnt == []
+    result = result_of(scheduler.schedule())
+    times = (StageTime(1, 0, 0.3), StageTime(0, 1, 0.1), StageTime(1, 1, 0.05))
+    scheduler.commit(replace(result, stage_times=times))
+    assert learnt == [(StepLoad(0, 0, 6, 36), 0.3), (StepLoad(1, 7, 0, 0), 0.1)]
+
+
+def test_predictions_are_learnt_from_requests_that_ended_by_themselves():
+    predictor = StatisticsPredictor()
+    scheduler = make_scheduler(predictor=predictor)
+    for index in range(40):
+        scheduler.add(make_request(f"aborted {index}", max_tokens=100))
+        scheduler.abort(f"aborted {index}")
+    assert predictor.predict(make_request(max_tokens=100)) is None
+    for index in range(40):
+        scheduler.add(make_request(str(index), max_tokens=100, stop_token_ids=frozenset({7})))
+        batch = scheduler.schedule()
+        scheduler.commit(MicroBatchResult(batch_id=batch.batch_id, token_ids=(7,)))
+    assert predictor.predict(make_request(max_tokens=100)) == 1

@@ -1,0 +1,112 @@
+"""Which requests may wait, and when the others should come again."""
+
+import pytest
+
+from gllm_ray.errors import OverloadedError
+from gllm_ray.messages import FinishReason
+from gllm_ray.policy_config import TokenThrottlingConfig
+from gllm_ray.scheduling import QueueLimits
+from tests.factories import make_request, make_scheduler, result_of
+
+
+def refusal(scheduler, now_s=0.0, **options):
+    with pytest.raises(OverloadedError) as caught:
+        scheduler.add(make_request("more", **options), now_s)
+    return caught.value
+
+
+def test_one_request_more_than_may_wait_is_refused_with_the_numbers():
+    scheduler = make_scheduler(queue=QueueLimits(max_requests=2))
+    for request_id in "ab":
+        scheduler.add(make_request(request_id))
+    error = refusal(scheduler)
+    assert "2 requests wait; the limit is 2" in str(error)
+    assert scheduler.num_requests == 2
+
+
+def test_what_runs_does_not_count_as_waiting():
+    scheduler = make_scheduler(queue=QueueLimits(max_requests=2))
+    for request_id in "ab":
+        scheduler.add(make_request(request_id))
+    scheduler.schedule()
+    scheduler.add(make_request("c"))
+    assert scheduler.num_waiting_requests == 1
+
+
+def test_more_prompt_tokens_than_may_wait_are_refused_unless_nothing_waits():
+    scheduler = make_scheduler(queue=QueueLimits(max_tokens=10))
+    scheduler.add(make_request("alone", num_prompt_tokens=30))
+    assert "30 tokens wait, and the prompt has 1" in str(refusal(scheduler, num_prompt_tokens=1))
+
+
+def test_a_refused_request_may_come_again_under_its_id():
+    scheduler = make_scheduler(queue=QueueLimits(max_requests=1))
+    scheduler.add(make_request("a"))
+    refusal(scheduler)
+    scheduler.schedule()
+    scheduler.add(make_request("more"))
+    assert scheduler.num_requests == 2
+
+
+def test_retry_after_is_the_time_the_backlog_takes_at_the_recent_rate():
+    scheduler = make_scheduler(num_stages=1, num_blocks=16, queue=QueueLimits(max_requests=40))
+    for index in range(40):
+        scheduler.add(make_request(str(index), num_prompt_tokens=30, max_tokens=1))
+    assert refusal(scheduler).retry_after_s == 1.0  # nothing is known yet
+    now_s = 0.0
+    for _ in range(20):
+        batch = scheduler.schedule(now_s)
+        now_s += batch.num_tokens / 20  # twenty tokens a second
+        scheduler.commit(result_of(batch), now_s)
+    for index in range(40, 40 + 40 - scheduler.num_waiting_requests):
+        scheduler.add(make_request(str(index), num_prompt_tokens=30, max_tokens=1))
+    expected_s = scheduler.num_waiting_tokens / 20
+    assert refusal(scheduler).retry_after_s == pytest.approx(expected_s, rel=0.1)
+
+
+def test_the_rate_is_learnt_from_busy_times_alone():
+    scheduler = make_scheduler(num_stages=1, num_blocks=16, queue=QueueLimits(max_requests=4))
+    now_s = 0.0
+    for index in range(50):
+        for part in range(3):  # two fit at once, so that there is a backlog for a moment
+            request_id = f"{index}-{part}"
+            scheduler.add(make_request(request_id, num_prompt_tokens=30, max_tokens=1), now_s)
+        while not scheduler.is_idle:
+            batch = scheduler.schedule(now_s)
+            now_s += batch.num_tokens / 20
+            scheduler.commit(result_of(batch), now_s)
+        now_s += 1000
+    for index in range(4):
+        scheduler.add(make_request(str(index), num_prompt_tokens=30, max_tokens=1), now_s)
+    assert refusal(scheduler, now_s).retry_after_s == pytest.approx(120 / 20, rel=0.1)
+
+
+def test_a_request_ends_at_its_deadline_unless_it_was_admitted():
+    scheduler = make_scheduler(num_stages=1, num_blocks=4, queue=QueueLimits(timeout_s=5.0))
+    for request_id, timeout_s in [("runs", None), ("waits", None), ("hurries", 1.0)]:
+        request = make_request(request_id, num_prompt_tokens=12, queue_timeout_s=timeout_s)
+        scheduler.add(request, now_s=10.0)
+    batch = scheduler.schedule(10.0)
+    assert scheduler.next_deadline_s == 11.0
+    (event,) = scheduler.expire(11.0)
+    assert (event.request_id, event.finish_reason) == ("hurries", FinishReason.EXPIRED)
+    assert event.retry_after_s == 1.0
+    assert [e.request_id for e in scheduler.expire(15.0)] == ["waits"]
+    assert scheduler.next_deadline_s is None
+    assert [e.request_id for e in scheduler.commit(result_of(batch), 16.0)] == ["runs"]
+
+
+def test_a_request_that_was_preempted_does_not_expire():
+    scheduler = make_scheduler(
+        num_stages=1,
+        num_blocks=4,
+        max_model_len=16,
+        policy=TokenThrottlingConfig(kv_threshold=0.0),
+        queue=QueueLimits(timeout_s=1.0),
+    )
+    for request_id in "ab":
+        scheduler.add(make_request(request_id, num_prompt_tokens=7, max_tokens=8))
+    while not scheduler.num_preemptions:
+        scheduler.commit(result_of(scheduler.schedule()))
+    assert scheduler.num_waiting_requests == 1
+    assert scheduler.expire(100.0) == []
