@@ -157,16 +157,17 @@ def _class_of(record: LengthRecord, bounds: list[int]) -> int:
     return bisect_left(bounds, record.num_output_tokens)
 
 
-def _class_means(records: Sequence[LengthRecord], bounds: list[int]) -> list[float]:
+def _class_lengths(records: Sequence[LengthRecord], bounds: list[int]) -> list[float]:
     lengths: list[list[int]] = [[] for _ in range(len(bounds) + 2)]
     for record in records:
         lengths[_class_of(record, bounds)].append(record.num_output_tokens)
-    return [fmean(class_lengths) for class_lengths in lengths[:-1]]
+    longest = max(record.num_output_tokens for record in records)
+    return [*map(fmean, lengths[:-1]), float(longest)]
 
 
 def _fit(records: Sequence[LengthRecord], bounds: list[int]) -> LengthClassifier:
     """The most probable weights: a convex problem, so neither its start nor a seed matters."""
-    num_scores = len(bounds) + 2
+    num_classes = len(bounds) + 2
     classes = torch.tensor([_class_of(record, bounds) for record in records])
     buckets = torch.tensor(list(chain.from_iterable(r.token_buckets for r in records)))
     offsets = torch.tensor([0, *accumulate(len(r.token_buckets) for r in records[:-1])])
@@ -174,9 +175,9 @@ def _fit(records: Sequence[LengthRecord], bounds: list[int]) -> LengthClassifier
     center, scale = scalars.mean(dim=0), scalars.std(dim=0).clamp(min=1e-3)
     scalars = (scalars - center) / scale
 
-    bias = torch.zeros(num_scores, requires_grad=True)
-    scalar_weights = torch.zeros(NUM_SCALARS, num_scores, requires_grad=True)
-    token_weights = torch.zeros(NUM_TOKEN_BUCKETS, num_scores, requires_grad=True)
+    bias = torch.zeros(num_classes, requires_grad=True)
+    scalar_weights = torch.zeros(NUM_SCALARS, num_classes, requires_grad=True)
+    token_weights = torch.zeros(NUM_TOKEN_BUCKETS, num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [bias, scalar_weights, token_weights],
         max_iter=_MAX_ITERATIONS,
@@ -199,7 +200,7 @@ def _fit(records: Sequence[LengthRecord], bounds: list[int]) -> LengthClassifier
         bias -= center @ scalar_weights
     return LengthClassifier(
         format="gllm_ray.length_classifier.v1",
-        class_means=_class_means(records, bounds),
+        class_lengths=_class_lengths(records, bounds),
         bias=bias.tolist(),
         scalar_weights=scalar_weights.tolist(),
         token_weights=token_weights.tolist(),

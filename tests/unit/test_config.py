@@ -18,6 +18,11 @@ from gllm_ray.config import (
 )
 from gllm_ray.errors import ConfigError
 from gllm_ray.policy_config import ChunkedPrefillConfig, TokenThrottlingConfig
+from gllm_ray.predictor_config import (
+    ClassifierPredictorConfig,
+    HintPredictorConfig,
+    StatisticsPredictorConfig,
+)
 from gllm_ray.strict_schema import find_mistakes, key_table
 
 CPU_ARGS: dict[str, Any] = {
@@ -39,17 +44,17 @@ def with_value(path: str, value: object) -> dict[str, Any]:
 
 
 def keys() -> list[tuple[str, str]]:
-    """Every key of `args` as `gllm-ray keys` lists them, each with the policy it belongs to."""
+    """Every key of `args` as `gllm-ray keys` lists them, each with the member it belongs to."""
     cells = [row.split("|")[1].strip() for row in key_table(ServiceConfig).splitlines()[2:]]
     return [(cell.split("`")[1], cell.partition("` of ")[2]) for cell in cells]
 
 
 def with_key(key: tuple[str, str], value: object) -> dict[str, Any]:
-    """`CPU_ARGS` with the value of a key, and the name of the policy it belongs to."""
-    path, policy = key
+    """`CPU_ARGS` with the value of a key, and the name of the member it belongs to."""
+    path, member = key
     args = with_value(path, value)
-    if policy:
-        args["scheduler"]["policy"]["name"] = policy
+    if member:
+        args["scheduler"][path.split(".")[1]]["name"] = member
     return args
 
 
@@ -106,6 +111,22 @@ MISTAKES = [
         7,
         "=7: must be token_throttling or chunked_prefill, or a mapping with that name",
     ),
+    (
+        "scheduler.length_predictor",
+        "median",
+        "='median': must be statistics, hint or classifier, or a mapping with that name",
+    ),
+    (
+        "scheduler.length_predictor",
+        "classifier",
+        ".path: required, but not given; must be text that is not empty",
+    ),
+    (
+        "scheduler.length_predictor",
+        {"path": "x.json"},
+        "={...}: must be statistics, hint or classifier, or a mapping with that name",
+    ),
+    ("scheduler.length_log", "", "='': must be text that is not empty, or null"),
     ("scheduler.policy.min_prefill_tokens", 4096, "=4096: must be <= max_prefill_tokens=2048"),
     ("deployment.min_replicas", 2, "=2: must be <= max_replicas=1"),
     (
@@ -142,7 +163,7 @@ def test_a_missing_key_is_named_with_what_it_allows():
         ("modle", "did you mean model?"),
         ("num_stages", "did you mean pipeline.num_stages?"),  # known, but elsewhere
         ("pipeline.kv_cache", "did you mean kv_cache?"),
-        ("scheduler.xyz", "known keys: policy, max_decodes, prefix_caching"),
+        ("kv_cache.xyz", "known keys: block_size, memory_utilization, kv_cache_bytes"),
         ("scheduler.policy.kv_treshold", "did you mean kv_threshold?"),
         (
             "scheduler.policy.token_budget",  # an option of another policy than the default
@@ -189,6 +210,20 @@ def test_a_policy_is_a_name_or_a_mapping_with_options(policy, expected):
     assert config.scheduler.policy == expected
     assert parse_service_config(config.model_dump(exclude_unset=True)) == config
     assert ServiceConfig.model_validate_json(config.model_dump_json(exclude_unset=True)) == config
+
+
+@pytest.mark.parametrize(
+    ("predictor", "expected"),
+    [
+        ("statistics", StatisticsPredictorConfig()),
+        ("hint", HintPredictorConfig()),
+        ({"name": "classifier", "path": "x.json"}, ClassifierPredictorConfig(path="x.json")),
+    ],
+)
+def test_a_length_predictor_is_a_name_or_a_mapping_with_options(predictor, expected):
+    config = parse_service_config(with_value("scheduler.length_predictor", predictor))
+    assert config.scheduler.length_predictor == expected
+    assert parse_service_config(config.model_dump(exclude_unset=True)) == config
 
 
 @pytest.mark.parametrize(
