@@ -46,7 +46,8 @@ class Evaluation:
         num_held_out: Requests it was not.
         accuracy: Share of these whose class it finds.
         frequent_accuracy: The same for always saying the most frequent class.
-        sum_error: Mean relative error of the sum of its predictions over 256 of these.
+        sum_error: Mean relative error of the sum of its predictions over 256 of these, drawn with
+            replacement.
         mean_sum_error: The same for always predicting the mean of those it was trained on.
     """
 
@@ -106,8 +107,8 @@ def train_classifier(
 
     Args:
         records: The log.
-        num_classes: Classes of output length, at least 3: the longest hundredth, and the rest in
-            equal parts. Fewer come of it where many lengths are the same.
+        num_classes: Ranges of output length, at least 3, cut at the 99th percentile and at equally
+            spaced ones below: 25, 50 and 75 for five. Cuts at the same length are one.
         seed: Draws which requests are held out, and which of those are summed up.
 
     Raises:
@@ -143,7 +144,7 @@ def _parse_line(line: bytes) -> LengthRecord:
 
 
 def _class_bounds(records: Sequence[LengthRecord], num_classes: int) -> list[int]:
-    """The greatest length of each class but the last, of those that ended with `stop`."""
+    """The greatest length of each range but the last, over requests that ended with `stop`."""
     lengths = sorted(r.num_output_tokens for r in records if r.finish_reason == "stop")
     shares = [i / (num_classes - 1) for i in range(1, num_classes - 1)] + [_TOP_CLASS_QUANTILE]
     bounds = {lengths[int(share * (len(lengths) - 1))] for share in shares}
@@ -151,7 +152,7 @@ def _class_bounds(records: Sequence[LengthRecord], num_classes: int) -> list[int
 
 
 def _class_of(record: LengthRecord, bounds: list[int]) -> int:
-    """A class of length, or after all of these, that of requests that reach `max_tokens`."""
+    """A range of length, or after all of these, the class of requests that reach `max_tokens`."""
     if record.finish_reason == "length":
         return len(bounds) + 1
     return bisect_left(bounds, record.num_output_tokens)

@@ -20,7 +20,7 @@ NUM_SCALARS = 3
 _MULTIPLIER = 2_654_435_769
 _SHIFT = 32 - (NUM_TOKEN_BUCKETS - 1).bit_length()
 
-
+# Bounded, so that no sum of them overflows.
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
@@ -66,9 +66,9 @@ class LengthClassifier(StrictModel):
     likelihood. Where many predictions are summed, the errors of expectations cancel.
 
     Source: TD-Pipe's output-length classifier (arXiv:2506.10470), which follows mu-Serve (Qiu et
-        al., ATC '24). Deviations: a linear model takes the place of BERT, because it runs inside
-        the scheduler; the expectation that of the most likely class's mean; requests cut at
-        `max_tokens` have a class of their own.
+        al., ATC '24). Deviations: a linear model takes the place of a language model, because it
+        runs inside the scheduler; the expectation that of the most likely class's mean; requests
+        cut at `max_tokens` have a class of their own.
 
     Attributes:
         format: Changes with the meaning of what follows.

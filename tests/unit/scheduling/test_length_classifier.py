@@ -3,7 +3,7 @@ import math
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gllm_ray.errors import ConfigError
@@ -96,6 +96,7 @@ def test_a_requests_own_hint_wins_and_observations_change_nothing():
 WEIGHT = st.floats(-1e6, 1e6)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(1, 1e300), min_size=3, max_size=3),
     st.lists(WEIGHT, min_size=3, max_size=3),

@@ -1,7 +1,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gllm_ray.messages import GenerationRequest
@@ -126,6 +126,7 @@ def test_memory_is_bounded_whatever_is_observed():
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 10**6))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(SIZES, st.floats(0, 1), st.integers(1, 60)), max_size=12),
     SIZES,
