@@ -46,7 +46,8 @@ class Evaluation:
         num_held_out: Requests it was not.
         accuracy: Share of these whose class it finds.
         frequent_accuracy: The same for always saying the most frequent class.
-        sum_error: Mean relative error of the sum of its predictions over 256 of these.
+        sum_error: Mean relative error of the sum of its predictions over 256 of these, drawn with
+            replacement.
         mean_sum_error: The same for always predicting the mean of those it was trained on.
     """
 
@@ -106,8 +107,8 @@ def train_classifier(
 
     Args:
         records: The log.
-        num_classes: Classes of output length, at least 3: the longest hundredth, and the rest in
-            equal parts. Fewer come of it where many lengths are the same.
+        num_classes: Ranges of output length, at least 3, cut at the 99th percentile and at equally
+            spaced ones below: 25, 50 and 75 for five. Cuts at the same length are one.
         seed: Draws which requests are held out, and which of those are summed up.
 
     Raises:
@@ -143,7 +144,7 @@ def _parse_line(line: bytes) -> LengthRecord:
 
 
 def _class_bounds(records: Sequence[LengthRecord], num_classes: int) -> list[int]:
-    """The greatest length of each class but the last, of those that ended with `stop`."""
+    """The greatest length of each range but the last, over requests that ended with `stop`."""
     lengths = sorted(r.num_output_tokens for r in records if r.finish_reason == "stop")
     shares = [i / (num_classes - 1) for i in range(1, num_classes - 1)] + [_TOP_CLASS_QUANTILE]
     bounds = {lengths[int(share * (len(lengths) - 1))] for share in shares}
@@ -151,22 +152,23 @@ def _class_bounds(records: Sequence[LengthRecord], num_classes: int) -> list[int
 
 
 def _class_of(record: LengthRecord, bounds: list[int]) -> int:
-    """A class of length, or after all of these, that of requests that reach `max_tokens`."""
+    """A range of length, or after all of these, the class of requests that reach `max_tokens`."""
     if record.finish_reason == "length":
         return len(bounds) + 1
     return bisect_left(bounds, record.num_output_tokens)
 
 
-def _class_means(records: Sequence[LengthRecord], bounds: list[int]) -> list[float]:
+def _class_lengths(records: Sequence[LengthRecord], bounds: list[int]) -> list[float]:
     lengths: list[list[int]] = [[] for _ in range(len(bounds) + 2)]
     for record in records:
         lengths[_class_of(record, bounds)].append(record.num_output_tokens)
-    return [fmean(class_lengths) for class_lengths in lengths[:-1]]
+    longest = max(record.num_output_tokens for record in records)
+    return [*map(fmean, lengths[:-1]), float(longest)]
 
 
 def _fit(records: Sequence[LengthRecord], bounds: list[int]) -> LengthClassifier:
     """The most probable weights: a convex problem, so neither its start nor a seed matters."""
-    num_scores = len(bounds) + 2
+    num_classes = len(bounds) + 2
     classes = torch.tensor([_class_of(record, bounds) for record in records])
     buckets = torch.tensor(list(chain.from_iterable(r.token_buckets for r in records)))
     offsets = torch.tensor([0, *accumulate(len(r.token_buckets) for r in records[:-1])])
@@ -174,9 +176,9 @@ def _fit(records: Sequence[LengthRecord], bounds: list[int]) -> LengthClassifier
     center, scale = scalars.mean(dim=0), scalars.std(dim=0).clamp(min=1e-3)
     scalars = (scalars - center) / scale
 
-    bias = torch.zeros(num_scores, requires_grad=True)
-    scalar_weights = torch.zeros(NUM_SCALARS, num_scores, requires_grad=True)
-    token_weights = torch.zeros(NUM_TOKEN_BUCKETS, num_scores, requires_grad=True)
+    bias = torch.zeros(num_classes, requires_grad=True)
+    scalar_weights = torch.zeros(NUM_SCALARS, num_classes, requires_grad=True)
+    token_weights = torch.zeros(NUM_TOKEN_BUCKETS, num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [bias, scalar_weights, token_weights],
         max_iter=_MAX_ITERATIONS,
@@ -199,7 +201,7 @@ def _fit(records: Sequence[LengthRecord], bounds: list[int]) -> LengthClassifier
         bias -= center @ scalar_weights
     return LengthClassifier(
         format="gllm_ray.length_classifier.v1",
-        class_means=_class_means(records, bounds),
+        class_lengths=_class_lengths(records, bounds),
         bias=bias.tolist(),
         scalar_weights=scalar_weights.tolist(),
         token_weights=token_weights.tolist(),

@@ -35,10 +35,8 @@ class ClassifierPredictorConfig(StrictModel):
 
 
 def _expand_name(value: object) -> object:
-    """`hint` is short for a mapping with that name, and the name has a default."""
-    if isinstance(value, str):
-        return {"name": value}
-    return {"name": "statistics"} | value if isinstance(value, dict) else value
+    """`hint` is short for a mapping with that name."""
+    return {"name": value} if isinstance(value, str) else value
 
 
 LengthPredictorConfig = Annotated[

@@ -20,15 +20,21 @@ class SchedulerActor:
     """
 
     def __init__(self, config: ServiceConfig, group: StageGroup) -> None:
-        self._engine = build_engine(
-            config,
-            RayPipeline(group),
-            num_blocks=group.num_blocks,
-            max_model_len=group.max_model_len,
-        )
+        self._config = config
+        self._group = group
 
     async def start(self) -> None:
-        """Begin to serve; called once, before anything else."""
+        """Begin to serve; called once, before anything else.
+
+        Raises:
+            ConfigError: A file that the configuration names cannot be used.
+        """
+        self._engine = build_engine(
+            self._config,
+            RayPipeline(self._group),
+            num_blocks=self._group.num_blocks,
+            max_model_len=self._group.max_model_len,
+        )
         self._engine.start()
 
     async def add(self, request: GenerationRequest) -> None:

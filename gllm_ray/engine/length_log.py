@@ -59,7 +59,7 @@ class LoggedPredictor:
     Args:
         inner: Predicts and learns.
         path: Created if it is missing; its directory is not.
-        max_bytes: The file grows no larger, over all the processes that ever wrote to it.
+        max_bytes: The file grows no larger; what is in it from before counts.
     """
 
     def __init__(self, inner: LengthPredictor, path: Path, max_bytes: int) -> None:

@@ -20,7 +20,7 @@ NUM_SCALARS = 3
 _MULTIPLIER = 2_654_435_769
 _SHIFT = 32 - (NUM_TOKEN_BUCKETS - 1).bit_length()
 
-
+# Bounded, so that no sum of them overflows.
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
@@ -62,42 +62,43 @@ class LengthClassifier(StrictModel):
     """Softmax regression over classes of output length; a `LengthPredictor`, and its file's schema.
 
     The classes are ranges of length, and one more for requests that reach `max_tokens`. The
-    prediction is the expectation: each class's mean length, at most `max_tokens`, weighed by its
+    prediction is the expectation: each class's length, at most `max_tokens`, weighed by its
     likelihood. Where many predictions are summed, the errors of expectations cancel.
 
     Source: TD-Pipe's output-length classifier (arXiv:2506.10470), which follows mu-Serve (Qiu et
-        al., ATC '24). Deviations: a linear model takes the place of BERT, because it runs inside
-        the scheduler; the expectation that of the most likely class's mean; requests cut at
-        `max_tokens` have a class of their own.
+        al., ATC '24). Deviations: a linear model takes the place of a language model, because it
+        runs inside the scheduler; the expectation that of the most likely class's mean; requests
+        cut at `max_tokens` have a class of their own.
 
     Attributes:
         format: Changes with the meaning of what follows.
-        class_means: Mean output length of each range, in tokens.
-        bias: A score for each class, that of requests that reach `max_tokens` last.
+        class_lengths: Output tokens of each class: the mean of a range; last, for requests that
+            reach `max_tokens`, the longest output ever seen, so that a small likelihood of a large
+            `max_tokens` does not outweigh all others.
+        bias: A score for each class.
         scalar_weights: For each of `LengthFeatures.scalars`, what a unit of it adds to the scores.
         token_weights: For each token bucket, what its presence adds to the scores.
     """
 
     format: Literal["gllm_ray.length_classifier.v1"]
-    class_means: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=1)]
+    class_lengths: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=2)]
     bias: list[Weight]
     scalar_weights: list[list[Weight]]
     token_weights: list[list[Weight]]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        num_scores = len(self.class_means) + 1
-        if len(self.bias) != num_scores:
-            raise ValueError(
-                f"bias: must be {num_scores} numbers, one more than class_means, not "
-                f"{len(self.bias)}"
-            )
+        num_classes = len(self.class_lengths)
         for key, rows, num_rows in (
+            ("bias", [self.bias], 1),
             ("scalar_weights", self.scalar_weights, NUM_SCALARS),
             ("token_weights", self.token_weights, NUM_TOKEN_BUCKETS),
         ):
-            if len(rows) != num_rows or any(len(row) != num_scores for row in rows):
-                raise ValueError(f"{key}: must be {num_rows} lists of {num_scores} numbers")
+            if len(rows) != num_rows or any(len(row) != num_classes for row in rows):
+                raise ValueError(
+                    f"{key}: must be {num_rows} x {num_classes} numbers, as class_lengths has "
+                    f"{num_classes}"
+                )
         return self
 
     def predict(self, request: GenerationRequest) -> int:
@@ -109,10 +110,10 @@ class LengthClassifier(StrictModel):
 
     def expected_output_tokens(self, features: LengthFeatures) -> int:
         """The expected output length, from 1 to `max_tokens`."""
-        lengths = [min(mean, features.max_tokens) for mean in self.class_means]
+        lengths = [min(length, features.max_tokens) for length in self.class_lengths]
         likelihoods = self.likelihoods(features)
-        expected = fsum(map(mul, likelihoods, [*lengths, features.max_tokens]))
-        return max(1, min(round(expected / fsum(likelihoods)), features.max_tokens))
+        expected = fsum(map(mul, likelihoods, lengths)) / fsum(likelihoods)
+        return max(1, min(round(expected), features.max_tokens))
 
     def likelihoods(self, features: LengthFeatures) -> list[float]:
         """How likely each class is, in proportion to the likeliest."""

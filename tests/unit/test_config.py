@@ -18,6 +18,11 @@ from gllm_ray.config import (
 )
 from gllm_ray.errors import ConfigError
 from gllm_ray.policy_config import ChunkedPrefillConfig, TemporalConfig, TokenThrottlingConfig
+from gllm_ray.predictor_config import (
+    ClassifierPredictorConfig,
+    HintPredictorConfig,
+    StatisticsPredictorConfig,
+)
 from gllm_ray.strict_schema import find_mistakes, key_table
 
 POLICIES = "token_throttling, chunked_prefill or temporal"
@@ -40,17 +45,17 @@ def with_value(path: str, value: object) -> dict[str, Any]:
 
 
 def keys() -> list[tuple[str, str]]:
-    """Every key of `args` as `gllm-ray keys` lists them, each with the policy it belongs to."""
+    """Every key of `args` as `gllm-ray keys` lists them, each with the member it belongs to."""
     cells = [row.split("|")[1].strip() for row in key_table(ServiceConfig).splitlines()[2:]]
     return [(cell.split("`")[1], cell.partition("` of ")[2]) for cell in cells]
 
 
 def with_key(key: tuple[str, str], value: object) -> dict[str, Any]:
-    """`CPU_ARGS` with the value of a key, and the name of the policy it belongs to."""
-    path, policy = key
+    """`CPU_ARGS` with the value of a key, and the name of the member it belongs to."""
+    path, member = key
     args = with_value(path, value)
-    if policy:
-        args["scheduler"]["policy"]["name"] = policy
+    if member:
+        args["scheduler"][path.split(".")[1]]["name"] = member
     return args
 
 
@@ -107,6 +112,22 @@ MISTAKES = [
         7,
         f"=7: must be {POLICIES}, or a mapping with that name",
     ),
+    (
+        "scheduler.length_predictor",
+        "median",
+        "='median': must be statistics, hint or classifier, or a mapping with that name",
+    ),
+    (
+        "scheduler.length_predictor",
+        "classifier",
+        ".path: required, but not given; must be text that is not empty",
+    ),
+    (
+        "scheduler.length_predictor",
+        {"path": "x.json"},
+        "={...}: must be statistics, hint or classifier, or a mapping with that name",
+    ),
+    ("scheduler.length_log", "", "='': must be text that is not empty, or null"),
     ("scheduler.policy.min_prefill_tokens", 4096, "=4096: must be <= max_prefill_tokens=2048"),
     ("deployment.min_replicas", 2, "=2: must be <= max_replicas=1"),
     (
@@ -191,6 +212,20 @@ def test_a_policy_is_a_name_or_a_mapping_with_options(policy, expected):
     assert config.scheduler.policy == expected
     assert parse_service_config(config.model_dump(exclude_unset=True)) == config
     assert ServiceConfig.model_validate_json(config.model_dump_json(exclude_unset=True)) == config
+
+
+@pytest.mark.parametrize(
+    ("predictor", "expected"),
+    [
+        ("statistics", StatisticsPredictorConfig()),
+        ("hint", HintPredictorConfig()),
+        ({"name": "classifier", "path": "x.json"}, ClassifierPredictorConfig(path="x.json")),
+    ],
+)
+def test_a_length_predictor_is_a_name_or_a_mapping_with_options(predictor, expected):
+    config = parse_service_config(with_value("scheduler.length_predictor", predictor))
+    assert config.scheduler.length_predictor == expected
+    assert parse_service_config(config.model_dump(exclude_unset=True)) == config
 
 
 @pytest.mark.parametrize(
