@@ -190,7 +190,10 @@ class StageInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInterval:
-    """When a stage computed a micro-batch, in seconds of the node's wall clock."""
+    """When a stage computed a micro-batch, in seconds of the node's wall clock.
+
+    It starts when the stage hands the work to its device, which may have earlier work to do.
+    """
 
     batch_id: int
     start_s: float

@@ -39,6 +39,8 @@ class PackedInputs:
         context_lens: `[num_decodes]` positions to attend to, the row's own included.
         prefills: The sequences that have several tokens in the batch.
         sample_rows: `[num_samples]` rows whose logits are drawn from.
+        copied_slots: The slots of `MicroBatch.block_copies`, those copied from and those copied
+            to, each `[num_copies * block_size]`; None where nothing is copied.
     """
 
     input_ids: torch.Tensor
@@ -49,6 +51,7 @@ class PackedInputs:
     context_lens: torch.Tensor
     prefills: tuple[PrefillChunk, ...]
     sample_rows: torch.Tensor
+    copied_slots: tuple[torch.Tensor, torch.Tensor] | None
 
 
 def pack(batch: MicroBatch, block_size: int, device: torch.device) -> PackedInputs:
@@ -88,7 +91,19 @@ def pack(batch: MicroBatch, block_size: int, device: torch.device) -> PackedInpu
         context_lens=_to_device(lengths, device),
         prefills=tuple(prefills),
         sample_rows=_to_device(torch.tensor(sample_rows, dtype=torch.long), device),
+        copied_slots=_copied_slots(batch, block_size, device),
     )
+
+
+def _copied_slots(
+    batch: MicroBatch, block_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if not batch.block_copies:
+        return None
+    blocks = torch.tensor(batch.block_copies).T[..., None]
+    slots = blocks * block_size + torch.arange(block_size)
+    sources, targets = _to_device(slots.flatten(1), device)
+    return sources, targets
 
 
 def _slots(sequences: Sequence[ScheduledSequence], block_size: int) -> torch.Tensor:

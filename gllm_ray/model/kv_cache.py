@@ -50,6 +50,10 @@ class LayerKvCache:
         self.keys.index_copy_(1, slots, keys)
         self.values.index_copy_(1, slots, values)
 
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Store at each target slot what its source slot holds."""
+        self.write(targets, self.keys[:, sources], self.values[:, sources])
+
 
 def block_bytes(
     geometries: Mapping[nn.Module, AttentionGeometry], block_size: int, dtype: torch.dtype

@@ -45,9 +45,9 @@ class StageActor:
         """See `Stage.connect`."""
         self._stage.connect(epoch, previous)
 
-    def step(self, epoch: int, metadata: bytes, carried: object) -> object:
+    def step(self, epoch: int, metadata: bytes, previous: object) -> object:
         """See `Stage.step`."""
-        return self._stage.step(epoch, metadata, carried)
+        return self._stage.step(epoch, metadata, previous)
 
     @ray.method(concurrency_group="ctl")
     def ping(self) -> int:

@@ -10,6 +10,7 @@ from gllm_ray.errors import PipelineError
 from gllm_ray.messages import MicroBatch, MicroBatchResult, StageInfo
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.partition import describe_stage, size_kv_cache
+from gllm_ray.stages.stopwatch import Stopwatch, event_type
 from gllm_ray.stages.worker import StageWorker
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,10 @@ class LocalPipeline:
         self, workers: tuple[StageWorker, ...], stages: tuple[StageInfo, ...], num_blocks: int
     ) -> None:
         self._workers = workers
+        self._stopwatches = tuple(
+            Stopwatch(stage_id, event_type(worker.device.type))
+            for stage_id, worker in enumerate(workers)
+        )
         self._submitted: deque[MicroBatch] = deque()
         self._failure: PipelineError | None = None
         self.stages = stages
@@ -77,7 +82,9 @@ class LocalPipeline:
         self._workers = ()
 
     def _run(self, batch: MicroBatch) -> MicroBatchResult:
-        output = None
-        for worker in self._workers:
-            output = worker.execute(batch, output)
-        return MicroBatchResult(batch_id=batch.batch_id, token_ids=output)
+        output, times = None, []
+        for worker, stopwatch in zip(self._workers, self._stopwatches, strict=True):
+            with stopwatch.measure(batch.batch_id):
+                output = worker.execute(batch, output)
+            times += stopwatch.take()
+        return MicroBatchResult(batch_id=batch.batch_id, token_ids=output, stage_times=tuple(times))

@@ -2,8 +2,6 @@
 
 import logging
 import pickle
-import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +11,7 @@ import torch
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError, GllmRayError, PipelineError
 from gllm_ray.messages import EdgeAddress, MicroBatch, StageInfo, StepInterval
+from gllm_ray.stages.stopwatch import Stopwatch, event_type
 from gllm_ray.stages.transport import (
     DOWNSTREAM,
     UPSTREAM,
@@ -27,7 +26,8 @@ from gllm_ray.stages.worker import StageWorker
 
 logger = logging.getLogger(__name__)
 
-_NUM_INTERVALS = 4096
+# Lists, because Ray packs a list of numbers several times faster than it pickles tuples.
+StepAnswer = list[object]
 
 
 class Stage:
@@ -48,7 +48,7 @@ class Stage:
         self._outbound: ActivationChannel | None = None
         self._epoch: int | None = None
         self._last_batch_id = -1
-        self._intervals: deque[StepInterval] = deque(maxlen=_NUM_INTERVALS)
+        self._stopwatch = self._new_stopwatch()
 
     def load(self) -> StageInfo:
         """Build the shard and read its weights.
@@ -101,19 +101,21 @@ class Stage:
                 if self._store is not None:
                     self._outbound = join_edge(self._transport, self._store, UPSTREAM, self._host)
             self._last_batch_id = -1
+            self._stopwatch = self._new_stopwatch()  # micro-batch ids begin anew
             self._epoch = epoch
 
-    def step(self, epoch: int, metadata: bytes, carried: object) -> object:
+    def step(self, epoch: int, metadata: bytes, previous: StepAnswer | None) -> StepAnswer:
         """Run one micro-batch through this stage.
 
         Args:
             epoch: The epoch the caller believes the pipeline is in.
             metadata: The pickled `MicroBatch`.
-            carried: The previous stage's step: orders the two, carries its failure, and on the
-                object store its hidden states. None for the first stage.
+            previous: The answer of the previous stage's step: orders the two, carries its failure,
+                and on the object store its hidden states. None for the first stage.
 
         Returns:
-            The sampled token ids on the last stage, else what the next stage's step must carry.
+            The sampled token ids on the last stage, else what the next stage's `receive` needs;
+            and the fields of every `StageTime` that became known on the way to here.
 
         Raises:
             PipelineError: The epoch is not the connected one, or the step failed. After a failure
@@ -132,19 +134,21 @@ class Stage:
                     f"{self._last_batch_id}"
                 )
             self._last_batch_id = batch.batch_id
+            carried, times = previous or (None, [])
             hidden = self._receive(batch, carried)
-            start_s = time.time()
-            output = self._worker.execute(batch, hidden)
-            self._intervals.append(
-                StepInterval(batch_id=batch.batch_id, start_s=start_s, end_s=time.time())
-            )
-            if self._worker.is_last:
-                return output
-            return self._outbound.send(batch.batch_id, output)
+            with self._stopwatch.measure(batch.batch_id):
+                output = self._worker.execute(batch, hidden)
+            times += map(list, self._stopwatch.take())
+            if not self._worker.is_last:
+                output = self._outbound.send(batch.batch_id, output)
+            return [output, times]
 
     def intervals(self) -> tuple[StepInterval, ...]:
         """When this stage computed its latest micro-batches, oldest first."""
-        return tuple(self._intervals)
+        return self._stopwatch.intervals()
+
+    def _new_stopwatch(self) -> Stopwatch:
+        return Stopwatch(self._stage_id, event_type(self._config.pipeline.device))
 
     def _receive(self, batch: MicroBatch, carried: object) -> torch.Tensor | None:
         """The previous stage's output, [batch.num_tokens, hidden_size]; None on the first stage."""

@@ -1,6 +1,7 @@
 """What every `Pipeline` promises, whether its stages share a process or are Ray actors."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from tests.pipelines import RayStages, Reference, generate_greedily, make_batch,
 
 class LocalStages:
     def __init__(self, config: ServiceConfig) -> None:
-        self._config = config
+        self.config = config
 
     async def pipeline(self) -> LocalPipeline:
-        return LocalPipeline.start(self._config)
+        return LocalPipeline.start(self.config)
 
     def stop(self) -> None:
         pass
@@ -70,6 +71,37 @@ def test_a_chunk_that_samples_nothing_returns_no_token(stages: Stages) -> None:
         return (await pipeline.next_result()).token_ids
 
     assert asyncio.run(run()) == ()
+
+
+def test_with_each_result_every_stage_tells_how_long_it_computed(stages: Stages) -> None:
+    async def run() -> None:
+        pipeline = await stages.pipeline()
+        num_stages = stages.config.pipeline.num_stages
+        for batch_id in range(4):
+            start = time.perf_counter()
+            pipeline.submit(make_batch(batch_id, [1, 2, 3]))
+            told = (await pipeline.next_result()).stage_times
+            wall_s = time.perf_counter() - start
+            expected = [(stage_id, batch_id) for stage_id in range(num_stages)]
+            assert [(one.stage_id, one.batch_id) for one in told] == expected
+            assert min(one.time_s for one in told) > 0
+            assert sum(one.time_s for one in told) <= wall_s
+
+    asyncio.run(run())
+
+
+def test_every_time_comes_with_its_micro_batch_when_several_are_in_flight(stages: Stages) -> None:
+    async def run() -> None:
+        pipeline = await stages.pipeline()
+        num_batches, num_stages = 6, stages.config.pipeline.num_stages
+        for batch_id in range(num_batches):
+            pipeline.submit(make_batch(batch_id, [1], seq_id=batch_id))
+        for batch_id in range(num_batches):
+            told = (await pipeline.next_result()).stage_times
+            expected = [(stage_id, batch_id) for stage_id in range(num_stages)]
+            assert [(one.stage_id, one.batch_id) for one in told] == expected
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ def _paged_attention(
 ) -> tuple[torch.Tensor, None]:
     inputs, cache = _inputs.get(), _caches.get()[module]
     cache.write(inputs.slot_mapping, key[0], value[0])
+    if inputs.copied_slots is not None:
+        cache.copy(*inputs.copied_slots)
     rule = ScoreRule(
         scale=options.get("scaling") or query.shape[-1] ** -0.5,
         softcap=options.get("softcap"),

@@ -57,3 +57,17 @@ def test_blocks_past_the_context_do_not_show():
 
     assert slots_of((2, 1), (0, 1)).decode_slots.tolist() == [[12, 13, 14], [12, 12, 12]]
     assert slots_of((1, 4)).prefills[0].slots.tolist() == [12, 13, 14, 15, 4]
+
+
+def test_copied_blocks_become_pairs_of_slots():
+    def copied_slots(*block_copies):
+        sequence = ScheduledSequence(
+            seq_id=0, epoch=0, start=3, token_ids=(0,), block_table=(3, 1), sampling=None
+        )
+        batch = MicroBatch(batch_id=0, sequences=(sequence,), block_copies=block_copies)
+        return pack(batch, 2, torch.device("cpu")).copied_slots
+
+    sources, targets = copied_slots((5, 1), (5, 2), (7, 4))
+    assert sources.tolist() == [10, 11, 10, 11, 14, 15]
+    assert targets.tolist() == [2, 3, 4, 5, 8, 9]
+    assert copied_slots() is None
