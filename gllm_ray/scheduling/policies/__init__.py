@@ -1,6 +1,12 @@
 """Policies: each turns a view of the load into the budget of the next micro-batch."""
 
-from gllm_ray.policy_config import ChunkedPrefillConfig, PolicyConfig, TokenThrottlingConfig
+from gllm_ray.policy_config import (
+    BalancedConfig,
+    ChunkedPrefillConfig,
+    PolicyConfig,
+    TokenThrottlingConfig,
+)
+from gllm_ray.scheduling.policies.balanced import BalancedPolicy
 from gllm_ray.scheduling.policies.base import LoadView, Policy, TokenBudget
 from gllm_ray.scheduling.policies.chunked_prefill import ChunkedPrefillPolicy
 from gllm_ray.scheduling.policies.token_throttling import TokenThrottlingPolicy
@@ -15,3 +21,5 @@ def make_policy(config: PolicyConfig) -> Policy:
             return TokenThrottlingPolicy(config)
         case ChunkedPrefillConfig():
             return ChunkedPrefillPolicy(config)
+        case BalancedConfig():
+            return BalancedPolicy(config)

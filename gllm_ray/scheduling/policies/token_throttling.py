@@ -32,6 +32,11 @@ class TokenThrottlingPolicy:
         self._config = config
         self._adaptive_reserve = AdaptiveReserve()
 
+    @property
+    def max_prefill_tokens(self) -> int:
+        """#MaxP."""
+        return self._config.max_prefill_tokens
+
     def budget(self, view: LoadView) -> TokenBudget:
         """Apply both equations to the view."""
         reserved_blocks = self._reserved_blocks(view)
