@@ -100,6 +100,12 @@ class ChunkedPrefillConfig(StrictModel):
         lt=1,
         description="Share of the KV cache that admitting a prompt leaves free.",
     )
+    tbt_target_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds between two tokens of a request: token_budget then shrinks to what is "
+        "predicted to keep the tightest deadline; null: it is fixed.",
+    )
 
     def max_batch_tokens(self, max_decodes: int) -> int:
         """Most tokens of a micro-batch that holds at most `max_decodes` decodes."""
@@ -154,6 +160,42 @@ class TemporalConfig(StrictModel):
         return max(self.prefill_tokens, max_decodes)
 
 
+class BalancedConfig(StrictModel):
+    """Our own policy: every micro-batch takes the same predicted time."""
+
+    name: Literal["balanced"] = Field(default="balanced", description="The scheduling policy.")
+    token_budget: int = Field(
+        default=512,
+        ge=1,
+        description="Most decodes and prefill tokens of a micro-batch together. Decodes alone may "
+        "exceed it, up to max_decodes; prefill then falls to min_prefill_tokens.",
+    )
+    min_prefill_tokens: int = Field(
+        default=32,
+        ge=1,
+        description="Prefill tokens that a micro-batch may hold whatever the target time.",
+    )
+    tbt_target_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds between two tokens of a request that prefill shall not exceed; null: "
+        "no bound.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_prefill_tokens > self.token_budget:
+            raise ValueError(
+                f"min_prefill_tokens={self.min_prefill_tokens}: must be <= "
+                f"token_budget={self.token_budget}"
+            )
+        return self
+
+    def max_batch_tokens(self, max_decodes: int) -> int:
+        """Most tokens of a micro-batch that holds at most `max_decodes` decodes."""
+        return max(self.token_budget, max_decodes + self.min_prefill_tokens)
+
+
 def _expand_name(value: object) -> object:
     """`chunked_prefill` is short for a mapping with that name, and the name has a default."""
     if isinstance(value, str):
@@ -162,7 +204,7 @@ def _expand_name(value: object) -> object:
 
 
 PolicyConfig = Annotated[
-    TokenThrottlingConfig | ChunkedPrefillConfig | TemporalConfig,
+    TokenThrottlingConfig | ChunkedPrefillConfig | TemporalConfig | BalancedConfig,
     Field(discriminator="name"),
     BeforeValidator(_expand_name),
 ]

@@ -75,6 +75,7 @@ class LoadView:
         num_decoding: Sequences in decode, ready or in flight.
         num_ready: Those of them that are not in flight.
         num_context_tokens: Tokens of the sequences in decode, ready or in flight.
+        num_live: Sequences that hold blocks.
         num_prefills_in_flight: Prefill chunks in flight.
         num_remaining_tokens: Output tokens that the sequences in decode, and those whose last
             chunk is in flight, may still produce.
@@ -100,6 +101,7 @@ class LoadView:
     num_decoding: int
     num_ready: int
     num_context_tokens: int
+    num_live: int
     num_prefills_in_flight: int
     num_remaining_tokens: int
     oldest_token_s: float | None

@@ -239,6 +239,7 @@ class Scheduler:
             num_decoding=len(pool.ready) + num_decodes_in_flight,
             num_ready=len(pool.ready),
             num_context_tokens=pool.num_context_tokens,
+            num_live=len(pool) - len(pool.waiting),
             num_prefills_in_flight=num_in_flight - num_decodes_in_flight,
             num_remaining_tokens=pool.num_remaining_tokens,
             oldest_token_s=oldest_ready.token_s if oldest_ready else None,

@@ -10,8 +10,8 @@ from gllm_ray.config import ServiceConfig, parse_service_config
 from gllm_ray.engine.engine import Engine
 from gllm_ray.messages import GenerationRequest, MicroBatch, SamplingParams
 from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
-from gllm_ray.scheduling import Scheduler, make_policy
 from gllm_ray.stages.local_pipeline import LocalPipeline
+from tests.factories import make_scheduler
 
 GREEDY = SamplingParams()
 WHOLE = TokenThrottlingConfig(max_prefill_tokens=512, min_prefill_tokens=512)
@@ -93,8 +93,8 @@ def run_rounds(
     The requests of the indices in `aborted` are aborted at their second token.
     """
     poison_kv_cache(pipeline)
-    scheduler = Scheduler(
-        make_policy(policy),
+    scheduler = make_scheduler(
+        policy=policy,
         num_stages=len(pipeline.stages),
         num_blocks=num_blocks or pipeline.num_blocks,
         block_size=block_size,

@@ -105,7 +105,7 @@ temporal = st.builds(
 )
 balanced = st.builds(
     BalancedConfig,
-    max_prefill_tokens=st.integers(8, 64),
+    token_budget=st.integers(8, 64),
     min_prefill_tokens=st.integers(1, 8),
     tbt_target_s=st.none() | st.floats(0.001, 0.1),
 )

@@ -25,7 +25,7 @@ from gllm_ray.predictor_config import (
 )
 from gllm_ray.strict_schema import find_mistakes, key_table
 
-POLICIES = "token_throttling, chunked_prefill or temporal"
+POLICIES = "token_throttling, chunked_prefill, temporal or balanced"
 CPU_ARGS: dict[str, Any] = {
     "model": {"path": "org/model"},
     "pipeline": {"num_stages": 2, "device": "cpu"},

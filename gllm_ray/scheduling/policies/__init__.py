@@ -1,12 +1,15 @@
 """Policies: each turns a view of the load into the budget of the next micro-batch."""
 
 from gllm_ray.policy_config import (
+    BalancedConfig,
     ChunkedPrefillConfig,
     PolicyConfig,
     TemporalConfig,
     TokenThrottlingConfig,
 )
-from gllm_ray.scheduling.policies.base import LoadView, Policy, TokenBudget
+from gllm_ray.scheduling.load import LoadView
+from gllm_ray.scheduling.policies.balanced import BalancedPolicy
+from gllm_ray.scheduling.policies.base import Policy, TokenBudget
 from gllm_ray.scheduling.policies.chunked_prefill import ChunkedPrefillPolicy
 from gllm_ray.scheduling.policies.temporal import TemporalPolicy
 from gllm_ray.scheduling.policies.token_throttling import TokenThrottlingPolicy
@@ -23,3 +26,5 @@ def make_policy(config: PolicyConfig) -> Policy:
             return ChunkedPrefillPolicy(config)
         case TemporalConfig():
             return TemporalPolicy(config)
+        case BalancedConfig():
+            return BalancedPolicy(config)

@@ -153,7 +153,7 @@ class TemporalPolicy:
     def _is_filled(self, view: LoadView) -> bool:
         """Whether the live sequences are expected to need the limit at their peak."""
         limit = self._config.kv_limit * view.num_blocks
-        num_live = sum(1 for _ in view.live)
+        num_live = view.num_live
         tolerance = self._num_forecast // _FORECAST_SHARE
         is_near = tolerance > 0 and abs(num_live - self._num_forecast) <= tolerance
         if is_near and num_live * self._forecast_blocks < limit * self._num_forecast:

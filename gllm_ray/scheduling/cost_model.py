@@ -1,0 +1,267 @@
+"""Predicted stage times: fixed coefficients, and coefficients learnt while serving."""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from math import inf
+from typing import Any, Self
+
+from pydantic import Field
+
+from gllm_ray.errors import ConfigError
+from gllm_ray.scheduling.load import CostModel, StepLoad
+from gllm_ray.strict_schema import StrictModel, find_mistakes
+
+
+class _Calibration(StrictModel):
+    """What a calibration file holds."""
+
+    floor_s: float = Field(ge=0, description="A micro-batch of no rows: launches and weights.")
+    token_s: float = Field(gt=0, description="A row.")
+    context_token_s: float = Field(ge=0, description="A KV token that a decode reads.")
+    attention_pair_s: float = Field(ge=0, description="A query-key pair of a prefill chunk.")
+    tile: int = Field(ge=1, description="Rows are rounded up to a multiple of this.")
+    provenance: str = Field(min_length=1, description="What was measured, where and how.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedCostModel:
+    """A stage time that is linear in the load, in seconds.
+
+    ```
+    floor_s + token_s * (rows, rounded up to the tile)
+            + context_token_s * num_context_tokens + attention_pair_s * num_attention_pairs
+    ```
+
+    Attributes:
+        provenance: What was measured, where and how.
+    """
+
+    floor_s: float
+    token_s: float
+    context_token_s: float
+    attention_pair_s: float
+    tile: int
+    provenance: str
+
+    @classmethod
+    def from_calibration(cls, calibration: Mapping[str, Any]) -> Self:
+        """Read what `to_calibration` wrote.
+
+        Raises:
+            ConfigError: One line for each missing, unknown or impossible value.
+        """
+        if mistakes := find_mistakes(_Calibration, calibration):
+            raise ConfigError("\n".join(mistakes))
+        return cls(**calibration)
+
+    def to_calibration(self) -> dict[str, Any]:
+        """The coefficients as JSON has them."""
+        return asdict(self)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Always."""
+        return True
+
+    def stage_time(self, load: StepLoad) -> float:
+        """The time of the slowest stage, in seconds."""
+        return (
+            self.floor_s
+            + self.token_s * _tiled(load.num_tokens, self.tile)
+            + self.context_token_s * load.num_context_tokens
+            + self.attention_pair_s * load.num_attention_pairs
+        )
+
+    def observe(self, load: StepLoad, time_s: float) -> None:
+        """Nothing: fixed coefficients do not follow measurements."""
+
+
+def most_prefill_tokens(
+    cost: CostModel, decodes: StepLoad, prefill_start: int, limit_time: float, max_tokens: int
+) -> int:
+    """The most tokens of one prefill chunk that ride with `decodes` within a time.
+
+    Where the rows of the micro-batch, rounded down to a tile, take less time each, it is those.
+
+    Args:
+        cost: Predicts the time; `limit_time` is in its units.
+        decodes: The load without prefill.
+        prefill_start: Position at which the chunk starts.
+        limit_time: The most that the micro-batch may take.
+        max_tokens: The most tokens of the chunk.
+
+    Returns:
+        From 0 to `max_tokens`; 0 only if not even one token fits.
+    """
+
+    def time(num_tokens: int) -> float:
+        pairs = num_tokens * (prefill_start + num_tokens)
+        return cost.stage_time(
+            decodes._replace(num_prefill_tokens=num_tokens, num_attention_pairs=pairs)
+        )
+
+    most = bisect_right(range(1, max_tokens + 1), limit_time, key=time)
+    rows = decodes.num_decodes + most
+    landed = most - rows % cost.tile
+    if landed > 0 and time(landed) * rows < time(most) * (rows - most + landed):
+        return landed
+    return most
+
+
+# One row costs 1. A context token costs a thousandth of it and an attention pair a thirty
+# thousandth, which is within a factor of 5 for dense models of 13 to 70 billion parameters on L20
+# and A100.
+_TOKEN_COUNTS = FixedCostModel(
+    floor_s=0.0,
+    token_s=1.0,
+    context_token_s=1e-3,
+    attention_pair_s=1 / 30_000,
+    tile=1,
+    provenance="token counts, in units of one row's time",
+)
+_TILES = (128, 1, 64, 256)  # the first is in use until another proves better
+_FORGETTING = 0.998  # a memory of 500 micro-batches
+_ERROR_RATE = 0.01
+_MAX_ERROR = 0.2  # to become calibrated
+_LOST_ERROR = 0.4  # to stay so
+_BETTER = 0.85  # a tile gives way to one that misses this share of what it misses
+_SPREAD = 2  # the most rows seen, over the fewest
+
+
+class LearntCostModel:
+    """Learns the coefficients of `FixedCostModel` online, and which tile fits best.
+
+    There is one regression for each candidate tile: the one in use learns from each sample, the
+    others take turns, and one that is clearly better takes its place. Predictions are token counts
+    until the running error is small and micro-batches of different sizes were seen.
+    """
+
+    def __init__(self) -> None:
+        fits = [_Regression(tile) for tile in _TILES]
+        self._fit = fits[0]
+        self._challengers = cycle(fits)
+        self._coefficients = _TOKEN_COUNTS
+        self._min_tokens, self._max_tokens = inf, 0
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether predictions are seconds; until then one row's time is 1."""
+        return self._coefficients is not _TOKEN_COUNTS
+
+    @property
+    def calibration(self) -> FixedCostModel | None:
+        """What is learnt so far; None until it is calibrated."""
+        return self._coefficients if self.is_calibrated else None
+
+    @property
+    def tile(self) -> int:
+        """Rows that cost as much as the next multiple of this."""
+        return self._coefficients.tile
+
+    def stage_time(self, load: StepLoad) -> float:
+        """The time of the slowest stage, in seconds or in units of one row's time."""
+        return self._coefficients.stage_time(load)
+
+    def observe(self, load: StepLoad, time_s: float) -> None:
+        """Learn from the measured time of the slowest stage; an impossible one is left out."""
+        if load.num_tokens == 0 or not 0 < time_s < inf:
+            return
+        self._min_tokens = min(self._min_tokens, load.num_tokens)
+        self._max_tokens = max(self._max_tokens, load.num_tokens)
+        challenger = next(self._challengers)
+        for fit in {self._fit, challenger}:
+            fit.observe(load, time_s)
+        if challenger.missed_tokens < _BETTER * self._fit.missed_tokens:
+            self._fit = challenger
+        limit = _LOST_ERROR if self.is_calibrated else _MAX_ERROR
+        is_spread = self._max_tokens >= _SPREAD * self._min_tokens
+        is_calibrated = is_spread and self._fit.error < limit and self._fit.weights[1] > 0
+        self._coefficients = self._fit.coefficients() if is_calibrated else _TOKEN_COUNTS
+
+
+class _Regression:
+    """Recursive least squares of the relative error, for one tile; weights are never negative.
+
+    A sample and its prediction are divided by the larger of the two. So a sample a hundred times
+    too slow weighs a ten thousandth, and neither warm-up nor a busy machine does harm.
+
+    The information matrix R and the moment b, whose solution is R w = b, forget only along the new
+    sample: what constant load does not excite is neither forgotten nor wound up. One sweep of
+    coordinate descent a sample leads w to the best weights that are not negative.
+
+    Source: Cao and Schwartz, "A directional forgetting algorithm based on the decomposition of the
+        information matrix", Automatica 36 (2000). Deviations: relative error; b is kept, and
+        coordinate descent under w >= 0 takes the place of the inverse of R.
+
+    Attributes:
+        weights: Of 1, rows, context tokens and attention pairs.
+        error: Running mean of the relative error, 0 to 1.
+        missed_tokens: Running mean of the relative error times the rows. It decides between tiles,
+            because few rows do not tell them apart.
+    """
+
+    __slots__ = ("_information", "_moment", "error", "missed_tokens", "tile", "weights")
+
+    def __init__(self, tile: int) -> None:
+        self.tile = tile
+        self.weights = [0.0] * 4
+        self.error = 1.0
+        self.missed_tokens = 1000.0
+        self._information = [[0.0] * 4 for _ in range(4)]
+        self._moment = [0.0] * 4
+
+    def coefficients(self) -> FixedCostModel:
+        floor_s, token_s, context_token_s, attention_pair_s = self.weights
+        return FixedCostModel(
+            floor_s=floor_s,
+            token_s=token_s,
+            context_token_s=context_token_s,
+            attention_pair_s=attention_pair_s,
+            tile=self.tile,
+            provenance="learnt while serving",
+        )
+
+    def observe(self, load: StepLoad, time_s: float) -> None:
+        rows = _tiled(load.num_tokens, self.tile)
+        features = (1, rows, load.num_context_tokens, load.num_attention_pairs)
+        predicted = _dot(features, self.weights)
+        scale = max(time_s, predicted)
+        error = abs(time_s - predicted) / scale
+        self.error += _ERROR_RATE * (error - self.error)
+        self.missed_tokens += _ERROR_RATE * (error * load.num_tokens - self.missed_tokens)
+        self._add([feature / scale for feature in features], time_s / scale)
+        self._descend()
+
+    def _add(self, x: list[float], y: float) -> None:
+        """R += x x' and b += x y, after both have forgotten along x."""
+        information, moment = self._information, self._moment
+        u = [_dot(row, x) for row in information]
+        known = _dot(x, u)
+        # Below this share of what its parts alone are known for, x is new and `known` is rounding.
+        is_new = known <= 1e-9 * sum(information[i][i] * x[i] * x[i] for i in range(4))
+        rate = 0.0 if is_new else (1 - _FORGETTING) / known
+        expected = rate * _dot(x, moment)
+        for i, row in enumerate(information):
+            added, forgotten = x[i], rate * u[i]
+            row[0] += added * x[0] - forgotten * u[0]
+            row[1] += added * x[1] - forgotten * u[1]
+            row[2] += added * x[2] - forgotten * u[2]
+            row[3] += added * x[3] - forgotten * u[3]
+            moment[i] += added * y - expected * u[i]
+
+    def _descend(self) -> None:
+        """Minimise over one weight after the other."""
+        weights = self.weights
+        for i, row in enumerate(self._information):
+            if row[i] > 0:
+                weights[i] = max(0.0, weights[i] + (self._moment[i] - _dot(row, weights)) / row[i])
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3]
+
+
+def _tiled(num_tokens: int, tile: int) -> int:
+    return -(-num_tokens // tile) * tile
