@@ -6,8 +6,9 @@ from gllm_ray.policy_config import (
     PolicyConfig,
     TokenThrottlingConfig,
 )
+from gllm_ray.scheduling.load import LoadView
 from gllm_ray.scheduling.policies.balanced import BalancedPolicy
-from gllm_ray.scheduling.policies.base import LoadView, Policy, TokenBudget
+from gllm_ray.scheduling.policies.base import Policy, TokenBudget
 from gllm_ray.scheduling.policies.chunked_prefill import ChunkedPrefillPolicy
 from gllm_ray.scheduling.policies.token_throttling import TokenThrottlingPolicy
 

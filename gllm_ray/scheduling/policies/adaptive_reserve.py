@@ -2,7 +2,7 @@
 
 from math import ceil
 
-from gllm_ray.scheduling.policies.base import LoadView
+from gllm_ray.scheduling.load import LoadView
 
 _INITIAL_RATIO = 0.7
 _MIN_RATIO = 0.1

@@ -4,8 +4,8 @@ from math import ceil
 
 from gllm_ray.policy_config import ChunkedPrefillConfig
 from gllm_ray.scheduling.cost_model import most_prefill_tokens
-from gllm_ray.scheduling.load import StepLoad
-from gllm_ray.scheduling.policies.base import LoadView, TokenBudget
+from gllm_ray.scheduling.load import LoadView, StepLoad
+from gllm_ray.scheduling.policies.base import TokenBudget
 
 _SAFETY = 1.2  # on predicted times, as the successor's code has it
 # What a deadline that cannot be kept leaves to prefill: waiting for ever would not keep it either.

@@ -3,8 +3,9 @@
 from math import ceil
 
 from gllm_ray.policy_config import TokenThrottlingConfig
+from gllm_ray.scheduling.load import LoadView
 from gllm_ray.scheduling.policies.adaptive_reserve import AdaptiveReserve
-from gllm_ray.scheduling.policies.base import LoadView, TokenBudget
+from gllm_ray.scheduling.policies.base import TokenBudget
 
 # A reserve of the whole cache would leave no scale for the KV term; the authors' limit.
 _MAX_THRESHOLD = 0.99
