@@ -1,4 +1,4 @@
-"""The command line: check a configuration file, serve it, list the keys it may have, train.
+"""The command line: one parser, and a function for each command.
 
 Neither Ray nor torch is imported to check a file: that is done where they are not installed.
 """
@@ -7,8 +7,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from gllm_ray import __version__
+from gllm_ray.bench.command import add_bench_parser
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.serve_file import load_serve_file, service_config
@@ -19,16 +21,8 @@ from gllm_ray.strict_schema import key_table
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status, and does not return from a good `serve`."""
     options = _parser().parse_args(arguments)
-    if options.command == "keys":
-        print(key_table(ServiceConfig))
-        return 0
-    if options.command == "train-lengths":
-        return _train_lengths(options)
-    if not all([_validate(path) for path in options.files]):  # noqa: C419 every file is checked
-        return 1
-    if options.command == "serve":
-        _become_serve_run(options.files[0], options.address)
-    return 0
+    status: int = options.run(options)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,10 +33,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     validate = commands.add_parser("validate", help="check configuration files; starts nothing")
     validate.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    validate.set_defaults(run=_validate)
     serve = commands.add_parser("serve", help="check a configuration file, then `serve run` it")
-    serve.add_argument("files", nargs=1, type=Path, metavar="FILE")
+    serve.add_argument("file", type=Path, metavar="FILE")
     serve.add_argument("--address", help="the Ray cluster to join; `local`: start one")
-    commands.add_parser("keys", help="print every key of `args` as a Markdown table")
+    serve.set_defaults(run=_serve)
+    keys = commands.add_parser("keys", help="print every key of `args` as a Markdown table")
+    keys.set_defaults(run=_print_keys)
+    _add_train_lengths(commands)
+    add_bench_parser(commands)
+    return parser
+
+
+def _add_train_lengths(commands: Any) -> None:  # noqa: ANN401 - argparse does not name its type
     train = commands.add_parser(
         "train-lengths",
         help="train a classifier of output lengths from a service's log",
@@ -68,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--seed", type=int, default=0, help="draws the rows that are held out (default: 0)"
     )
-    return parser
+    train.set_defaults(run=_train_lengths)
 
 
 def _train_lengths(options: argparse.Namespace) -> int:
@@ -87,7 +90,25 @@ def _train_lengths(options: argparse.Namespace) -> int:
     return 0
 
 
-def _validate(path: Path) -> bool:
+def _validate(options: argparse.Namespace) -> int:
+    return 0 if all([_is_valid(path) for path in options.files]) else 1  # noqa: C419 check them all
+
+
+def _serve(options: argparse.Namespace) -> int:
+    if not _is_valid(options.file):
+        return 1
+    # `serve run` goes on for ever after a wrong file, so it was checked first.
+    serve = str(Path(sys.executable).with_name("serve"))
+    address = ["--address", options.address] if options.address else []
+    return os.execv(serve, [serve, "run", str(options.file), *address])
+
+
+def _print_keys(_options: argparse.Namespace) -> int:
+    print(key_table(ServiceConfig))
+    return 0
+
+
+def _is_valid(path: Path) -> bool:
     try:
         applications = load_serve_file(path).applications
     except ConfigError as error:
@@ -110,12 +131,6 @@ def _summary(application: Application) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _become_serve_run(path: Path, address: str | None) -> None:
-    # `serve run` goes on for ever after a wrong file, so this command checks it first.
-    serve = str(Path(sys.executable).with_name("serve"))
-    os.execv(serve, [serve, "run", str(path), *(["--address", address] if address else [])])
 
 
 if __name__ == "__main__":

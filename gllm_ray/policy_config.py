@@ -208,3 +208,11 @@ PolicyConfig = Annotated[
     Field(discriminator="name"),
     BeforeValidator(_expand_name),
 ]
+
+# By the name that selects each.
+POLICY_CONFIGS = {
+    "token_throttling": TokenThrottlingConfig,
+    "chunked_prefill": ChunkedPrefillConfig,
+    "temporal": TemporalConfig,
+    "balanced": BalancedConfig,
+}

@@ -78,6 +78,13 @@ class FixedCostModel:
         """Nothing: fixed coefficients do not follow measurements."""
 
 
+def with_chunk(decodes: StepLoad, start: int, num_tokens: int) -> StepLoad:
+    """The load of decodes beside one prefill chunk of `num_tokens` from position `start` on."""
+    return decodes._replace(
+        num_prefill_tokens=num_tokens, num_attention_pairs=num_tokens * (start + num_tokens)
+    )
+
+
 def most_prefill_tokens(
     cost: CostModel, decodes: StepLoad, prefill_start: int, limit_time: float, max_tokens: int
 ) -> int:
@@ -97,10 +104,7 @@ def most_prefill_tokens(
     """
 
     def time(num_tokens: int) -> float:
-        pairs = num_tokens * (prefill_start + num_tokens)
-        return cost.stage_time(
-            decodes._replace(num_prefill_tokens=num_tokens, num_attention_pairs=pairs)
-        )
+        return cost.stage_time(with_chunk(decodes, prefill_start, num_tokens))
 
     most = bisect_right(range(1, max_tokens + 1), limit_time, key=time)
     rows = decodes.num_decodes + most
@@ -122,11 +126,12 @@ _TOKEN_COUNTS = FixedCostModel(
     provenance="token counts, in units of one row's time",
 )
 _TILES = (128, 1, 64, 256)  # the first is in use until another proves better
-_FORGETTING = 0.998  # a memory of 500 micro-batches
+_FORGETTING = 0.99  # a memory of 100 micro-batches along each direction of the load
 _ERROR_RATE = 0.01
 _MAX_ERROR = 0.2  # to become calibrated
 _LOST_ERROR = 0.4  # to stay so
-_BETTER = 0.85  # a tile gives way to one that misses this share of what it misses
+_BETTER = 0.9  # a tile gives way to one that mispredicts this share of what it does
+_FIRST_LEAD = -10.0
 _SPREAD = 2  # the most rows seen, over the fewest
 
 
@@ -139,9 +144,9 @@ class LearntCostModel:
     """
 
     def __init__(self) -> None:
-        fits = [_Regression(tile) for tile in _TILES]
-        self._fit = fits[0]
-        self._challengers = cycle(fits)
+        self._fits = [_Regression(tile) for tile in _TILES]
+        self._fit = self._fits[0]
+        self._turns = cycle(self._fits)
         self._coefficients = _TOKEN_COUNTS
         self._min_tokens, self._max_tokens = inf, 0
 
@@ -170,15 +175,25 @@ class LearntCostModel:
             return
         self._min_tokens = min(self._min_tokens, load.num_tokens)
         self._max_tokens = max(self._max_tokens, load.num_tokens)
-        challenger = next(self._challengers)
-        for fit in {self._fit, challenger}:
-            fit.observe(load, time_s)
-        if challenger.missed_tokens < _BETTER * self._fit.missed_tokens:
-            self._fit = challenger
+        missed_tokens = self._fit.observe(load, time_s)
+        self._challenge(next(self._turns), load, time_s, missed_tokens)
         limit = _LOST_ERROR if self.is_calibrated else _MAX_ERROR
         is_spread = self._max_tokens >= _SPREAD * self._min_tokens
         is_calibrated = is_spread and self._fit.error < limit and self._fit.weights[1] > 0
         self._coefficients = self._fit.coefficients() if is_calibrated else _TOKEN_COUNTS
+
+    def _challenge(
+        self, rival: "_Regression", load: StepLoad, time_s: float, missed_tokens: float
+    ) -> None:
+        """Let a rival learn too, and take over if on the samples it saw it was clearly better."""
+        if rival is self._fit:
+            return
+        lead = _BETTER * missed_tokens - rival.observe(load, time_s)
+        rival.lead += _ERROR_RATE * (lead - rival.lead)
+        if rival.lead > 0:
+            self._fit = rival
+            for fit in self._fits:
+                fit.lead = _FIRST_LEAD
 
 
 class _Regression:
@@ -198,17 +213,17 @@ class _Regression:
     Attributes:
         weights: Of 1, rows, context tokens and attention pairs.
         error: Running mean of the relative error, 0 to 1.
-        missed_tokens: Running mean of the relative error times the rows. It decides between tiles,
-            because few rows do not tell them apart.
+        lead: Running mean of how many tokens fewer it mispredicts than the one in use. Tokens,
+            because micro-batches of few rows do not tell tiles apart.
     """
 
-    __slots__ = ("_information", "_moment", "error", "missed_tokens", "tile", "weights")
+    __slots__ = ("_information", "_moment", "error", "lead", "tile", "weights")
 
     def __init__(self, tile: int) -> None:
         self.tile = tile
         self.weights = [0.0] * 4
         self.error = 1.0
-        self.missed_tokens = 1000.0
+        self.lead = _FIRST_LEAD
         self._information = [[0.0] * 4 for _ in range(4)]
         self._moment = [0.0] * 4
 
@@ -223,16 +238,17 @@ class _Regression:
             provenance="learnt while serving",
         )
 
-    def observe(self, load: StepLoad, time_s: float) -> None:
+    def observe(self, load: StepLoad, time_s: float) -> float:
+        """Learn from a sample; returns how many of its tokens were mispredicted."""
         rows = _tiled(load.num_tokens, self.tile)
         features = (1, rows, load.num_context_tokens, load.num_attention_pairs)
         predicted = _dot(features, self.weights)
         scale = max(time_s, predicted)
         error = abs(time_s - predicted) / scale
         self.error += _ERROR_RATE * (error - self.error)
-        self.missed_tokens += _ERROR_RATE * (error * load.num_tokens - self.missed_tokens)
         self._add([feature / scale for feature in features], time_s / scale)
         self._descend()
+        return error * load.num_tokens
 
     def _add(self, x: list[float], y: float) -> None:
         """R += x x' and b += x y, after both have forgotten along x."""

@@ -88,7 +88,7 @@ def test_a_lower_priority_number_is_served_first(tokenizer):
 
 @pytest.mark.parametrize(
     ("fair_share", "order"),
-    [(False, ["a", "a2", "a3", "b"]), (True, ["a", "b", "a2", "a3"])],
+    [(False, ["a", "a2", "a3", "b"]), (True, ["a", "a2", "b", "a3"])],
 )
 def test_users_take_turns_where_prefill_is_shared_fairly(tokenizer, fair_share, order):
     async def main():

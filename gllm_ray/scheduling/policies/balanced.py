@@ -3,7 +3,7 @@
 from math import ceil
 
 from gllm_ray.policy_config import BalancedConfig
-from gllm_ray.scheduling.cost_model import most_prefill_tokens
+from gllm_ray.scheduling.cost_model import most_prefill_tokens, with_chunk
 from gllm_ray.scheduling.load import LoadView, StepLoad
 from gllm_ray.scheduling.policies.adaptive_reserve import AdaptiveReserve
 from gllm_ray.scheduling.policies.base import TokenBudget
@@ -25,8 +25,8 @@ class BalancedPolicy:
     share     an S-th of the live decodes, by predicted cost: rows and the context they read
     backlog   waiting tokens, as far as the KV cache can take them above the reserve
     chunk     backlog / n with the n up to 2S for which (n + S - 1) * time(share + backlog / n) is
-              least: n micro-batches have then brought the backlog through the pipeline;
-              all the token budget leaves, where the backlog exceeds that and decodes run
+              least: n micro-batches have then brought the backlog through the pipeline; at most
+              what the share leaves of token_budget
     target    time(share + chunk), a bounded change from the micro-batch before, and at most
               tbt_target_s / S
     prefill   as many tokens as bring the decodes that are ready to the target
@@ -82,18 +82,15 @@ class BalancedPolicy:
         return target
 
     def _wanted_time(self, view: LoadView, share: StepLoad, backlog: float) -> float:
-        """The time of a micro-batch by which the backlog is through the pipeline soonest."""
-        max_chunk, num_stages = self._max_chunk(share), view.num_stages
-        if view.num_decoding and backlog > max_chunk:
-            return _time(view, share, max_chunk)
+        def time(chunk: int) -> float:
+            chunk = max(chunk, self._config.min_prefill_tokens)
+            return view.cost.stage_time(with_chunk(share, view.prefill_start, chunk))
 
-        def time(num_batches: int) -> float:
-            chunk = max(ceil(backlog / num_batches), self._config.min_prefill_tokens)
-            return _time(view, share, chunk)
+        def drain_time(num_batches: int) -> float:
+            return (num_batches + view.num_stages - 1) * time(ceil(backlog / num_batches))
 
-        fewest = max(1, ceil(backlog / max_chunk))
-        choices = range(fewest, max(fewest, 2 * num_stages) + 1)
-        return time(min(choices, key=lambda n: (n + num_stages - 1) * time(n)))
+        soonest = min(range(1, 2 * view.num_stages + 1), key=drain_time)
+        return time(min(ceil(backlog / soonest), self._max_chunk(share)))
 
     def _bounded(self, view: LoadView, level: float) -> float:
         """Keep the level near that of the micro-batch before, unless the pipeline is idle."""
@@ -115,13 +112,6 @@ def _decodes(view: LoadView, number: float) -> StepLoad:
     """The load of so many decodes of average context."""
     context = view.num_context_tokens * number / max(1, view.num_decoding)
     return StepLoad(num_decodes=ceil(number), num_context_tokens=round(context))
-
-
-def _time(view: LoadView, decodes: StepLoad, num_tokens: int) -> float:
-    pairs = num_tokens * (view.prefill_start + num_tokens)
-    return view.cost.stage_time(
-        decodes._replace(num_prefill_tokens=num_tokens, num_attention_pairs=pairs)
-    )
 
 
 def _decode_weight(view: LoadView) -> float:
