@@ -4,6 +4,7 @@ import ray
 
 from gllm_ray.assembly.engines import build_engine
 from gllm_ray.config import ServiceConfig
+from gllm_ray.engine.garbage import relax_garbage_collector
 from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
 from gllm_ray.stages.ray_pipeline import RayPipeline, StageGroup
 
@@ -35,6 +36,7 @@ class SchedulerActor:
             num_blocks=self._group.num_blocks,
             max_model_len=self._group.max_model_len,
         )
+        relax_garbage_collector()
         self._engine.start()
 
     async def add(self, request: GenerationRequest) -> None:

@@ -1,12 +1,12 @@
 """How long the scheduler itself takes for a micro-batch: `schedule` and `commit`, nothing else."""
 
-import gc
 from collections import deque
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from time import thread_time
 from typing import Any
 
+from gllm_ray.engine.garbage import relax_garbage_collector
 from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult, StageTime
 from gllm_ray.policy_config import PolicyConfig
 from gllm_ray.scheduling import Scheduler, SchedulerSettings, make_policy
@@ -86,7 +86,7 @@ def bench_scheduler(
     while load.num_finished < num_running:
         load.step()
     num_finished = load.num_finished
-    gc.collect()
+    relax_garbage_collector()
     times_ms = [1000 * load.step() for _ in range(num_steps)]
     half = num_steps // 2
     return SchedulerBenchResult(

@@ -263,20 +263,21 @@ class Scheduler:
 
     def _select_decodes(self, step: Step, budget: TokenBudget) -> None:
         ready, may_wait = self._pool.ready, bool(self._in_flight)
+        items, sequences = step.items, step.sequences
         max_decodes = min(budget.decodes, self._settings.max_decodes)
         load_left = float("inf") if budget.decode_load is None else budget.decode_load
         for seq_id, sequence in list(ready.items()):
-            if len(step.items) == max_decodes or load_left <= 0:
+            if len(items) == max_decodes or load_left <= 0:
                 break
             # Making room for one sequence may have preempted one that stood behind it.
             if seq_id not in ready:
                 continue
             item = self._pool.schedule_decode(sequence, may_wait=may_wait)
             if item is not None:
-                step.items.append(item)
-                step.sequences.append(sequence)
+                items.append(item)
+                sequences.append(sequence)
                 load_left -= budget.decode_weight + item.start + 1
-        step.num_decodes = len(step.items)
+        step.num_decodes = len(items)
 
     def _select_prefills(self, step: Step, max_tokens: int, reserved_blocks: int) -> None:
         pool = self._pool
