@@ -90,7 +90,11 @@ MISTAKES = [
     ("kv_cache.memory_utilization", 0.9, "=0.9: must be left out when kv_cache_bytes is given"),
     ("scheduler.policy.kv_threshold", 1, "=1: must be a number >= 0 and < 1, or adaptive"),
     ("scheduler.policy.kv_threshold", "low", "='low': must be a number >= 0 and < 1, or adaptive"),
-    ("scheduler.policy.name", "fcfs", "='fcfs': must be token_throttling or chunked_prefill"),
+    (
+        "scheduler.policy.name",
+        "fcfs",
+        "='fcfs': must be token_throttling, chunked_prefill or balanced",
+    ),
     (
         "scheduler.policy.floor",
         "top",
@@ -99,12 +103,12 @@ MISTAKES = [
     (
         "scheduler.policy",
         "fcfs",
-        "='fcfs': must be token_throttling or chunked_prefill, or a mapping with that name",
+        "='fcfs': must be token_throttling, chunked_prefill or balanced, or a mapping with that name",
     ),
     (
         "scheduler.policy",
         7,
-        "=7: must be token_throttling or chunked_prefill, or a mapping with that name",
+        "=7: must be token_throttling, chunked_prefill or balanced, or a mapping with that name",
     ),
     ("scheduler.policy.min_prefill_tokens", 4096, "=4096: must be <= max_prefill_tokens=2048"),
     ("deployment.min_replicas", 2, "=2: must be <= max_replicas=1"),

@@ -74,9 +74,7 @@ class BalancedPolicy:
         share = _decodes(view, view.num_decoding / view.num_stages)
         free_blocks = view.kv_free_ratio * view.num_blocks - reserved_blocks
         backlog = max(0.0, min(view.num_waiting_tokens, free_blocks * view.block_size))
-        full = view.cost.stage_time(StepLoad(num_prefill_tokens=self._config.token_budget))
-        wanted = self._wanted_time(view, share, backlog)
-        target = self._bounded(view, wanted / full) * full
+        target = self._bounded(view, self._wanted_time(view, share, backlog))
         if self._config.tbt_target_s is not None and view.cost.is_calibrated:
             target = min(target, self._config.tbt_target_s / view.num_stages)
         return target
@@ -84,6 +82,7 @@ class BalancedPolicy:
     def _wanted_time(self, view: LoadView, share: StepLoad, backlog: float) -> float:
         def time(chunk: int) -> float:
             chunk = max(chunk, self._config.min_prefill_tokens)
+            chunk += -(share.num_decodes + chunk) % view.cost.tile  # which costs next to nothing
             return view.cost.stage_time(with_chunk(share, view.prefill_start, chunk))
 
         def drain_time(num_batches: int) -> float:
@@ -92,15 +91,17 @@ class BalancedPolicy:
         soonest = min(range(1, 2 * view.num_stages + 1), key=drain_time)
         return time(min(ceil(backlog / soonest), self._max_chunk(share)))
 
-    def _bounded(self, view: LoadView, level: float) -> float:
-        """Keep the level near that of the micro-batch before, unless the pipeline is idle."""
+    def _bounded(self, view: LoadView, target: float) -> float:
+        """Keep the target near that of the micro-batch before, unless the pipeline is idle."""
         if view.batch_id != self._batch_id:
             self._batch_id, self._level_before = view.batch_id, self._level
-        if self._level_before and (view.num_decoding or view.num_prefills_in_flight):
+        full = view.cost.stage_time(StepLoad(num_prefill_tokens=self._config.token_budget))
+        if view.num_decoding or view.num_prefills_in_flight:
+            before = self._level_before * full or target
             rise, fall = _MAX_RISE ** (1 / view.num_stages), _MAX_FALL ** (1 / view.num_stages)
-            level = min(max(level, self._level_before * fall), self._level_before * rise)
-        self._level = level
-        return level
+            target = min(max(target, before * fall), before * rise)
+        self._level = target / full
+        return target
 
     def _max_chunk(self, decodes: StepLoad) -> int:
         """The most prefill tokens beside decodes."""
