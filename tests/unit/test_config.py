@@ -103,7 +103,8 @@ MISTAKES = [
     (
         "scheduler.policy",
         "fcfs",
-        "='fcfs': must be token_throttling, chunked_prefill or balanced, or a mapping with that name",
+        "='fcfs': must be token_throttling, chunked_prefill or balanced, "
+        "or a mapping with that name",
     ),
     (
         "scheduler.policy",
@@ -111,6 +112,11 @@ MISTAKES = [
         "=7: must be token_throttling, chunked_prefill or balanced, or a mapping with that name",
     ),
     ("scheduler.policy.min_prefill_tokens", 4096, "=4096: must be <= max_prefill_tokens=2048"),
+    (
+        "scheduler.policy",
+        {"name": "balanced", "min_prefill_tokens": 64, "token_budget": 32},
+        ".min_prefill_tokens=64: must be <= token_budget=32",
+    ),
     ("deployment.min_replicas", 2, "=2: must be <= max_replicas=1"),
     (
         "deployment.target_ongoing_requests",

@@ -29,7 +29,8 @@ class BalancedPolicy:
               what the share leaves of token_budget
     target    time(share + chunk), a bounded change from the micro-batch before, and at most
               tbt_target_s / S
-    prefill   as many tokens as bring the decodes that are ready to the target
+    prefill   as many tokens as bring the decodes that are ready to the target; at least
+              min_prefill_tokens, which prompts under way can use however full the KV cache is
     ```
 
     It also holds before the cost model is calibrated; time is then a token count.
@@ -52,18 +53,19 @@ class BalancedPolicy:
         reserved_blocks = self._reserve.blocks(view)
         weight = _decode_weight(view)
         decodes = _decodes(view, min(view.num_ready, view.num_decoding / view.num_stages))
-        prefill_tokens = most_prefill_tokens(
-            view.cost,
-            decodes,
-            view.prefill_start,
-            self._target_time(view, reserved_blocks),
-            self._max_chunk(decodes),
+        target = self._target_time(view, reserved_blocks)
+        prefill_tokens = max(
+            self._config.min_prefill_tokens,
+            most_prefill_tokens(
+                view.cost, decodes, view.prefill_start, target, self._max_chunk(decodes)
+            ),
         )
-        prefill_tokens = max(prefill_tokens, self._config.min_prefill_tokens)
+        total = decodes.num_decodes + prefill_tokens
+        is_within = total <= self._config.token_budget
         return TokenBudget(
             # Shared, so that the total is exact whichever decodes it turns out to be.
-            prefill_tokens=decodes.num_decodes + prefill_tokens,
-            is_shared=True,
+            prefill_tokens=total if is_within else self._config.min_prefill_tokens,
+            is_shared=is_within,
             decodes=view.num_ready,
             reserved_blocks=reserved_blocks,
             decode_load=_decode_load(view, weight),
@@ -80,6 +82,8 @@ class BalancedPolicy:
         return target
 
     def _wanted_time(self, view: LoadView, share: StepLoad, backlog: float) -> float:
+        """The time of micro-batches that bring the backlog through the pipeline soonest."""
+
         def time(chunk: int) -> float:
             chunk = max(chunk, self._config.min_prefill_tokens)
             chunk += -(share.num_decodes + chunk) % view.cost.tile  # which costs next to nothing

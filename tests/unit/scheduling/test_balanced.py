@@ -63,8 +63,8 @@ class Pipeline:
         while self.ready and len(decodes) < budget.decodes and load > 0:
             decodes.append(self.ready.popleft())
             load -= decodes[-1] + budget.decode_weight
-        assert budget.is_shared
-        chunk = min(max(0, budget.prefill_tokens - len(decodes)), self.num_waiting_tokens)
+        taken = len(decodes) if budget.is_shared else 0
+        chunk = min(max(0, budget.prefill_tokens - taken), self.num_waiting_tokens)
         self.in_flight.append(decodes)
         self.batch_id += 1
         self.num_waiting_tokens -= chunk
@@ -139,7 +139,7 @@ def test_without_a_calibrated_model_the_tbt_target_cannot_bind():
 def test_prefill_does_not_starve_where_decodes_alone_exceed_the_target():
     config = BalancedConfig(tbt_target_s=0.001, min_prefill_tokens=48)
     budget = decision(config, num_decoding=4000, num_ready=1000, num_context_tokens=10**6)
-    assert budget.prefill_tokens == 1000 + 48
+    assert (budget.prefill_tokens, budget.is_shared) == (48, False)
 
 
 def test_where_few_decodes_are_ready_prefill_fills_up_to_the_same_time():
@@ -257,10 +257,11 @@ def test_budgets_stay_in_their_bounds_for_any_load_and_options(config, loads):
     for load in loads:
         budget = policies[0].budget(load)
         assert budget == policies[1].budget(load)
-        share = min(load.num_ready, -(-load.num_decoding // load.num_stages))
-        chunk = budget.prefill_tokens - share
-        assert config.min_prefill_tokens <= chunk <= policies[0].max_prefill_tokens
-        assert budget.prefill_tokens <= max(config.token_budget, share + config.min_prefill_tokens)
+        assert config.min_prefill_tokens <= budget.prefill_tokens
+        assert budget.prefill_tokens <= policies[0].max_prefill_tokens
+        if budget.is_shared:
+            share = min(load.num_ready, -(-load.num_decoding // load.num_stages))
+            assert budget.prefill_tokens >= share + config.min_prefill_tokens
         assert budget.decodes == load.num_ready
         assert budget.decode_load >= 1
         assert budget.decode_weight >= 0
