@@ -103,8 +103,10 @@ MISTAKES = [
     (
         "scheduler.policy",
         "fcfs",
-        "='fcfs': must be token_throttling, chunked_prefill or balanced, "
-        "or a mapping with that name",
+        (
+            "='fcfs': must be token_throttling, chunked_prefill or balanced, "
+            "or a mapping with that name"
+        ),
     ),
     (
         "scheduler.policy",
