@@ -126,12 +126,12 @@ _TOKEN_COUNTS = FixedCostModel(
     provenance="token counts, in units of one row's time",
 )
 _TILES = (128, 1, 64, 256)  # the first is in use until another proves better
-_FORGETTING = 0.99  # a memory of 100 micro-batches along each direction of the load
+_FORGETTING = 0.998  # a memory of 500 micro-batches along each direction of the load
 _ERROR_RATE = 0.01
 _MAX_ERROR = 0.2  # to become calibrated
 _LOST_ERROR = 0.4  # to stay so
 _BETTER = 0.9  # a tile gives way to one that mispredicts this share of what it does
-_FIRST_LEAD = -10.0
+_FIRST_LEAD, _ENOUGH_LEAD = -10.0, 2.0  # in tokens of a micro-batch
 _SPREAD = 2  # the most rows seen, over the fewest
 
 
@@ -190,7 +190,7 @@ class LearntCostModel:
             return
         lead = _BETTER * missed_tokens - rival.observe(load, time_s)
         rival.lead += _ERROR_RATE * (lead - rival.lead)
-        if rival.lead > 0:
+        if rival.lead > _ENOUGH_LEAD:
             self._fit = rival
             for fit in self._fits:
                 fit.lead = _FIRST_LEAD

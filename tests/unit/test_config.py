@@ -129,6 +129,11 @@ MISTAKES = [
     ),
     ("scheduler.length_log", "", "='': must be text that is not empty, or null"),
     ("scheduler.policy.min_prefill_tokens", 4096, "=4096: must be <= max_prefill_tokens=2048"),
+    (
+        "scheduler.policy",
+        {"name": "balanced", "min_prefill_tokens": 64, "token_budget": 32},
+        ".min_prefill_tokens=64: must be <= token_budget=32",
+    ),
     ("deployment.min_replicas", 2, "=2: must be <= max_replicas=1"),
     (
         "deployment.target_ongoing_requests",

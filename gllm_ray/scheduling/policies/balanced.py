@@ -29,7 +29,8 @@ class BalancedPolicy:
               what the share leaves of token_budget
     target    time(share + chunk), a bounded change from the micro-batch before, and at most
               tbt_target_s / S
-    prefill   as many tokens as bring the decodes that are ready to the target
+    prefill   as many tokens as bring the decodes that are ready to the target; at least
+              min_prefill_tokens, which prompts under way can use however full the KV cache is
     ```
 
     It also holds before the cost model is calibrated; time is then a token count.
@@ -52,18 +53,19 @@ class BalancedPolicy:
         reserved_blocks = self._reserve.blocks(view)
         weight = _decode_weight(view)
         decodes = _decodes(view, min(view.num_ready, view.num_decoding / view.num_stages))
-        prefill_tokens = most_prefill_tokens(
-            view.cost,
-            decodes,
-            view.prefill_start,
-            self._target_time(view, reserved_blocks),
-            self._max_chunk(decodes),
+        target = self._target_time(view, reserved_blocks)
+        prefill_tokens = max(
+            self._config.min_prefill_tokens,
+            most_prefill_tokens(
+                view.cost, decodes, view.prefill_start, target, self._max_chunk(decodes)
+            ),
         )
-        prefill_tokens = max(prefill_tokens, self._config.min_prefill_tokens)
+        total = decodes.num_decodes + prefill_tokens
+        is_within = total <= self._config.token_budget
         return TokenBudget(
             # Shared, so that the total is exact whichever decodes it turns out to be.
-            prefill_tokens=decodes.num_decodes + prefill_tokens,
-            is_shared=True,
+            prefill_tokens=total if is_within else self._config.min_prefill_tokens,
+            is_shared=is_within,
             decodes=view.num_ready,
             reserved_blocks=reserved_blocks,
             decode_load=_decode_load(view, weight),
@@ -74,16 +76,17 @@ class BalancedPolicy:
         share = _decodes(view, view.num_decoding / view.num_stages)
         free_blocks = view.kv_free_ratio * view.num_blocks - reserved_blocks
         backlog = max(0.0, min(view.num_waiting_tokens, free_blocks * view.block_size))
-        full = view.cost.stage_time(StepLoad(num_prefill_tokens=self._config.token_budget))
-        wanted = self._wanted_time(view, share, backlog)
-        target = self._bounded(view, wanted / full) * full
+        target = self._bounded(view, self._wanted_time(view, share, backlog))
         if self._config.tbt_target_s is not None and view.cost.is_calibrated:
             target = min(target, self._config.tbt_target_s / view.num_stages)
         return target
 
     def _wanted_time(self, view: LoadView, share: StepLoad, backlog: float) -> float:
+        """The time of micro-batches that bring the backlog through the pipeline soonest."""
+
         def time(chunk: int) -> float:
             chunk = max(chunk, self._config.min_prefill_tokens)
+            chunk += -(share.num_decodes + chunk) % view.cost.tile  # which costs next to nothing
             return view.cost.stage_time(with_chunk(share, view.prefill_start, chunk))
 
         def drain_time(num_batches: int) -> float:
@@ -92,15 +95,17 @@ class BalancedPolicy:
         soonest = min(range(1, 2 * view.num_stages + 1), key=drain_time)
         return time(min(ceil(backlog / soonest), self._max_chunk(share)))
 
-    def _bounded(self, view: LoadView, level: float) -> float:
-        """Keep the level near that of the micro-batch before, unless the pipeline is idle."""
+    def _bounded(self, view: LoadView, target: float) -> float:
+        """Keep the target near that of the micro-batch before, unless the pipeline is idle."""
         if view.batch_id != self._batch_id:
             self._batch_id, self._level_before = view.batch_id, self._level
-        if self._level_before and (view.num_decoding or view.num_prefills_in_flight):
+        full = view.cost.stage_time(StepLoad(num_prefill_tokens=self._config.token_budget))
+        if view.num_decoding or view.num_prefills_in_flight:
+            before = self._level_before * full or target
             rise, fall = _MAX_RISE ** (1 / view.num_stages), _MAX_FALL ** (1 / view.num_stages)
-            level = min(max(level, self._level_before * fall), self._level_before * rise)
-        self._level = level
-        return level
+            target = min(max(target, before * fall), before * rise)
+        self._level = target / full
+        return target
 
     def _max_chunk(self, decodes: StepLoad) -> int:
         """The most prefill tokens beside decodes."""

@@ -1,7 +1,10 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gllm_ray.policy_config import ChunkedPrefillConfig
+from gllm_ray.scheduling.cost_model import FixedCostModel, LearntCostModel, with_chunk
+from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.scheduling.policies import make_policy
 from tests.factories import make_request, make_scheduler, result_of
 from tests.unit.scheduling.views import view
@@ -61,3 +64,67 @@ def test_prefill_gets_what_the_decodes_that_run_leave_not_those_that_are_ready()
     scheduler.add(make_request("waiting", num_prompt_tokens=30))
     shares = [(item.seq_id, item.num_scheduled_tokens) for item in scheduler.schedule().sequences]
     assert shares == [(0, 1), (1, 1), (4, 14)]
+
+
+COST = FixedCostModel(
+    floor_s=4e-3,
+    token_s=1.45e-4,
+    context_token_s=1e-7,
+    attention_pair_s=5e-9,
+    tile=1,
+    provenance="made up",
+)
+SLO = ChunkedPrefillConfig(tbt_target_s=0.4)
+
+
+def slo_budget(config=SLO, **changes):
+    return make_policy(config).budget(view(**({"cost": COST} | changes))).prefill_tokens
+
+
+def test_the_slo_budget_shrinks_as_the_deadline_nears_and_grows_back():
+    budgets = [slo_budget(now_s=now_s) for now_s in (0.0, 0.1, 0.2, 0.3, 0.4, 5.0)]
+    assert budgets == sorted(budgets, reverse=True)
+    assert budgets[0] == 512
+    assert len(set(budgets)) == 5
+    assert slo_budget(now_s=5.0, oldest_token_s=5.0) == 512
+
+
+@given(st.floats(0, 1), st.integers(0, 600), st.integers(0, 10**5))
+def test_a_deadline_that_can_be_kept_is_kept_and_late_decodes_leave_32_tokens(
+    waited_s, num_ready, context
+):
+    budget = slo_budget(
+        now_s=waited_s, num_ready=num_ready, num_decoding=600, num_context_tokens=context
+    )
+    chunk = budget - num_ready
+    if num_ready >= 512:
+        assert budget == 512
+    elif chunk > 32:
+        decodes = StepLoad(num_ready, round(context * num_ready / 600))
+        time_s = COST.stage_time(with_chunk(decodes, 0, chunk))
+        assert 1.2 * 4 * time_s <= 0.4 - waited_s + 1e-12
+        assert budget <= 512
+    else:
+        assert chunk == min(32, 512 - num_ready)
+
+
+def test_while_none_is_ready_the_whole_target_is_left():
+    assert slo_budget(num_ready=0, oldest_token_s=None, now_s=99.0) == 512
+    tight = ChunkedPrefillConfig(tbt_target_s=0.1)
+    assert 32 < slo_budget(tight, num_ready=0, oldest_token_s=None, now_s=99.0) < 512
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cost": LearntCostModel()},
+        {"num_decoding": 0, "num_ready": 0, "oldest_token_s": None, "num_context_tokens": 0},
+    ],
+    ids=["uncalibrated", "nothing decodes"],
+)
+def test_the_static_budget_holds_where_no_deadline_can_be_told(changes):
+    assert slo_budget(**({"now_s": 5.0} | changes)) == 512
+
+
+def test_without_a_target_the_budget_is_static():
+    assert slo_budget(ChunkedPrefillConfig(), now_s=5.0) == 512
