@@ -7,11 +7,12 @@ what the other needs.
 from collections.abc import Iterator
 from operator import attrgetter
 
-from gllm_ray.messages import ScheduledSequence
 from gllm_ray.scheduling.block_allocator import BlockAllocator
+from gllm_ray.scheduling.policies.base import TokenBudget
 from gllm_ray.scheduling.prefix_cache import PrefixCache
 from gllm_ray.scheduling.sequence import Sequence, SequenceState
 from gllm_ray.scheduling.settings import SchedulerSettings
+from gllm_ray.scheduling.step import Step
 from gllm_ray.scheduling.waiting_queue import WaitingQueue
 
 
@@ -57,64 +58,50 @@ class SequencePool:
         self._sequences[sequence.seq_id] = sequence
         self.waiting.add(sequence, deadline_s)
 
-    def admit_head(self, reserved_blocks: int) -> Sequence | None:
-        """Take blocks for the whole prompt that is next; None if it has to wait.
-
-        Args:
-            reserved_blocks: To be left free, unless no sequence holds any.
-        """
-        sequence = self.waiting.head()
-        if sequence is None:
-            return None
-        allocator = self.allocator
-        if allocator.num_free_blocks == allocator.num_blocks:
-            reserved_blocks = 0  # no decode is running that the reserve could save
-        hit = self.prefix_cache.find(sequence)
-        num_new_blocks = allocator.blocks_for(sequence.num_tokens) - len(hit.blocks)
-        held = hit.blocks if hit.last_block is None else (*hit.blocks, hit.last_block)
-        num_taken = num_new_blocks + allocator.num_cached(held)
-        if num_taken + reserved_blocks > allocator.num_free_blocks:
-            return None
-        self.waiting.pop()
-        self.prefix_cache.reuse(sequence, hit)
-        sequence.block_table += allocator.allocate(num_new_blocks)
-        if hit.last_block is not None:
-            self._copies.append((hit.last_block, sequence.block_table[-1]))
-        sequence.state = SequenceState.PREFILLING
-        self.prefilling[sequence.seq_id] = sequence
-        self.num_prefilling_tokens += sequence.num_uncomputed_tokens
-        return sequence
-
-    def schedule_chunk(self, sequence: Sequence, max_tokens: int) -> ScheduledSequence:
-        """Put the next tokens of a prompt in flight."""
-        num_tokens = min(sequence.num_uncomputed_tokens, max_tokens)
-        item = sequence.schedule_chunk(num_tokens)
-        self.prefix_cache.publish(sequence, item)
-        self.num_prefilling_tokens -= num_tokens
-        if sequence.num_uncomputed_tokens == 0:
-            del self.prefilling[sequence.seq_id]
-            self.prefix_cache.publish_end(sequence)
-            sequence.state = SequenceState.DECODING
-            self.num_remaining_tokens += sequence.num_remaining_tokens
-            self.num_context_tokens += sequence.num_tokens
-        return item
-
-    def schedule_decode(self, sequence: Sequence, *, may_wait: bool) -> ScheduledSequence | None:
-        """Put the next token of a ready sequence in flight; None if it has no block for it.
-
-        Blocks that are missing are taken from the sequence of the highest rank; that may be this
-        one, which then is preempted, or goes on waiting if it may.
-        """
-        num_tokens, block_size = len(sequence.token_ids), self.allocator.block_size
-        if num_tokens > len(sequence.block_table) * block_size and not self._grow(
-            sequence, may_wait=may_wait
-        ):
-            return None
-        del self.ready[sequence.seq_id]
-        item = sequence.schedule_decode()
-        if num_tokens % block_size == 0:
+    def schedule_prefills(self, step: Step, max_tokens: int, reserved_blocks: int) -> None:
+        """Put the next chunks of prompts in flight: of those under way, then of those admitted."""
+        under_way = iter(list(self.prefilling.values()))
+        while max_tokens > 0:
+            sequence = next(under_way, None) or self._admit_head(reserved_blocks)
+            if sequence is None:
+                return
+            num_tokens = min(sequence.num_uncomputed_tokens, max_tokens)
+            item = sequence.schedule_chunk(num_tokens)
             self.prefix_cache.publish(sequence, item)
-        return item
+            self.num_prefilling_tokens -= num_tokens
+            if sequence.num_uncomputed_tokens == 0:
+                self._begin_decode(sequence)
+            step.items.append(item)
+            step.sequences.append(sequence)
+            max_tokens -= num_tokens
+
+    def schedule_decodes(self, step: Step, budget: TokenBudget, *, may_wait: bool) -> None:
+        """Put the next token of ready sequences in flight, until the budget is spent.
+
+        A block that is missing is taken from the sequence of the highest rank. That may be the one
+        that misses it, which then is preempted, or goes on waiting if it may.
+        """
+        ready, block_size = self.ready, self.allocator.block_size
+        items, sequences = step.items, step.sequences
+        load_left = float("inf") if budget.decode_load is None else budget.decode_load
+        for seq_id, sequence in list(ready.items()):
+            if len(items) == budget.decodes or load_left <= 0:
+                break
+            # Making room for one sequence may have preempted one that stood behind it.
+            if seq_id not in ready:
+                continue
+            num_tokens = len(sequence.token_ids)
+            has_room = num_tokens <= len(sequence.block_table) * block_size
+            if not (has_room or self._grow(sequence, may_wait=may_wait)):
+                continue
+            item = sequence.schedule_decode()
+            if num_tokens % block_size == 0:
+                self.prefix_cache.publish(sequence, item)
+            del ready[seq_id]
+            items.append(item)
+            sequences.append(sequence)
+            load_left -= budget.decode_weight + num_tokens
+        step.num_decodes = len(items)
 
     def take_copies(self) -> tuple[tuple[int, int], ...]:
         """The blocks that the micro-batch now complete copies, source and target.
@@ -144,6 +131,39 @@ class SequencePool:
         """Drop a sequence that no queue and no micro-batch holds, and free its blocks."""
         self._release(sequence)
         del self._sequences[sequence.seq_id]
+
+    def _admit_head(self, reserved_blocks: int) -> Sequence | None:
+        """Take blocks for the whole prompt that is next; None if it has to wait."""
+        sequence = self.waiting.head()
+        if sequence is None:
+            return None
+        allocator = self.allocator
+        if allocator.num_free_blocks == allocator.num_blocks:
+            reserved_blocks = 0  # no decode is running that the reserve could save
+        hit = self.prefix_cache.find(sequence)
+        num_new_blocks = allocator.blocks_for(sequence.num_tokens) - len(hit.blocks)
+        num_taken = num_new_blocks + allocator.num_cached(hit.blocks)
+        if num_taken + reserved_blocks >= allocator.num_free_blocks:
+            hit = hit._replace(last_block=None)  # it would have to be held, too, to be copied
+        if num_taken + reserved_blocks > allocator.num_free_blocks:
+            return None
+        self.waiting.pop()
+        self.prefix_cache.reuse(sequence, hit)
+        sequence.block_table += allocator.allocate(num_new_blocks)
+        if hit.last_block is not None:
+            self._copies.append((hit.last_block, sequence.block_table[-1]))
+        sequence.state = SequenceState.PREFILLING
+        self.prefilling[sequence.seq_id] = sequence
+        self.num_prefilling_tokens += sequence.num_uncomputed_tokens
+        return sequence
+
+    def _begin_decode(self, sequence: Sequence) -> None:
+        """All of a prompt is scheduled: its next token comes with the result."""
+        del self.prefilling[sequence.seq_id]
+        self.prefix_cache.publish_end(sequence)
+        sequence.state = SequenceState.DECODING
+        self.num_remaining_tokens += sequence.num_remaining_tokens
+        self.num_context_tokens += sequence.num_tokens
 
     def _grow(self, sequence: Sequence, *, may_wait: bool) -> bool:
         """Give a ready sequence one more block; False if it cannot have it now."""

@@ -24,7 +24,7 @@ from gllm_ray.scheduling.settings import SchedulerSettings
 from gllm_ray.scheduling.stage_times import StageTimes
 from gllm_ray.scheduling.step import InFlight, Step
 
-# Prefill tokens that run when a policy's budget would leave an idle pipeline idle.
+# Prefill tokens that run where a policy's budget would leave an idle pipeline idle.
 _STALL_TOKENS = 256
 
 
@@ -173,11 +173,8 @@ class Scheduler:
             return None
         step = self._select(self._policy.budget(self._view(now_s)))
         if not (step.items or self._in_flight):
-            stall_tokens = min(_STALL_TOKENS, self._policy.max_prefill_tokens)
-            step = self._select(TokenBudget(prefill_tokens=stall_tokens, decodes=1))
-        if not step.items:
-            return None
-        return self._launch(step, now_s)
+            step = self._end_stall()
+        return self._launch(step, now_s) if step.items else None
 
     def commit(self, result: MicroBatchResult, now_s: float = 0.0) -> list[TokenEvent]:
         """Apply the result of the oldest micro-batch in flight.
@@ -190,7 +187,7 @@ class Scheduler:
         """
         flight = self._take_due(result)
         self._stage_times.add(result.stage_times)
-        token_ids = iter(result.token_ids)
+        token_ids, ready = iter(result.token_ids), self._pool.ready
         events: list[TokenEvent] = []
         num_tokens = 0
         for sequence, item in zip(flight.sequences, flight.batch.sequences, strict=True):
@@ -204,7 +201,13 @@ class Scheduler:
                 num_tokens += 1
                 sequence.token_ids.append(token_id)
                 sequence.token_s = now_s
-                events.append(self._event(sequence, token_id))
+                if token_id in sequence.stop_token_ids:
+                    events.append(self._finish(sequence, FinishReason.STOP, token_id))
+                elif len(sequence.token_ids) == sequence.max_num_tokens:
+                    events.append(self._finish(sequence, FinishReason.LENGTH, token_id))
+                else:
+                    ready[sequence.seq_id] = sequence
+                    events.append(TokenEvent(sequence.request_id, token_id))
         self._pool.count_output(num_tokens)
         return events
 
@@ -255,41 +258,22 @@ class Scheduler:
 
     def _select(self, budget: TokenBudget) -> Step:
         """Put as much in flight as the budget lets: decodes, then prefill chunks."""
+        budget.decodes = min(budget.decodes, self._settings.max_decodes)
         step = Step()
-        self._select_decodes(step, budget)
+        self._pool.schedule_decodes(step, budget, may_wait=bool(self._in_flight))
         taken = step.num_decodes if budget.is_shared else 0
-        self._select_prefills(step, max(0, budget.prefill_tokens - taken), budget.reserved_blocks)
+        self._pool.schedule_prefills(
+            step, max(0, budget.prefill_tokens - taken), budget.reserved_blocks
+        )
         return step
 
-    def _select_decodes(self, step: Step, budget: TokenBudget) -> None:
-        ready, may_wait = self._pool.ready, bool(self._in_flight)
-        items, sequences = step.items, step.sequences
-        max_decodes = min(budget.decodes, self._settings.max_decodes)
-        load_left = float("inf") if budget.decode_load is None else budget.decode_load
-        for seq_id, sequence in list(ready.items()):
-            if len(items) == max_decodes or load_left <= 0:
-                break
-            # Making room for one sequence may have preempted one that stood behind it.
-            if seq_id not in ready:
-                continue
-            item = self._pool.schedule_decode(sequence, may_wait=may_wait)
-            if item is not None:
-                items.append(item)
-                sequences.append(sequence)
-                load_left -= budget.decode_weight + item.start + 1
-        step.num_decodes = len(items)
-
-    def _select_prefills(self, step: Step, max_tokens: int, reserved_blocks: int) -> None:
-        pool = self._pool
-        under_way = iter(list(pool.prefilling.values()))
-        while max_tokens > 0:
-            sequence = next(under_way, None) or pool.admit_head(reserved_blocks)
-            if sequence is None:
-                return
-            item = pool.schedule_chunk(sequence, max_tokens)
-            step.items.append(item)
-            step.sequences.append(sequence)
-            max_tokens -= item.num_scheduled_tokens
+    def _end_stall(self) -> Step:
+        """A little work for an idle pipeline to which the policy's budget gives none."""
+        step = self._select(TokenBudget(prefill_tokens=0, decodes=1))
+        if not step.items:
+            num_tokens = min(_STALL_TOKENS, self._policy.max_prefill_tokens)
+            step = self._select(TokenBudget(prefill_tokens=num_tokens, decodes=0))
+        return step
 
     def _launch(self, step: Step, now_s: float) -> MicroBatch:
         """Make a micro-batch of what was selected, and note it as in flight."""
@@ -321,21 +305,10 @@ class Scheduler:
             )
         return self._in_flight.popleft()
 
-    def _event(self, sequence: Sequence, token_id: int) -> TokenEvent:
-        """What a sequence's latest token means: it ends, or is ready for the next."""
-        request = sequence.request
-        if token_id in request.stop_token_ids:
-            return self._finish(sequence, FinishReason.STOP, token_id=token_id)
-        if len(sequence.token_ids) == sequence.max_num_tokens:
-            return self._finish(sequence, FinishReason.LENGTH, token_id=token_id)
-        self._pool.ready[sequence.seq_id] = sequence
-        return TokenEvent(request.request_id, token_id)
-
     def _finish(
         self,
         sequence: Sequence,
         reason: FinishReason,
-        *,
         token_id: int | None = None,
         error: str | None = None,
     ) -> TokenEvent:

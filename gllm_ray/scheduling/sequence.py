@@ -34,6 +34,9 @@ class Sequence:
         token_s: When its latest token came, on the driver's clock.
         num_prompt_tokens: Tokens of the request's prompt.
         max_num_tokens: Prompt and output tokens at which it ends.
+        sampling: How the request draws; here, like the next two, because each token asks for it.
+        stop_token_ids: Tokens that end the request.
+        request_id: The request's.
     """
 
     __slots__ = (
@@ -48,8 +51,11 @@ class Sequence:
         "predicted_output_tokens",
         "rank",
         "request",
+        "request_id",
+        "sampling",
         "seq_id",
         "state",
+        "stop_token_ids",
         "token_ids",
         "token_s",
     )
@@ -57,6 +63,9 @@ class Sequence:
     def __init__(self, seq_id: int, request: GenerationRequest) -> None:
         self.seq_id = seq_id
         self.request = request
+        self.request_id = request.request_id
+        self.sampling = request.sampling
+        self.stop_token_ids = request.stop_token_ids
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.max_num_tokens = self.num_prompt_tokens + request.max_tokens
@@ -107,7 +116,7 @@ class Sequence:
         self.num_computed_tokens = end
         self.num_in_flight += 1
         tokens = tuple(self.token_ids[start:end])
-        sampling = self.request.sampling if end == len(self.token_ids) else None
+        sampling = self.sampling if end == len(self.token_ids) else None
         return ScheduledSequence(self.seq_id, self.epoch, start, tokens, self.block_table, sampling)
 
     def schedule_decode(self) -> ScheduledSequence:
@@ -117,7 +126,7 @@ class Sequence:
         self.num_in_flight = 1
         token = (self.token_ids[-1],)
         return ScheduledSequence(
-            self.seq_id, self.epoch, start, token, self.block_table, self.request.sampling
+            self.seq_id, self.epoch, start, token, self.block_table, self.sampling
         )
 
     def restart(self) -> None:

@@ -422,7 +422,7 @@ class Harness:
         self.seen.update(kind for kind, is_seen in kinds.items() if is_seen)
 
     def check_budget(self, batch):
-        # Law 10: within the policy's bounds, except the one batch that ends a stall.
+        # Law 10: within the bounds of the policy.
         num_decodes = sum(item.start >= self.prompt_ends[item.seq_id] for item in batch.sequences)
         num_prefill_tokens = batch.num_tokens - num_decodes
         assert num_decodes <= self.setting.max_decodes
