@@ -33,7 +33,7 @@ class Device(Calibration):
     compute_efficiency: float = Field(gt=0, le=1, description="Matrix products, of peak_flops.")
     bandwidth_efficiency: float = Field(gt=0, le=1, description="Weights read, of the bandwidth.")
     roofline_exponent: float = Field(
-        ge=1, description="How sharp the knee between memory and compute is; infinite is a corner."
+        ge=1, description="How sharp the knee between memory and compute is: 1 adds the two times."
     )
     elementwise_floor_s: float = Field(
         ge=0,

@@ -29,7 +29,12 @@ def linear_fit(cost: PipelineCost) -> dict[str, float]:
     best: tuple[float, int, list[float]] = (inf, 1, [])
     for tile in _TILES:
         rows = [
-            (1, -(-load.num_tokens // tile) * tile, load.num_context_tokens, load[-1])
+            (
+                1,
+                -(-load.num_tokens // tile) * tile,
+                load.num_context_tokens,
+                load.num_attention_pairs,
+            )
             for load in loads
         ]
         weights = least_squares(rows, times_s, times_s)

@@ -23,9 +23,8 @@ class RooflineCost:
     needs to launch that, if longer. What the host does between micro-batches comes on top.
 
     Source: the operator model of Vidur (Agrawal et al., MLSys '24). Deviations: closed forms fitted
-        to its profiles in place of random forests; embedding, head and host are priced; prefill
-        chunks are known by their pairs alone. A chunk is taken not to end its prompt in more than
-        one sequence of a micro-batch, which matters to the head alone.
+        to its profiles in place of random forests; embedding, head and host are priced; the prefill
+        chunks of a micro-batch count as one sequence, which matters to head and host.
     """
 
     def __init__(
@@ -140,10 +139,9 @@ class _Stage:
         """The head, and sampling from its logits; only rows that draw a token pass them."""
         num_logits = self._model.vocab_size // self._shards
         head = Gemm(self._model.hidden_size, num_logits)
+        head_s = self._device.gemm_time_s(head, num_rows, self._model.dtype)
         logit_bytes = _SAMPLER_PASSES * _LOGIT_BYTES * num_rows * num_logits
-        return self._device.gemm_time_s(
-            head, num_rows, self._model.dtype
-        ) + self._device.elementwise_time_s(logit_bytes)
+        return head_s + self._device.elementwise_time_s(logit_bytes)
 
     def _hidden_bytes(self, num_rows: int) -> int:
         return num_rows * self._model.hidden_size * self._model.value_bytes
