@@ -1,0 +1,17 @@
+"""What a micro-batch costs each stage: the seam between the simulator and its cost models."""
+
+from typing import Protocol
+
+from gllm_ray.scheduling.load import StepLoad
+from gllm_ray.simulation.pipeline_layout import PipelineLayout
+
+
+class PipelineCost(Protocol):
+    """Predicts how long each stage of a pipeline takes for a micro-batch."""
+
+    @property
+    def layout(self) -> PipelineLayout:
+        """The pipeline: its stages, what passes between them, and their KV blocks."""
+
+    def stage_time_s(self, stage_id: int, load: StepLoad) -> float:
+        """The time of a stage; never falls when any part of the load grows."""
