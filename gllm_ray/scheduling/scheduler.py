@@ -18,7 +18,7 @@ from gllm_ray.scheduling.admission import AdmissionControl
 from gllm_ray.scheduling.length_predictor import LengthPredictor
 from gllm_ray.scheduling.load import CostModel, LoadView
 from gllm_ray.scheduling.policies.base import Policy, TokenBudget
-from gllm_ray.scheduling.pool import LiveSequences, SequencePool
+from gllm_ray.scheduling.pool import SequencePool
 from gllm_ray.scheduling.sequence import Sequence
 from gllm_ray.scheduling.settings import SchedulerSettings
 from gllm_ray.scheduling.stage_times import StageTimes
@@ -242,7 +242,7 @@ class Scheduler:
             num_decoding=len(pool.ready) + num_decodes_in_flight,
             num_ready=len(pool.ready),
             num_context_tokens=pool.num_context_tokens,
-            num_live=len(pool) - len(pool.waiting),
+            num_live=len(pool.live),
             num_prefills_in_flight=num_in_flight - num_decodes_in_flight,
             num_remaining_tokens=pool.num_remaining_tokens,
             oldest_token_s=oldest_ready.token_s if oldest_ready else None,
@@ -253,7 +253,7 @@ class Scheduler:
             kv_free_ratio=(allocator.num_free_blocks + num_unwritten_blocks) / allocator.num_blocks,
             cost=self._cost,
             waiting=pool.waiting,
-            live=LiveSequences(pool),
+            live=pool.live.values(),
         )
 
     def _select(self, budget: TokenBudget) -> Step:
