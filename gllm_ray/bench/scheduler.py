@@ -17,7 +17,7 @@ _BLOCK_SIZE = 16
 _PROMPT_TOKENS = 250
 _OUTPUT_TOKENS = 500
 # What a running sequence holds, about: long outputs stay longer, and policies leave some free.
-_HELD_TOKENS = 700
+_HELD_TOKENS = 560
 # A stage time in seconds, so that the cost model has something to learn.
 _FLOOR_S, _TOKEN_S, _CONTEXT_TOKEN_S = 5e-3, 2e-5, 2e-8
 
