@@ -14,10 +14,10 @@ from gllm_ray.scheduling.cost_model import LearntCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
 
 _BLOCK_SIZE = 16
-_PROMPT_TOKENS = 500
-_OUTPUT_TOKENS = 250
-# What a running sequence holds on average, with what policies leave free: long outputs stay longer.
-_HELD_TOKENS = 960
+_PROMPT_TOKENS = 250
+_OUTPUT_TOKENS = 500
+# What a running sequence holds, about: long outputs stay longer, and policies leave some free.
+_HELD_TOKENS = 560
 # A stage time in seconds, so that the cost model has something to learn.
 _FLOOR_S, _TOKEN_S, _CONTEXT_TOKEN_S = 5e-3, 2e-5, 2e-8
 
@@ -29,7 +29,7 @@ class SchedulerBenchResult:
     Attributes:
         policy: Its name.
         num_steps: Micro-batches measured.
-        num_decoding: Sequences in decode when the measurement ended.
+        num_running: Sequences that held blocks when the measurement ended.
         num_waiting: Requests that waited then.
         num_finished: Requests that ended during the measurement.
         median_ms: Median.
@@ -40,7 +40,7 @@ class SchedulerBenchResult:
 
     policy: str
     num_steps: int
-    num_decoding: int
+    num_running: int
     num_waiting: int
     num_finished: int
     median_ms: float
@@ -52,14 +52,14 @@ class SchedulerBenchResult:
     def table_head() -> str:
         """The first two lines of a Markdown table."""
         return (
-            "| policy | in decode | waiting | finished | median ms | p99 ms | by halves |\n"
+            "| policy | running | waiting | finished | median ms | p99 ms | by halves |\n"
             "|---|---|---|---|---|---|---|"
         )
 
     def table_row(self) -> str:
         """The line of this policy."""
         return (
-            f"| {self.policy} | {self.num_decoding} | {self.num_waiting} | {self.num_finished} "
+            f"| {self.policy} | {self.num_running} | {self.num_waiting} | {self.num_finished} "
             f"| {self.median_ms:.2f} | {self.p99_ms:.2f} "
             f"| {self.first_half_ms:.2f}, {self.second_half_ms:.2f} |"
         )
@@ -79,12 +79,11 @@ def bench_scheduler(
 ) -> SchedulerBenchResult:
     """Measure a policy under a load that stays as it is: who finishes is replaced.
 
-    The KV cache has room for `num_running` sequences, so that this many are in decode and the
-    others wait; lengths are spread by a fixed rule, and all prompts differ.
+    The KV cache has room for about `num_running` sequences, more or less by policy, and the others
+    wait; lengths are spread by a fixed rule, and all prompts differ.
     """
-    load = _SteadyLoad(policy, num_stages, num_running, num_waiting)
-    while load.num_finished < num_running:
-        load.step()
+    num_blocks = num_running * _HELD_TOKENS // _BLOCK_SIZE
+    load = _warmed_up(policy, num_stages, num_running + num_waiting, num_blocks)
     num_finished = load.num_finished
     relax_garbage_collector()
     times_ms = [1000 * load.step() for _ in range(num_steps)]
@@ -92,7 +91,7 @@ def bench_scheduler(
     return SchedulerBenchResult(
         policy=policy.name,
         num_steps=num_steps,
-        num_decoding=load.scheduler.num_requests - load.scheduler.num_waiting_requests,
+        num_running=load.num_running,
         num_waiting=load.scheduler.num_waiting_requests,
         num_finished=load.num_finished - num_finished,
         median_ms=median(times_ms),
@@ -102,18 +101,26 @@ def bench_scheduler(
     )
 
 
+def _warmed_up(
+    policy: PolicyConfig, num_stages: int, num_requests: int, num_blocks: int
+) -> "_SteadyLoad":
+    load = _SteadyLoad(policy, num_stages, num_requests, num_blocks)
+    while load.num_finished < num_requests // 2:
+        load.step()
+    return load
+
+
 class _SteadyLoad:
     """A scheduler with as many micro-batches in flight as it allows."""
 
     def __init__(
-        self, policy: PolicyConfig, num_stages: int, num_running: int, num_waiting: int
+        self, policy: PolicyConfig, num_stages: int, num_requests: int, num_blocks: int
     ) -> None:
         self.num_finished = 0
         self._num_stages = num_stages
         self._num_added = 0
         self._now_s = 0.0
         self._in_flight: deque[MicroBatch] = deque()
-        num_blocks = num_running * _HELD_TOKENS // _BLOCK_SIZE
         self.scheduler = Scheduler(
             make_policy(policy),
             SchedulerSettings(
@@ -122,12 +129,17 @@ class _SteadyLoad:
                 block_size=_BLOCK_SIZE,
                 max_model_len=8192,
                 max_in_flight=num_stages,
-                max_decodes=num_running,
+                max_decodes=num_requests,
             ),
             cost=LearntCostModel(),
             predictor=StatisticsPredictor(),
         )
-        self._add(num_running + num_waiting)
+        self._add(num_requests)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return self.scheduler.num_requests - self.scheduler.num_waiting_requests
 
     def step(self) -> float:
         """Commit the oldest micro-batch, submit the next; returns the seconds both took."""

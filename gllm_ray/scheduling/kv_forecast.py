@@ -34,7 +34,6 @@ class KvForecast:
     """
 
     def __init__(self, block_size: int) -> None:
-        self.num_sequences = 0
         self._block_size = block_size
         # For each moment, over the sequences that end there: number, blocks held, blocks at the end
         self._counts = [0] * len(_GRID)
@@ -45,11 +44,10 @@ class KvForecast:
 
     def add(self, sequence: SequenceLoad) -> None:
         """Count a sequence from now on."""
-        size = self._block_size
-        num_tokens, num_expected = sequence.num_tokens, sequence.num_expected_tokens
+        size, num_tokens = self._block_size, sequence.num_tokens
+        num_expected = sequence.num_expected_tokens
         moment = bisect_left(_GRID, -(-num_expected // size))
         final = -(-(num_tokens + num_expected) // size)
-        self.num_sequences += 1
         self._counts[moment] += 1
         self._held[moment] += -(-num_tokens // size)
         self._final[moment] += final

@@ -23,6 +23,7 @@ class SequencePool:
 
     Attributes:
         waiting: They hold no block.
+        live: All others, by id, in the order of admission.
         prefilling: They hold blocks for a prompt that is not wholly scheduled, by id.
         ready: In decode and not in flight, by id; the one that waits longest comes first.
         num_prefilling_tokens: Unscheduled tokens of `prefilling`.
@@ -35,6 +36,7 @@ class SequencePool:
         self.allocator = BlockAllocator(settings.num_blocks, settings.block_size)
         self.prefix_cache = PrefixCache(self.allocator, is_enabled=settings.prefix_caching)
         self.waiting = WaitingQueue(fair_share=settings.fair_share)
+        self.live: dict[int, Sequence] = {}
         self.prefilling: dict[int, Sequence] = {}
         self.ready: dict[int, Sequence] = {}
         self.num_prefilling_tokens = 0
@@ -153,6 +155,7 @@ class SequencePool:
         if hit.last_block is not None:
             self._copies.append((hit.last_block, sequence.block_table[-1]))
         sequence.state = SequenceState.PREFILLING
+        self.live[sequence.seq_id] = sequence
         self.prefilling[sequence.seq_id] = sequence
         self.num_prefilling_tokens += sequence.num_uncomputed_tokens
         return sequence
@@ -190,17 +193,8 @@ class SequencePool:
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
+        self.live.pop(sequence.seq_id, None)
         self.allocator.release(sequence.block_table)
         if sequence.state is SequenceState.DECODING:
             self.num_remaining_tokens -= sequence.num_remaining_tokens
             self.num_context_tokens -= sequence.num_tokens
-
-
-class LiveSequences:
-    """The sequences of a pool that hold blocks, in order of arrival; iterates anew each time."""
-
-    def __init__(self, pool: SequencePool) -> None:
-        self._pool = pool
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return (s for s in self._pool if s.state is not SequenceState.WAITING)

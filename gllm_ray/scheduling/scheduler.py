@@ -18,7 +18,7 @@ from gllm_ray.scheduling.admission import AdmissionControl
 from gllm_ray.scheduling.length_predictor import LengthPredictor
 from gllm_ray.scheduling.load import CostModel, LoadView
 from gllm_ray.scheduling.policies.base import Policy, TokenBudget
-from gllm_ray.scheduling.pool import LiveSequences, SequencePool
+from gllm_ray.scheduling.pool import SequencePool
 from gllm_ray.scheduling.sequence import Sequence
 from gllm_ray.scheduling.settings import SchedulerSettings
 from gllm_ray.scheduling.stage_times import StageTimes
@@ -187,27 +187,29 @@ class Scheduler:
         """
         flight = self._take_due(result)
         self._stage_times.add(result.stage_times)
-        token_ids, ready = iter(result.token_ids), self._pool.ready
+        ready = self._pool.ready
         events: list[TokenEvent] = []
-        num_tokens = 0
-        for sequence, item in zip(flight.sequences, flight.batch.sequences, strict=True):
-            assert item.epoch == sequence.epoch, "a sequence in flight was preempted"
+        for sequence in flight.others:
             sequence.num_in_flight -= 1
-            token_id = None if item.sampling is None else next(token_ids)
+            if sequence.is_aborted and not sequence.num_in_flight:
+                events.append(self._finish(sequence, FinishReason.ABORT))
+        num_tokens = 0
+        for sequence, token_id in zip(flight.sampling, result.token_ids, strict=True):
+            sequence.num_in_flight -= 1
             if sequence.is_aborted:
-                if not sequence.num_in_flight:
-                    events.append(self._finish(sequence, FinishReason.ABORT))
-            elif token_id is not None:
-                num_tokens += 1
-                sequence.token_ids.append(token_id)
-                sequence.token_s = now_s
-                if token_id in sequence.stop_token_ids:
-                    events.append(self._finish(sequence, FinishReason.STOP, token_id))
-                elif len(sequence.token_ids) == sequence.max_num_tokens:
-                    events.append(self._finish(sequence, FinishReason.LENGTH, token_id))
-                else:
-                    ready[sequence.seq_id] = sequence
-                    events.append(TokenEvent(sequence.request_id, token_id))
+                # The chunk that ends a prompt is its last in flight.
+                events.append(self._finish(sequence, FinishReason.ABORT))
+                continue
+            num_tokens += 1
+            sequence.token_ids.append(token_id)
+            sequence.token_s = now_s
+            if token_id in sequence.stop_token_ids:
+                events.append(self._finish(sequence, FinishReason.STOP, token_id))
+            elif len(sequence.token_ids) == sequence.max_num_tokens:
+                events.append(self._finish(sequence, FinishReason.LENGTH, token_id))
+            else:
+                ready[sequence.seq_id] = sequence
+                events.append(TokenEvent(sequence.request_id, token_id))
         self._pool.count_output(num_tokens)
         return events
 
@@ -228,7 +230,7 @@ class Scheduler:
     def _view(self, now_s: float) -> LoadView:
         pool, allocator = self._pool, self._pool.allocator
         num_decodes_in_flight = sum(flight.load.num_decodes for flight in self._in_flight)
-        num_in_flight = sum(len(flight.sequences) for flight in self._in_flight)
+        num_in_flight = sum(len(flight.batch.sequences) for flight in self._in_flight)
         num_unwritten_blocks = pool.num_prefilling_tokens // allocator.block_size
         next_prefill = next(iter(pool.prefilling.values()), None)
         oldest_ready = next(iter(pool.ready.values()), None)
@@ -242,7 +244,7 @@ class Scheduler:
             num_decoding=len(pool.ready) + num_decodes_in_flight,
             num_ready=len(pool.ready),
             num_context_tokens=pool.num_context_tokens,
-            num_live=len(pool) - len(pool.waiting),
+            num_live=len(pool.live),
             num_prefills_in_flight=num_in_flight - num_decodes_in_flight,
             num_remaining_tokens=pool.num_remaining_tokens,
             oldest_token_s=oldest_ready.token_s if oldest_ready else None,
@@ -253,7 +255,7 @@ class Scheduler:
             kv_free_ratio=(allocator.num_free_blocks + num_unwritten_blocks) / allocator.num_blocks,
             cost=self._cost,
             waiting=pool.waiting,
-            live=LiveSequences(pool),
+            live=pool.live.values(),
         )
 
     def _select(self, budget: TokenBudget) -> Step:
@@ -283,12 +285,11 @@ class Scheduler:
             block_copies=self._pool.take_copies(),
         )
         self._next_batch_id += 1
-        load = step.load()
-        num_samples = sum([item.sampling is not None for item in step.items])
-        self._in_flight.append(InFlight(batch, step.sequences, load, num_samples))
-        self._stage_times.expect(batch.batch_id, load)
+        flight = InFlight.of(batch, step)
+        self._in_flight.append(flight)
+        self._stage_times.expect(batch.batch_id, flight.load)
         self._admission.note_scheduled(
-            load.num_prefill_tokens, now_s, is_backlogged=bool(self._pool.waiting)
+            flight.load.num_prefill_tokens, now_s, is_backlogged=bool(self._pool.waiting)
         )
         return batch
 
@@ -298,9 +299,9 @@ class Scheduler:
         if flight is None or flight.batch.batch_id != result.batch_id:
             due = "none" if flight is None else flight.batch.batch_id
             raise PipelineError(f"result of micro-batch {result.batch_id} came, {due} is due")
-        if flight.num_samples != len(result.token_ids):
+        if len(flight.sampling) != len(result.token_ids):
             raise PipelineError(
-                f"micro-batch {result.batch_id} samples {flight.num_samples} tokens, "
+                f"micro-batch {result.batch_id} samples {len(flight.sampling)} tokens, "
                 f"its result has {len(result.token_ids)}"
             )
         return self._in_flight.popleft()

@@ -38,12 +38,21 @@ class InFlight:
 
     Attributes:
         batch: As the stages got it.
-        sequences: Those of `batch.sequences`, in their order.
         load: What it makes each stage compute.
-        num_samples: Tokens it samples.
+        sampling: The sequences that get a token, in the order of their tokens.
+        others: Those whose chunk does not end their prompt.
     """
 
     batch: MicroBatch
-    sequences: list[Sequence]
     load: StepLoad
-    num_samples: int
+    sampling: list[Sequence]
+    others: list[Sequence]
+
+    @classmethod
+    def of(cls, batch: MicroBatch, step: Step) -> "InFlight":
+        """The micro-batch that was made of a step."""
+        chunks = list(zip(step.items, step.sequences, strict=True))[step.num_decodes :]
+        sampling = step.sequences[: step.num_decodes]
+        sampling += [sequence for item, sequence in chunks if item.sampling is not None]
+        others = [sequence for item, sequence in chunks if item.sampling is None]
+        return cls(batch, step.load(), sampling, others)

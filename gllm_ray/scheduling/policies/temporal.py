@@ -14,6 +14,8 @@ _FORECAST_SHARE = 32
 # Of the waiting sequences, no more than these are looked at in one test. More of them would only
 # make the next prefill phase longer, and so a smaller share of it idle.
 _MAX_REFILL = 1024
+# Of more live sequences than twice this, a forecast looks at every second, third, ...
+_MIN_SAMPLE = 1024
 _MIN_TIME = 1e-9  # no stage is faster; it keeps the ratios finite
 
 
@@ -162,14 +164,16 @@ class TemporalPolicy:
             self._forecast(view)
         return self._forecast_blocks >= limit
 
-    def _forecast(self, view: LoadView) -> KvForecast:
+    def _forecast(self, view: LoadView) -> tuple[KvForecast, int]:
+        """The forecast of every n-th live sequence, and n."""
+        stride = max(1, view.num_live // _MIN_SAMPLE)
         forecast = KvForecast(view.block_size)
-        for sequence in view.live:
+        for sequence in islice(view.live, 0, None, stride):
             forecast.add(sequence)
-        forecast.set_used_blocks(view.num_blocks - view.num_free_blocks)
-        self._num_forecast = forecast.num_sequences
-        self._forecast_blocks = forecast.peak_blocks()
-        return forecast
+        forecast.set_used_blocks((view.num_blocks - view.num_free_blocks) // stride)
+        self._num_forecast = view.num_live
+        self._forecast_blocks = stride * forecast.peak_blocks()
+        return forecast, stride
 
     def _refill_pays(self, view: LoadView) -> bool:
         """Whether decodes have become so few that a prefill phase idles the pipeline less."""
@@ -181,13 +185,14 @@ class TemporalPolicy:
         spatial = self._spatial_intensity(view, num_live)
         if spatial >= 1 or not self._head_fits(view):
             return False
-        forecast = self._forecast(view)
-        limit = self._config.kv_limit * view.num_blocks
-        lengths = []
+        forecast, stride = self._forecast(view)
+        limit = self._config.kv_limit * view.num_blocks / stride
+        lengths: list[int] = []
         for sequence in islice(view.waiting, _MAX_REFILL):
             if forecast.reaches(limit):
                 break
-            forecast.add(sequence)
+            if len(lengths) % stride == 0:
+                forecast.add(sequence)
             lengths.append(sequence.num_tokens)
         return bool(lengths) and spatial < self._temporal_intensity(
             view, lengths, num_live + len(lengths), num_context_tokens + sum(lengths)
