@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from random import Random
 
-from gllm_ray.simulation.workload_config import (
+from gllm_ray.simulation.length_config import (
     Dataset,
     DatasetLengthConfig,
     FixedLengthConfig,
