@@ -1,6 +1,7 @@
 """Draws what a simulation did, as PNG or SVG; needs the `plots` extra."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,21 +30,20 @@ def plot_pipeline(intervals: Iterable[StageInterval], path: Path) -> None:
     rows: dict[tuple[int, int], list[StageInterval]] = {}
     for interval in intervals:
         rows.setdefault((interval.replica_id, interval.stage_id), []).append(interval)
-    axes = _new_axes(path, height=1 + 0.4 * len(rows))
-    for row, place in enumerate(sorted(rows)):
-        axes.broken_barh(
-            [(interval.start_s, interval.end_s - interval.start_s) for interval in rows[place]],
-            (row - 0.4, 0.8),
-            facecolors=[f"C{interval.batch_id % _NUM_COLORS}" for interval in rows[place]],
-        )
-        for interval in rows[place]:
-            middle_s = (interval.start_s + interval.end_s) / 2
-            axes.text(middle_s, row, interval.label, ha="center", va="center", clip_on=True)
-    names = [f"replica {replica}, stage {stage}" for replica, stage in sorted(rows)]
-    axes.set_yticks(range(len(rows)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("time (s)")
-    _save(axes, path)
+    with _chart(path, height=1 + 0.4 * len(rows)) as axes:
+        for row, place in enumerate(sorted(rows)):
+            axes.broken_barh(
+                [(interval.start_s, interval.end_s - interval.start_s) for interval in rows[place]],
+                (row - 0.4, 0.8),
+                facecolors=[f"C{interval.batch_id % _NUM_COLORS}" for interval in rows[place]],
+            )
+            for interval in rows[place]:
+                middle_s = (interval.start_s + interval.end_s) / 2
+                axes.text(middle_s, row, interval.label, ha="center", va="center", clip_on=True)
+        names = [f"replica {replica}, stage {stage}" for replica, stage in sorted(rows)]
+        axes.set_yticks(range(len(rows)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("time (s)")
 
 
 def plot_utilization(
@@ -61,18 +61,17 @@ def plot_utilization(
         ConfigError: matplotlib is not installed, or `path` is neither.
     """
     curves = list(utilization_over_time(intervals, end_s=end_s, num_bins=num_bins).values())
-    axes = _new_axes(path)
-    times_s = [(index + 0.5) * end_s / num_bins for index in range(num_bins)]
-    columns = list(zip(*curves, strict=True)) or [(0.0,)] * num_bins
-    axes.fill_between(
-        times_s, list(map(min, columns)), list(map(max, columns)), alpha=0.3, label="all stages"
-    )
-    axes.plot(times_s, [sum(column) / len(column) for column in columns], label="mean")
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel("time (s)")
-    axes.set_ylabel("stage utilization")
-    axes.legend()
-    _save(axes, path)
+    with _chart(path) as axes:
+        times_s = [(index + 0.5) * end_s / num_bins for index in range(num_bins)]
+        columns = list(zip(*curves, strict=True)) or [(0.0,)] * num_bins
+        axes.fill_between(
+            times_s, list(map(min, columns)), list(map(max, columns)), alpha=0.3, label="all stages"
+        )
+        axes.plot(times_s, [sum(column) / len(column) for column in columns], label="mean")
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("time (s)")
+        axes.set_ylabel("stage utilization")
+        axes.legend()
 
 
 def plot_latency_cdf(
@@ -88,14 +87,13 @@ def plot_latency_cdf(
     Raises:
         ConfigError: matplotlib is not installed, or `path` is neither.
     """
-    axes = _new_axes(path)
-    shares = [index / _NUM_CDF_POINTS for index in range(_NUM_CDF_POINTS + 1)]
-    for label, sketch in latencies_s.items():
-        axes.plot([sketch.quantile(share) for share in shares], shares, label=label)
-    axes.set_xlabel(f"{quantity} (s)")
-    axes.set_ylabel("share of values")
-    axes.legend()
-    _save(axes, path)
+    with _chart(path) as axes:
+        shares = [index / _NUM_CDF_POINTS for index in range(_NUM_CDF_POINTS + 1)]
+        for label, sketch in latencies_s.items():
+            axes.plot([sketch.quantile(share) for share in shares], shares, label=label)
+        axes.set_xlabel(f"{quantity} (s)")
+        axes.set_ylabel("share of values")
+        axes.legend()
 
 
 def plot_throughput_latency(
@@ -116,14 +114,13 @@ def plot_throughput_latency(
     Raises:
         ConfigError: matplotlib is not installed, or `path` is neither.
     """
-    axes = _new_axes(path)
-    for label, points in curves.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.set_xlabel(throughput)
-    axes.set_ylabel(f"{latency} (s)")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    _save(axes, path)
+    with _chart(path) as axes:
+        for label, points in curves.items():
+            axes.plot(*zip(*points, strict=True), marker="o", label=label)
+        axes.set_xlabel(throughput)
+        axes.set_ylabel(f"{latency} (s)")
+        axes.set_ylim(bottom=0)
+        axes.legend()
 
 
 def utilization_over_time(
@@ -132,7 +129,7 @@ def utilization_over_time(
     """The share of each of equal spans, from 0 to `end_s`, in which a stage computed.
 
     Returns:
-        Under replica and stage, one share for each span.
+        Under replica and stage, one share for each span; a stage that never computed is missing.
     """
     width_s = end_s / num_bins
     busy: dict[tuple[int, int], list[float]] = {}
@@ -147,7 +144,9 @@ def utilization_over_time(
     return busy
 
 
-def _new_axes(path: Path, height: float = 4.0) -> "Axes":
+@contextmanager
+def _chart(path: Path, height: float = 4.0) -> Iterator["Axes"]:
+    """What to draw on; it is written to `path` at the end."""
     if path.suffix not in _FORMATS:
         raise ConfigError(f"{path}: must end in {' or '.join(_FORMATS)}")
     try:
@@ -156,8 +155,6 @@ def _new_axes(path: Path, height: float = 4.0) -> "Axes":
         raise ConfigError(
             "matplotlib is not installed, and charts need it: pip install 'gllm_ray[plots]'"
         ) from error
-    return Figure(figsize=(8, height), layout="constrained").add_subplot()
-
-
-def _save(axes: "Axes", path: Path) -> None:
-    axes.figure.savefig(path)
+    figure = Figure(figsize=(8, height), layout="constrained")
+    yield figure.add_subplot()
+    figure.savefig(path)
