@@ -59,7 +59,7 @@ class LognormalLengthConfig(_AnyLengthConfig):
     """Lengths whose logarithm is normally distributed."""
 
     name: Literal["lognormal"] = Field(default="lognormal", description="How lengths are drawn.")
-    median_tokens: float = Field(ge=1, description="Half are shorter.")
+    median_tokens: float = Field(ge=1, description="Half are shorter, before `max_tokens`.")
     sigma: float = Field(
         ge=0,
         description="Standard deviation of the natural logarithm; the mean is median_tokens "
