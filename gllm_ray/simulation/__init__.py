@@ -1,1 +1,1 @@
-"""The pipeline in virtual time: models, devices, links, and what a micro-batch costs on them."""
+"""The serving scheduler in virtual time: models, devices, links, workloads, and their report."""

@@ -1,0 +1,82 @@
+"""A report as plain text, for a terminal."""
+
+from collections.abc import Sequence
+
+from gllm_ray.simulation.metrics import IdleCause
+from gllm_ray.simulation.report import Report, StageReport, Summary
+
+
+def format_report(report: Report) -> str:
+    """The report as aligned tables, without a line break at the end."""
+    sections = [_totals(report), _distributions(report), _stages(report)]
+    return "\n\n".join(_aligned(rows) for rows in sections)
+
+
+def _totals(report: Report) -> list[list[str]]:
+    ended = ", ".join(f"{count} {reason}" for reason, count in report.num_ended.items() if count)
+    tokens = f"{report.input_tokens_per_s:.1f} input and {report.output_tokens_per_s:.1f} output"
+    rows = [
+        ["wall time", f"{report.wall_s:.3f} s"],
+        ["requests", ended or "none"],
+        ["throughput", f"{report.requests_per_s:.3f} requests/s, {tokens} tokens/s"],
+    ]
+    if (slo := report.slo) is not None:
+        limits = {"TTFT": slo.ttft_s, "TPOT": slo.tpot_s, "E2E": slo.e2e_s}
+        words = [f"{name} <= {limit:g} s" for name, limit in limits.items() if limit is not None]
+        goodput = f"{report.goodput_per_s:.3f} requests/s, {report.goodput_ratio:.1%}"
+        rows.append(["goodput", f"{goodput} of all ({', '.join(words) or 'no limit'})"])
+    mean, peak = report.kv_utilization_mean, report.kv_utilization_peak
+    rows.append(["KV cache in use", f"{mean:.1%} on average, {peak:.1%} at most"])
+    rows.append(["preemptions", str(report.num_preemptions)])
+    rows.append(["micro-batches", str(report.num_micro_batches)])
+    if report.ideal_ratio is not None:
+        rows.append(["of the ideal", f"{report.ideal_ratio:.1%}"])
+    return rows
+
+
+def _distributions(report: Report) -> list[list[str]]:
+    rows = [["", "mean", "p50", "p90", "p99"]]
+    for name, latency in (
+        ("TTFT (ms)", report.ttft_s),
+        ("TPOT (ms)", report.tpot_s),
+        ("ITL (ms)", report.itl_s),
+        ("E2E (ms)", report.e2e_s),
+        ("queue time (ms)", report.queue_s),
+    ):
+        rows.append([name, *(f"{1000 * value:.1f}" for value in _values(latency))])
+    for name, size in (
+        ("tokens of a micro-batch", report.batch_tokens),
+        ("decodes of a micro-batch", report.batch_decodes),
+    ):
+        rows.append([name, *(f"{value:.1f}" for value in _values(size))])
+    return rows
+
+
+def _values(summary: Summary) -> tuple[float, ...]:
+    return summary.mean, summary.p50, summary.p90, summary.p99
+
+
+def _stages(report: Report) -> list[list[str]]:
+    causes = [cause.replace("_", " ") for cause in IdleCause]
+    rows = [["", "busy", *(f"idle: {cause}" for cause in causes)]]
+    rows += [_shares(f"stage {index}", stage) for index, stage in enumerate(report.stages)]
+    return [*rows, _shares("all stages", report.pipeline)]
+
+
+def _shares(name: str, stage: StageReport) -> list[str]:
+    shares = [stage.utilization, *(stage.bubble_ratio[cause] for cause in IdleCause)]
+    return [name, *(f"{share:.1%}" for share in shares)]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell: the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    is_text = len(widths) == 2
+    lines = []
+    for name, *cells in rows:
+        padded = [
+            cell if is_text else cell.rjust(width)
+            for cell, width in zip(cells, widths[1:], strict=True)
+        ]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]))
+    return "\n".join(lines)

@@ -1,0 +1,205 @@
+"""The options of a workload: which requests come, how long they are, and when."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from gllm_ray.simulation.length_config import LengthsConfig
+from gllm_ray.strict_schema import StrictModel
+
+
+class PoissonArrivalsConfig(StrictModel):
+    """Requests that know nothing of each other."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"allowed": "a rate > 0 in requests a second, or a mapping"}
+    )
+
+    name: Literal["poisson"] = Field(
+        default="poisson", description="When requests come; a number is a poisson rate_per_s."
+    )
+    rate_per_s: float = Field(gt=0, description="Requests a second on average.")
+
+
+class GammaArrivalsConfig(StrictModel):
+    """Gaps drawn from a gamma distribution."""
+
+    name: Literal["gamma"] = Field(default="gamma", description="When requests come.")
+    rate_per_s: float = Field(gt=0, description="Requests a second on average.")
+    shape: float = Field(
+        gt=0,
+        description="Below 1 they come in bursts, 1 is poisson, above 1 they come evenly; the "
+        "coefficient of variation of the gaps is shape ** -0.5.",
+    )
+
+
+class ArrivalStage(StrictModel):
+    """A time with a rate of its own."""
+
+    duration_s: float = Field(gt=0, description="Seconds the stage lasts.")
+    rate_per_s: float = Field(ge=0, description="Requests a second on average; may be 0.")
+
+
+class StagedArrivalsConfig(StrictModel):
+    """A Poisson process whose rate changes from stage to stage."""
+
+    name: Literal["staged"] = Field(default="staged", description="When requests come.")
+    stages: Annotated[tuple[ArrivalStage, ...], Field(strict=False, min_length=1)] = Field(
+        description="One after the other, and again from the first after the last."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not any(stage.rate_per_s for stage in self.stages):
+            raise ValueError("stages=[...]: must have a rate_per_s > 0 in one of them")
+        return self
+
+
+class AtOnceArrivalsConfig(StrictModel):
+    """An offline batch: all requests are there at the start."""
+
+    name: Literal["at_once"] = Field(default="at_once", description="When requests come.")
+
+
+class RecordedArrivalsConfig(StrictModel):
+    """The arrival times that stand in the trace."""
+
+    name: Literal["recorded"] = Field(default="recorded", description="When requests come.")
+
+
+def _expand_arrivals(value: object) -> object:
+    """A number is a Poisson rate, and a name is short for a mapping with that name."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"name": "poisson", "rate_per_s": value}
+    return {"name": value} if isinstance(value, str) else value
+
+
+ArrivalsConfig = Annotated[
+    PoissonArrivalsConfig | GammaArrivalsConfig | StagedArrivalsConfig | AtOnceArrivalsConfig,
+    Field(discriminator="name"),
+    BeforeValidator(_expand_arrivals),
+]
+TraceArrivalsConfig = Annotated[
+    RecordedArrivalsConfig
+    | PoissonArrivalsConfig
+    | GammaArrivalsConfig
+    | StagedArrivalsConfig
+    | AtOnceArrivalsConfig,
+    Field(discriminator="name"),
+    BeforeValidator(_expand_arrivals),
+]
+
+
+class SharedPrefixesConfig(StrictModel):
+    """Prompts that begin like others, such as with one of several system prompts."""
+
+    count: int = Field(ge=1, description="Different prefixes.")
+    tokens: int = Field(ge=1, description="Length of each, put before the prompt.")
+    zipf_exponent: float = Field(
+        default=1.0,
+        ge=0,
+        description="The k-th most popular prefix has a share in proportion to k ** -zipf_exponent;"
+        " 0: all are as popular.",
+    )
+
+
+class TenantConfig(StrictModel):
+    """Who sends a share of the requests."""
+
+    name: str = Field(min_length=1, description="The tenant.")
+    share: float = Field(default=1.0, gt=0, description="Of the requests, relative to the others.")
+    priority: int = Field(default=0, description="Of the tenant's requests; lower is first.")
+
+
+class _AnyWorkloadConfig(StrictModel):
+    """What every workload has."""
+
+    num_requests: int | None = Field(default=None, ge=1, description="Stop after so many requests.")
+    duration_s: float | None = Field(
+        default=None, gt=0, description="Leave out what comes later, in seconds of the simulation."
+    )
+    rate_scale: float = Field(
+        default=1.0,
+        gt=0,
+        description="Requests come so many times as fast: all arrival times are divided by it.",
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Output tokens that clients allow, at which longer outputs are cut; null: "
+        "exactly the length of the output, so that the scheduler knows it.",
+    )
+
+
+class SyntheticWorkloadConfig(_AnyWorkloadConfig):
+    """Requests drawn from distributions."""
+
+    name: Literal["synthetic"] = Field(
+        default="synthetic", description="Whether requests are drawn or read from a trace."
+    )
+    arrivals: ArrivalsConfig = Field(description="When requests come.")
+    lengths: LengthsConfig = Field(
+        description="How long prompts and outputs are; text is a dataset for both."
+    )
+    shared_prefixes: SharedPrefixesConfig | None = Field(
+        default=None, description="null: no two prompts begin alike."
+    )
+    tenants: Annotated[tuple[TenantConfig, ...], Field(strict=False)] = Field(
+        default=(), description="Each request is one of theirs, drawn by share; empty: nobody's."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_requests is None and isinstance(self.arrivals, AtOnceArrivalsConfig):
+            raise ValueError("num_requests=null: must be given when arrivals is at_once")
+        if self.num_requests is None and self.duration_s is None:
+            raise ValueError("num_requests=null: must be given when duration_s is not")
+        return self
+
+
+class TraceWorkloadConfig(_AnyWorkloadConfig):
+    """Requests read from a file."""
+
+    name: Literal["trace"] = Field(default="trace", description="The workload.")
+    path: str = Field(
+        min_length=1,
+        description="A .csv with arrived_at, num_prefill_tokens and num_decode_tokens or with "
+        "TIMESTAMP, ContextTokens and GeneratedTokens; or a .jsonl of simulated requests.",
+    )
+    arrivals: TraceArrivalsConfig = Field(
+        default=RecordedArrivalsConfig(),
+        description="When requests come; recorded: as the trace says, otherwise only its lengths "
+        "are used, in its order.",
+    )
+    start_s: float = Field(
+        default=0.0, ge=0, description="Begin at this time of the trace, which becomes 0."
+    )
+    end_s: float | None = Field(
+        default=None, gt=0, description="End before this time of the trace; null: at its end."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.path.endswith((".csv", ".jsonl")):
+            raise ValueError(f"path={self.path!r}: must end in .csv or .jsonl")
+        if not isinstance(self.arrivals, RecordedArrivalsConfig):
+            for key in ("start_s", "end_s"):
+                if key in self.model_fields_set:
+                    raise ValueError(
+                        f"{key}={getattr(self, key)}: must be left out when arrivals is "
+                        f"{self.arrivals.name}"
+                    )
+        if self.end_s is not None and self.end_s <= self.start_s:
+            raise ValueError(f"end_s={self.end_s:g}: must be > start_s={self.start_s:g}")
+        return self
+
+
+def _default_name(value: Any) -> Any:  # noqa: ANN401
+    return {"name": "synthetic"} | value if isinstance(value, dict) else value
+
+
+WorkloadConfig = Annotated[
+    SyntheticWorkloadConfig | TraceWorkloadConfig,
+    Field(discriminator="name"),
+    BeforeValidator(_default_name),
+]
