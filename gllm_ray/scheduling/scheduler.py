@@ -16,7 +16,7 @@ from gllm_ray.messages import (
 )
 from gllm_ray.scheduling.admission import AdmissionControl
 from gllm_ray.scheduling.length_predictor import LengthPredictor
-from gllm_ray.scheduling.load import CostModel, LoadView
+from gllm_ray.scheduling.load import CostModel, LoadView, StepLoad
 from gllm_ray.scheduling.policies.base import Policy, TokenBudget
 from gllm_ray.scheduling.pool import SequencePool
 from gllm_ray.scheduling.sequence import Sequence
@@ -89,6 +89,11 @@ class Scheduler:
         return len(self._in_flight)
 
     @property
+    def latest_load(self) -> StepLoad:
+        """What the latest micro-batch in flight makes each stage compute."""
+        return self._in_flight[-1].load
+
+    @property
     def num_preemptions(self) -> int:
         """Preemptions so far."""
         return self._pool.num_preemptions
@@ -112,6 +117,10 @@ class Scheduler:
     def next_deadline_s(self) -> float | None:
         """When `expire` may next end a request."""
         return self._pool.waiting.next_deadline_s
+
+    def request_of(self, seq_id: int) -> GenerationRequest:
+        """The request of a sequence that is alive."""
+        return self._pool[seq_id].request
 
     def add(self, request: GenerationRequest, now_s: float = 0.0) -> None:
         """Accept a request; from here on it ends with exactly one terminal event.

@@ -1,0 +1,202 @@
+"""The stages of one replica in virtual time: servers in a row, and links between them."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp
+from random import Random
+
+from gllm_ray.messages import StageTime
+from gllm_ray.scheduling.load import StepLoad
+from gllm_ray.simulation.cost_model import PipelineCost
+from gllm_ray.simulation.links import Link
+from gllm_ray.simulation.metrics import IdleCause, PipelineMetrics, StageInterval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slowdown:
+    """A stage that computes slower for a while.
+
+    Attributes:
+        stage_id: The stage.
+        start_s: From when on; a micro-batch is as slow as the stage is when it begins.
+        end_s: Until when.
+        factor: On its times.
+    """
+
+    stage_id: int
+    start_s: float
+    end_s: float
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What takes time beside the stages' computing.
+
+    Attributes:
+        links: Between each stage and the next, in order.
+        is_send_overlapped: Whether a stage computes while it sends.
+        schedule_s: The scheduler's time for a micro-batch, in which it does nothing else.
+        schedule_sequence_s: On top, for each of its sequences.
+        dispatch_s: From the scheduler to the stages.
+        result_s: From the last stage to the scheduler.
+        jitter: Standard deviation of the logarithm of a stage's times.
+        slowdowns: Stages that compute slower for a while.
+    """
+
+    links: tuple[Link, ...] = ()
+    is_send_overlapped: bool = True
+    schedule_s: float = 0.0
+    schedule_sequence_s: float = 0.0
+    dispatch_s: float = 0.0
+    result_s: float = 0.0
+    jitter: float = 0.0
+    slowdowns: tuple[Slowdown, ...] = ()
+
+
+class VirtualPipeline:
+    """Runs micro-batches in the order of their submission.
+
+    Each stage computes one at a time, each link transfers one at a time, and both take them in
+    order. So all moments of a micro-batch follow from those of the one before, and are known when
+    it is submitted.
+
+    Args:
+        cost: The time of each stage.
+        timing: Of everything else.
+        metrics: Told what the stages do.
+        rng: Draws the jitter.
+        intervals: Gets when each stage computed; None: that is not kept.
+        replica_id: Whose stages they are.
+        start_s: When they begin.
+    """
+
+    def __init__(
+        self,
+        cost: PipelineCost,
+        timing: Timing,
+        metrics: PipelineMetrics,
+        rng: Random,
+        intervals: list[StageInterval] | None = None,
+        replica_id: int = 0,
+        start_s: float = 0.0,
+    ) -> None:
+        num_stages = cost.layout.num_stages
+        self._cost = cost
+        self._timing = timing
+        self._metrics = metrics
+        self._rng = rng
+        self._intervals = intervals
+        self._replica_id = replica_id
+        self._free_s = [start_s] * num_stages
+        self._counted_s = [start_s] * num_stages  # up to where the time of a stage is accounted for
+        self._link_free_s = [start_s] * num_stages
+        self._causes: deque[tuple[float, float, IdleCause]] = deque()
+
+    def note_idle(self, start_s: float, end_s: float, cause: IdleCause) -> None:
+        """Tell why nothing was submitted for a while; what is not told waits for an upstream."""
+        if end_s > start_s:
+            self._causes.append((start_s, end_s, cause))
+
+    def submit(
+        self, batch_id: int, load: StepLoad, now_s: float
+    ) -> tuple[float, tuple[StageTime, ...]]:
+        """Start a micro-batch.
+
+        Returns:
+            When its result reaches the scheduler, and how long each stage computes.
+        """
+        timing, num_stages = self._timing, len(self._free_s)
+        self._metrics.on_batch(load.num_tokens, load.num_decodes)
+        num_bytes = self._cost.layout.hop_bytes(load) if timing.links else 0
+        ready_s = now_s + timing.dispatch_s
+        times = []
+        for stage_id in range(num_stages):
+            start_s = max(ready_s, self._free_s[stage_id])
+            time_s = self._stage_time_s(stage_id, load, start_s)
+            ready_s = self._free_s[stage_id] = start_s + time_s
+            self._count(stage_id, batch_id, start_s, ready_s, load)
+            times.append(StageTime(stage_id, batch_id, time_s))
+            if timing.links and stage_id < num_stages - 1:
+                ready_s = self._transfer(stage_id, num_bytes, ready_s)
+        self._forget_causes()
+        return ready_s + timing.result_s, tuple(times)
+
+    def restart(self, now_s: float) -> None:
+        """Forget what was under way."""
+        for stage_id, counted_s in enumerate(self._counted_s):
+            if counted_s > now_s:  # it was counted as busy, and is not
+                self._metrics.stages[stage_id].busy_s -= counted_s - now_s
+            self._free_s[stage_id] = self._link_free_s[stage_id] = now_s
+            self._counted_s[stage_id] = min(counted_s, now_s)
+
+    def close(self, now_s: float) -> None:
+        """Account for the time up to the end."""
+        for stage_id in range(len(self._free_s)):
+            self._count_idle(stage_id, now_s)
+
+    def _stage_time_s(self, stage_id: int, load: StepLoad, start_s: float) -> float:
+        time_s = self._cost.stage_time_s(stage_id, load)
+        if self._timing.jitter:
+            time_s *= exp(self._rng.gauss(0, self._timing.jitter))
+        for slowdown in self._timing.slowdowns:
+            is_now = slowdown.start_s <= start_s < slowdown.end_s
+            if slowdown.stage_id == stage_id and is_now:
+                time_s *= slowdown.factor
+        return time_s
+
+    def _transfer(self, stage_id: int, num_bytes: int, ready_s: float) -> float:
+        """Send the output of a stage on; returns when it has arrived."""
+        link = self._timing.links[stage_id]
+        start_s = max(ready_s, self._link_free_s[stage_id])
+        end_s = start_s + link.transfer_time_s(num_bytes)
+        # The latency of a transfer overlaps with the next one, its bytes do not.
+        self._link_free_s[stage_id] = end_s - link.latency_s
+        if not self._timing.is_send_overlapped:
+            self._free_s[stage_id] = end_s
+        return end_s
+
+    def _count(
+        self, stage_id: int, batch_id: int, start_s: float, end_s: float, load: StepLoad
+    ) -> None:
+        self._count_idle(stage_id, start_s)
+        self._metrics.stages[stage_id].busy_s += end_s - start_s
+        self._counted_s[stage_id] = end_s
+        if self._intervals is not None:
+            label = f"{load.num_decodes}+{load.num_prefill_tokens}"
+            self._intervals.append(
+                StageInterval(stage_id, batch_id, start_s, end_s, label, self._replica_id)
+            )
+
+    def _count_idle(self, stage_id: int, end_s: float) -> None:
+        """Divide the time since a stage's latest work by cause."""
+        start_s, idle_s = self._counted_s[stage_id], self._metrics.stages[stage_id].idle_s
+        left_s = end_s - start_s
+        if left_s <= 0:
+            return
+        for cause_start_s, cause_end_s, cause in self._causes:
+            overlap_s = min(end_s, cause_end_s) - max(start_s, cause_start_s)
+            if overlap_s > 0:
+                idle_s[cause] += overlap_s
+                left_s -= overlap_s
+        idle_s[IdleCause.UPSTREAM] += max(0.0, left_s)
+        self._counted_s[stage_id] = end_s
+
+    def _forget_causes(self) -> None:
+        oldest_s = min(self._counted_s)
+        while self._causes and self._causes[0][1] <= oldest_s:
+            self._causes.popleft()
+
+
+def uniform_links(link: Link | None, num_stages: int) -> tuple[Link, ...]:
+    """The same link between all neighbours; None: transfers take no time."""
+    return () if link is None else (link,) * (num_stages - 1)
+
+
+def mixed_links(intra: Link, inter: Link, stages_per_node: Sequence[int]) -> tuple[Link, ...]:
+    """Links within nodes that hold so many stages each, and between these nodes."""
+    links: list[Link] = []
+    for num_stages in stages_per_node:
+        links += [intra] * (num_stages - 1) + [inter]
+    return tuple(links[:-1])
