@@ -69,6 +69,14 @@ def test_completion_equals_transformers_greedy(client, service, truth):
     assert answer.choices[0].text == truth.complete(CODE, 40)
 
 
+def test_several_greedy_outputs_share_the_prompt_and_are_equal(client, service, truth):
+    answer = client.completions.create(
+        model=service.model, prompt=CODE, max_tokens=12, temperature=0, n=3
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert {choice.text for choice in answer.choices} == {truth.complete(CODE, 12)}
+
+
 def test_stop_string_cuts_the_text_before_it(client, service, truth):
     whole = truth.chat(QUESTION, 48)
     stop = whole[7:12]
@@ -149,7 +157,7 @@ def test_a_client_that_leaves_frees_its_blocks(service, stream):
     [
         ({"model": "another"}, 404, "model", "model_not_found"),
         ({"temperature": 3}, 400, "temperature", "invalid_value"),
-        ({"n": 2}, 400, "n", "unsupported_parameter"),
+        ({"logit_bias": {"7": 1}}, 400, "logit_bias", "unsupported_parameter"),
         ({"max_tokens": 5000}, 400, "messages", "context_length_exceeded"),
         ({"extra_body": {"beam_width": 4}}, 400, "beam_width", "unknown_parameter"),
     ],
