@@ -130,8 +130,8 @@ _FORGETTING = 0.998  # a memory of 500 micro-batches along each direction of the
 _ERROR_RATE = 0.01
 _MAX_ERROR = 0.2  # to become calibrated
 _LOST_ERROR = 0.4  # to stay so
-_BETTER = 0.9  # a tile gives way to one that mispredicts this share of what it does
-_FIRST_LEAD, _ENOUGH_LEAD = -10.0, 2.0  # in tokens of a micro-batch
+_BETTER = 0.9  # a tile gives way to one that mispredicts less than this share of what it does
+_MIN_ROUNDS = 100  # samples after which two tiles are compared
 _SPREAD = 2  # the most rows seen, over the fewest
 
 
@@ -188,12 +188,11 @@ class LearntCostModel:
         """Let a rival learn too, and take over if on the samples it saw it was clearly better."""
         if rival is self._fit:
             return
-        lead = _BETTER * missed_tokens - rival.observe(load, time_s)
-        rival.lead += _ERROR_RATE * (lead - rival.lead)
-        if rival.lead > _ENOUGH_LEAD:
+        rival.compare(missed_tokens, rival.observe(load, time_s))
+        if rival.num_rounds >= _MIN_ROUNDS and rival.missed < _BETTER * rival.missed_by_used:
             self._fit = rival
             for fit in self._fits:
-                fit.lead = _FIRST_LEAD
+                fit.num_rounds = 0
 
 
 class _Regression:
@@ -213,17 +212,29 @@ class _Regression:
     Attributes:
         weights: Of 1, rows, context tokens and attention pairs.
         error: Running mean of the relative error, 0 to 1.
-        lead: Running mean of how many tokens fewer it mispredicts than the one in use. Tokens,
-            because micro-batches of few rows do not tell tiles apart.
+        num_rounds: Samples on which it was compared with the one in use.
+        missed: Running mean of the tokens it mispredicted on those. Tokens, because micro-batches
+            of few rows say little of tiles.
+        missed_by_used: That of the one in use.
     """
 
-    __slots__ = ("_information", "_moment", "error", "lead", "tile", "weights")
+    __slots__ = (
+        "_information",
+        "_moment",
+        "error",
+        "missed",
+        "missed_by_used",
+        "num_rounds",
+        "tile",
+        "weights",
+    )
 
     def __init__(self, tile: int) -> None:
         self.tile = tile
         self.weights = [0.0] * 4
         self.error = 1.0
-        self.lead = _FIRST_LEAD
+        self.num_rounds = 0
+        self.missed = self.missed_by_used = 0.0
         self._information = [[0.0] * 4 for _ in range(4)]
         self._moment = [0.0] * 4
 
@@ -249,6 +260,13 @@ class _Regression:
         self._add([feature / scale for feature in features], time_s / scale)
         self._descend()
         return error * load.num_tokens
+
+    def compare(self, missed_by_used: float, missed: float) -> None:
+        """Note how many tokens of a sample the one in use and this one mispredicted."""
+        self.num_rounds += 1
+        rate = max(_ERROR_RATE, 1 / self.num_rounds)
+        self.missed_by_used += rate * (missed_by_used - self.missed_by_used)
+        self.missed += rate * (missed - self.missed)
 
     def _add(self, x: list[float], y: float) -> None:
         """R += x x' and b += x y, after both have forgotten along x."""
