@@ -3,7 +3,6 @@
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
 from math import inf
 from typing import Any, Self
 
@@ -130,8 +129,9 @@ _FORGETTING = 0.998  # a memory of 500 micro-batches along each direction of the
 _ERROR_RATE = 0.01
 _MAX_ERROR = 0.2  # to become calibrated
 _LOST_ERROR = 0.4  # to stay so
-_BETTER = 0.9  # a tile gives way to one that mispredicts this share of what it does
-_FIRST_LEAD, _ENOUGH_LEAD = -10.0, 2.0  # in tokens of a micro-batch
+_BETTER = 0.9  # a tile gives way to one that mispredicts less than this share of what it does
+_MIN_ROUNDS = 50  # samples after which a tile may give way
+_AGREEMENT = 0.05  # of two predictions so near each other, a sample does not tell which is right
 _SPREAD = 2  # the most rows seen, over the fewest
 
 
@@ -146,7 +146,7 @@ class LearntCostModel:
     def __init__(self) -> None:
         self._fits = [_Regression(tile) for tile in _TILES]
         self._fit = self._fits[0]
-        self._turns = cycle(self._fits)
+        self._turn = 0
         self._coefficients = _TOKEN_COUNTS
         self._min_tokens, self._max_tokens = inf, 0
 
@@ -175,25 +175,31 @@ class LearntCostModel:
             return
         self._min_tokens = min(self._min_tokens, load.num_tokens)
         self._max_tokens = max(self._max_tokens, load.num_tokens)
+        predicted = self._fit.predict(load)
         missed_tokens = self._fit.observe(load, time_s)
-        self._challenge(next(self._turns), load, time_s, missed_tokens)
+        self._challenge(load, time_s, predicted, missed_tokens)
         limit = _LOST_ERROR if self.is_calibrated else _MAX_ERROR
         is_spread = self._max_tokens >= _SPREAD * self._min_tokens
         is_calibrated = is_spread and self._fit.error < limit and self._fit.weights[1] > 0
         self._coefficients = self._fit.coefficients() if is_calibrated else _TOKEN_COUNTS
 
     def _challenge(
-        self, rival: "_Regression", load: StepLoad, time_s: float, missed_tokens: float
+        self, load: StepLoad, time_s: float, predicted: float, missed_tokens: float
     ) -> None:
         """Let a rival learn too, and take over if on the samples it saw it was clearly better."""
-        if rival is self._fit:
-            return
-        lead = _BETTER * missed_tokens - rival.observe(load, time_s)
-        rival.lead += _ERROR_RATE * (lead - rival.lead)
-        if rival.lead > _ENOUGH_LEAD:
+        # A linear congruential generator: micro-batches repeat with the number of stages, and a
+        # round of turns would show each rival but a part of them.
+        self._turn = (1_103_515_245 * self._turn + 12_345) % 2**31
+        rivals = [fit for fit in self._fits if fit is not self._fit]
+        rival = rivals[(self._turn >> 16) % len(rivals)]
+        ratio = rival.predict(load) / (predicted or 1.0)
+        rival_missed_tokens = rival.observe(load, time_s)
+        if not 1 - _AGREEMENT < ratio < 1 + _AGREEMENT:
+            rival.compare(missed_tokens, rival_missed_tokens)
+        if rival.num_rounds >= _MIN_ROUNDS and rival.missed < _BETTER * rival.missed_by_used:
             self._fit = rival
             for fit in self._fits:
-                fit.lead = _FIRST_LEAD
+                fit.num_rounds = 0
 
 
 class _Regression:
@@ -213,17 +219,29 @@ class _Regression:
     Attributes:
         weights: Of 1, rows, context tokens and attention pairs.
         error: Running mean of the relative error, 0 to 1.
-        lead: Running mean of how many tokens fewer it mispredicts than the one in use. Tokens,
-            because micro-batches of few rows do not tell tiles apart.
+        num_rounds: Samples on which it disagreed with the one in use.
+        missed: Running mean of the tokens it mispredicted on those. Tokens, because micro-batches
+            of few rows say little of tiles.
+        missed_by_used: That of the one in use.
     """
 
-    __slots__ = ("_information", "_moment", "error", "lead", "tile", "weights")
+    __slots__ = (
+        "_information",
+        "_moment",
+        "error",
+        "missed",
+        "missed_by_used",
+        "num_rounds",
+        "tile",
+        "weights",
+    )
 
     def __init__(self, tile: int) -> None:
         self.tile = tile
         self.weights = [0.0] * 4
         self.error = 1.0
-        self.lead = _FIRST_LEAD
+        self.num_rounds = 0
+        self.missed = self.missed_by_used = 0.0
         self._information = [[0.0] * 4 for _ in range(4)]
         self._moment = [0.0] * 4
 
@@ -240,8 +258,7 @@ class _Regression:
 
     def observe(self, load: StepLoad, time_s: float) -> float:
         """Learn from a sample; returns how many of its tokens were mispredicted."""
-        rows = _tiled(load.num_tokens, self.tile)
-        features = (1, rows, load.num_context_tokens, load.num_attention_pairs)
+        features = self._features(load)
         predicted = _dot(features, self.weights)
         scale = max(time_s, predicted)
         error = abs(time_s - predicted) / scale
@@ -249,6 +266,21 @@ class _Regression:
         self._add([feature / scale for feature in features], time_s / scale)
         self._descend()
         return error * load.num_tokens
+
+    def predict(self, load: StepLoad) -> float:
+        """The time of a micro-batch, as far as it is known."""
+        return _dot(self._features(load), self.weights)
+
+    def _features(self, load: StepLoad) -> tuple[int, int, int, int]:
+        rows = _tiled(load.num_tokens, self.tile)
+        return (1, rows, load.num_context_tokens, load.num_attention_pairs)
+
+    def compare(self, missed_by_used: float, missed: float) -> None:
+        """Note how many tokens of a sample the one in use and this one mispredicted."""
+        self.num_rounds += 1
+        rate = max(_ERROR_RATE, 1 / self.num_rounds)
+        self.missed_by_used += rate * (missed_by_used - self.missed_by_used)
+        self.missed += rate * (missed - self.missed)
 
     def _add(self, x: list[float], y: float) -> None:
         """R += x x' and b += x y, after both have forgotten along x."""

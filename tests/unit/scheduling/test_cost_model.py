@@ -72,6 +72,21 @@ def test_the_tile_is_recovered_from_stepped_times(tile):
     assert mean_error(model, truth) < 0.02
 
 
+def test_a_small_model_on_a_cpu_calibrates_though_most_micro_batches_are_small():
+    draw = random.Random(3)
+    cpu = replace(TRUTH, floor_s=2.4e-3, token_s=4.2e-5, context_token_s=1.3e-6)
+    model = LearntCostModel()
+    for index in range(2000):
+        num_decodes = draw.randrange(4, 9)
+        chunk = draw.randrange(5, 300) if index % 8 == 0 else 0
+        load = StepLoad(num_decodes, num_decodes * draw.randrange(200, 350), chunk, chunk * chunk)
+        model.observe(load, cpu.stage_time(load) * draw.lognormvariate(0, 0.1))
+    assert model.is_calibrated
+    assert model.tile == 1
+    chunk = StepLoad(num_decodes=6, num_context_tokens=1800, num_prefill_tokens=200)
+    assert model.stage_time(chunk) == pytest.approx(cpu.stage_time(chunk), rel=0.15)
+
+
 def test_slow_first_samples_and_a_busy_machine_do_no_harm():
     slowed = [
         (load, time_s * (100 if i < 20 else 30 if i % 25 == 0 else 1))
