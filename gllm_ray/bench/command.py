@@ -1,12 +1,15 @@
-"""`gllm-ray bench`: the benchmarks as commands."""
+"""`gllm-ray bench` and `gllm-ray profile`: what measures, as commands."""
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from gllm_ray.bench.scheduler import SchedulerBenchResult, bench_scheduler
+from gllm_ray.errors import GllmRayError
 from gllm_ray.policy_config import POLICY_CONFIGS
+from gllm_ray.serve_file import load_only_service
 
 
 def add_bench_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not name its type
@@ -49,3 +52,61 @@ def _bench_scheduler(options: argparse.Namespace) -> int:
     if options.output is not None:
         options.output.write_text(json.dumps(results, indent=2) + "\n")
     return 0
+
+
+def add_profile_parser(commands: Any) -> None:  # noqa: ANN401
+    """Add `profile` to the commands of a parser."""
+    parser = commands.add_parser(
+        "profile",
+        help="measure the stages of a service on this machine, for the simulator",
+        description="Load every stage of a service into this process, and measure how long it "
+        "takes for micro-batches of all kinds and sizes. Nothing else should run meanwhile.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, metavar="SERVE_CONFIG.yaml", help="has one service")
+    parser.add_argument("--output", type=Path, required=True, help="the profile, as JSON")
+    parser.add_argument(
+        "--calibration", type=Path, help="write what `scheduler.cost_calibration` names, too"
+    )
+    parser.add_argument("--seconds", type=float, default=60, help="at most; then the rest is left")
+    parser.add_argument("--repeats", type=_positive, default=5, help="of each micro-batch")
+    parser.set_defaults(run=_profile)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from gllm_ray.bench.service_profile import (  # it imports torch
+        calibrate,
+        profile_service,
+        service_layout,
+    )
+
+    try:
+        config = load_only_service(options.file)
+        layout = service_layout(config) if options.calibration else None
+        profile = profile_service(
+            config, max_s=options.seconds, repeats=options.repeats, on_progress=_show_progress
+        )
+        _write_json(options.output, profile.model_dump())
+        if layout is not None:
+            _write_json(options.calibration, calibrate(layout, profile).to_calibration())
+    except (GllmRayError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+def _show_progress(num_done: int, num_all: int) -> None:
+    print(f"measured {num_done} of {num_all} micro-batches", file=sys.stderr)
+
+
+def _positive(text: str) -> int:
+    """A number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: must be >= 1")
+    return number
