@@ -1,15 +1,28 @@
 """`gllm-ray bench` and `gllm-ray profile`: what measures, as commands."""
 
 import argparse
+import asyncio
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from gllm_ray.bench.fidelity_models import MODELS, fidelity_service
 from gllm_ray.bench.scheduler import SchedulerBenchResult, bench_scheduler
 from gllm_ray.errors import GllmRayError
 from gllm_ray.policy_config import POLICY_CONFIGS
 from gllm_ray.serve_file import load_only_service
+from gllm_ray.simulation.length_config import LengthsConfig
+
+# Short, so that a run takes minutes on a CPU.
+_FIDELITY_LENGTHS = LengthsConfig.model_validate(
+    {
+        "prompt": {"name": "lognormal", "median_tokens": 64, "sigma": 0.6, "max_tokens": 256},
+        "output": {"name": "lognormal", "median_tokens": 32, "sigma": 0.6, "max_tokens": 128},
+    }
+)
 
 
 def add_bench_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not name its type
@@ -17,6 +30,7 @@ def add_bench_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not
     bench = commands.add_parser("bench", help="measure a part of the service on this machine")
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
     _add_scheduler(benchmarks)
+    _add_fidelity(benchmarks)
 
 
 def _add_scheduler(benchmarks: Any) -> None:  # noqa: ANN401
@@ -51,6 +65,58 @@ def _bench_scheduler(options: argparse.Namespace) -> int:
         results.append(result.as_json())
     if options.output is not None:
         options.output.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def _add_fidelity(benchmarks: Any) -> None:  # noqa: ANN401
+    parser = benchmarks.add_parser(
+        "fidelity",
+        help="the simulator against the engine",
+        description="Serve a model in two stages on the CPU of this machine, simulate the same "
+        "requests from a profile of these stages, and compare. Nothing else should run meanwhile.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", choices=MODELS, help="one alone instead of all")
+    parser.add_argument("--requests", type=_positive, default=200, help="of each load")
+    parser.add_argument("--seconds", type=float, default=60, help="at most for the profile")
+    parser.add_argument("--seed", type=int, default=0, help="of arrivals and lengths")
+    parser.add_argument("--output", type=Path, help="write the numbers to this file, as JSON")
+    parser.set_defaults(run=_bench_fidelity)
+
+
+def _bench_fidelity(options: argparse.Namespace) -> int:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    from gllm_ray.bench.fidelity import bench_fidelity
+    from gllm_ray.bench.machine import describe_machine
+
+    machine, results = describe_machine("cpu"), {}
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        for model in [options.model] if options.model else MODELS:
+            with tempfile.TemporaryDirectory() as directory:
+                result = asyncio.run(
+                    bench_fidelity(
+                        fidelity_service(model, Path(directory)),
+                        _FIDELITY_LENGTHS,
+                        num_requests=options.requests,
+                        profile_s=options.seconds,
+                        seed=options.seed,
+                        on_step=lambda step, model=model: print(
+                            f"{model}: {step}", file=sys.stderr
+                        ),
+                    )
+                )
+            print(f"{result.provenance}\n{result.table()}\n", flush=True)
+            results[model] = result.to_json()
+    except GllmRayError as error:
+        print(error, file=sys.stderr)
+        return 1
+    finally:
+        ray.shutdown()
+    if options.output is not None:
+        _write_json(options.output, {"machine": machine, "models": results})
     return 0
 
 
