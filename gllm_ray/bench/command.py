@@ -95,6 +95,7 @@ def _bench_fidelity(options: argparse.Namespace) -> int:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         for model in [options.model] if options.model else MODELS:
+            _show_step(f"model: {model}")
             with tempfile.TemporaryDirectory() as directory:
                 result = asyncio.run(
                     bench_fidelity(
@@ -103,9 +104,7 @@ def _bench_fidelity(options: argparse.Namespace) -> int:
                         num_requests=options.requests,
                         profile_s=options.seconds,
                         seed=options.seed,
-                        on_step=lambda step, model=model: print(
-                            f"{model}: {step}", file=sys.stderr
-                        ),
+                        on_step=_show_step,
                     )
                 )
             print(f"{result.provenance}\n{result.table()}\n", flush=True)
@@ -164,6 +163,10 @@ def _profile(options: argparse.Namespace) -> int:
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
+
+
+def _show_step(step: str) -> None:
+    print(step, file=sys.stderr)
 
 
 def _show_progress(num_done: int, num_all: int) -> None:

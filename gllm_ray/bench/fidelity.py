@@ -16,14 +16,13 @@ from gllm_ray.bench.stage_profiler import StageProfiler
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.errors import ConfigError
-from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.simulation.length_config import LengthsConfig
 from gllm_ray.simulation.measured import MeasuredCost
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.report import Report
 from gllm_ray.simulation.simulated_request import SimulatedRequest
 from gllm_ray.simulation.simulator import Deployment, Simulation
-from gllm_ray.simulation.stage_profile import StageProfile
+from gllm_ray.simulation.stage_profile import StageProfile, StageSample
 from gllm_ray.simulation.workload import Workload
 from gllm_ray.simulation.workload_config import (
     ArrivalsConfig,
@@ -165,13 +164,12 @@ async def bench_fidelity(
                 seed,
             )
             measured = await replay(client, workload)
+            report = Simulation(deployment, workload).run().report
             return Comparison(
                 load=load,
                 rate_per_s=getattr(arrivals, "rate_per_s", None),
                 measured=_measured_figures(measured),
-                simulated=_simulated_figures(
-                    Simulation(deployment, workload).run().report, client_s
-                ),
+                simulated=_simulated_figures(report, client_s),
                 load_average=os.getloadavg()[0],
             )
 
@@ -206,8 +204,8 @@ async def _measure_parts(
             provenance=describe_service(config, group.infos),
         )
         on_step("measuring the host")
-        row_bytes = layout.hop_bytes(StepLoad(num_decodes=1))
-        return profile, await measure_host_costs(config, group, row_bytes=row_bytes)
+        cost = MeasuredCost.from_profile(layout, profile)
+        return profile, await measure_host_costs(config, group, cost)
     finally:
         await stop_stages(group.stages)
 
@@ -228,10 +226,13 @@ async def _measure_client(client: EngineClient, replica: PipelineReplica, host: 
 
 
 def _pipeline_cost(layout: PipelineLayout, profile: StageProfile, host: HostCosts) -> MeasuredCost:
-    """Stage times with what a stage needs from one micro-batch to the next."""
+    """What each micro-batch holds a stage for while the engine runs beside it."""
     samples = [
-        sample.model_copy(
-            update={"stage_times_s": [time_s + host.step_s for time_s in sample.stage_times_s]}
+        StageSample(
+            **sample.load._asdict(),
+            stage_times_s=[
+                host.stage_slowdown * time_s + host.step_s for time_s in sample.stage_times_s
+            ],
         )
         for sample in profile.samples
     ]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean, median
+from typing import Any
 
 from ray.actor import ActorHandle
 
@@ -15,6 +16,8 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.interfaces import Pipeline
 from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult, StepInterval
+from gllm_ray.scheduling.load import StepLoad
+from gllm_ray.simulation.cost_model import PipelineCost
 from gllm_ray.simulation.links import Link
 from gllm_ray.simulation.virtual_pipeline import Timing, uniform_links
 from gllm_ray.stages.ray_pipeline import RayPipeline, StageGroup, connect_stages
@@ -37,6 +40,7 @@ class HostCosts:
         hop_s: From the end of one row on a stage to its start on the next.
         hop_bandwidth_bytes_s: Bytes of longer hidden states on top, a second.
         result_s: From the end on the last stage to the result at the scheduler.
+        stage_slowdown: A stage's time while scheduler and clients run beside it, over that without.
     """
 
     schedule_s: float
@@ -46,6 +50,7 @@ class HostCosts:
     hop_s: float
     hop_bandwidth_bytes_s: float
     result_s: float
+    stage_slowdown: float
 
     def timing(self, num_stages: int) -> Timing:
         """All of it as the simulator has it, for stages whose times include `step_s`."""
@@ -66,14 +71,14 @@ class HostCosts:
 
 
 async def measure_host_costs(
-    config: ServiceConfig, group: StageGroup, *, row_bytes: int, num_steps: int = 50
+    config: ServiceConfig, group: StageGroup, cost: PipelineCost, *, num_steps: int = 50
 ) -> HostCosts:
     """Run a few micro-batches and requests through stages on this machine that nobody else uses.
 
     Args:
         config: Of the stages.
         group: The stages; afterwards they are connected for a later epoch than the group's.
-        row_bytes: Hidden states of a token.
+        cost: Of the stages while neither scheduler nor clients run beside them.
         num_steps: Micro-batches of each measurement.
 
     Raises:
@@ -85,12 +90,12 @@ async def measure_host_costs(
     long_hop_s = await _measure_hop(config, await _reconnected(group, 3), long, _NUM_LONG)
     alone, together, intervals = await _serve(config, await _reconnected(group, 4), num_steps)
 
-    long_bytes = (long.load.num_tokens - 1) * row_bytes
+    long_bytes = cost.layout.hop_bytes(long.load) - cost.layout.hop_bytes(short.load)
     schedule_s = median(step.schedule_s for step in alone.values())
-    num_more = fmean(step.num_sequences for step in together.values()) - 1
+    num_more = fmean(step.load.num_decodes for step in together.values()) - 1
     more_s = median(step.schedule_s for step in together.values()) - schedule_s
     sequence_s = max(0.0, more_s / num_more) if num_more else 0.0
-    first, last = (_by_batch(intervals[stage]) for stage in (0, -1))
+    first, last = intervals[0], intervals[-1]
     return HostCosts(
         schedule_s=max(0.0, schedule_s - sequence_s),
         schedule_sequence_s=sequence_s,
@@ -99,19 +104,24 @@ async def measure_host_costs(
         hop_s=short_hop_s,
         hop_bandwidth_bytes_s=long_bytes / max(long_hop_s - short_hop_s, _SHORTEST_S),
         result_s=_delay_s((last[i].end_s, step.result_s) for i, step in alone.items()),
+        stage_slowdown=median(
+            (stage[i].end_s - stage[i].start_s) / cost.stage_time_s(stage_id, step.load)
+            for stage_id, stage in enumerate(intervals)
+            for i, step in together.items()
+        ),
     )
 
 
-async def stage_intervals(stages: Sequence[ActorHandle]) -> list[tuple[StepInterval, ...]]:
+async def stage_intervals(stages: Sequence[ActorHandle[Any]]) -> list[tuple[StepInterval, ...]]:
     """When each stage computed its latest micro-batches."""
     return list(await asyncio.gather(*(stage.intervals.remote() for stage in stages)))
 
 
 @dataclass(slots=True, kw_only=True)
 class _Step:
-    """A micro-batch as the engine sees it; moments are of the wall clock, as the stages' are."""
+    """A micro-batch of single rows as the engine sees it, in the wall clock of the stages."""
 
-    num_sequences: int
+    load: StepLoad
     schedule_s: float
     submitted_s: float
     result_s: float = 0.0
@@ -130,7 +140,7 @@ class _RecordingPipeline:
         now_s = time.time()
         if self._latest_result_s is not None:  # else the engine was idle before
             self._steps[batch.batch_id] = _Step(
-                num_sequences=len(batch.sequences),
+                load=_load_of_rows(batch),
                 schedule_s=now_s - self._latest_result_s,
                 submitted_s=now_s,
             )
@@ -155,7 +165,7 @@ class _RecordingPipeline:
 
 async def _serve(
     config: ServiceConfig, group: StageGroup, num_steps: int
-) -> tuple[dict[int, _Step], dict[int, _Step], list[tuple[StepInterval, ...]]]:
+) -> tuple[dict[int, _Step], dict[int, _Step], list[dict[int, StepInterval]]]:
     """The micro-batches of one request, those of several at a time, and the stages' intervals."""
     pipeline = _RecordingPipeline(RayPipeline(group))
     engine = build_engine(
@@ -179,7 +189,8 @@ async def _serve(
         alone = pipeline.take()
         await asyncio.gather(*map(generate, range(1, 1 + _NUM_CONCURRENT)))
         together = pipeline.take()
-        return alone, together, await stage_intervals(group.stages)
+        stages = await stage_intervals(group.stages)
+        return alone, together, [{each.batch_id: each for each in stage} for stage in stages]
     finally:
         await client.close()
         await engine.close()
@@ -226,8 +237,9 @@ async def _reconnected(group: StageGroup, num_times: int) -> StageGroup:
     return group
 
 
-def _by_batch(intervals: Sequence[StepInterval]) -> dict[int, StepInterval]:
-    return {interval.batch_id: interval for interval in intervals}
+def _load_of_rows(batch: MicroBatch) -> StepLoad:
+    """The load of a micro-batch whose sequences have one token each."""
+    return StepLoad(len(batch.sequences), sum(item.end for item in batch.sequences))
 
 
 def _delay_s(spans: Iterable[tuple[float, float]]) -> float:
