@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gllm_ray import __version__
-from gllm_ray.bench.command import add_bench_parser
+from gllm_ray.bench.command import add_bench_parser, add_profile_parser
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.serve_file import load_serve_file, service_config
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     keys = commands.add_parser("keys", help="print every key of `args` as a Markdown table")
     keys.set_defaults(run=_print_keys)
     _add_train_lengths(commands)
+    add_profile_parser(commands)
     add_bench_parser(commands)
     return parser
 

@@ -49,6 +49,19 @@ def load_serve_file(path: Path) -> ServeFile:
     return ServeFile.model_validate(data)
 
 
+def load_only_service(path: Path) -> ServiceConfig:
+    """Read a configuration file of Ray Serve that has one application of ours.
+
+    Raises:
+        ConfigError: The file has mistakes, or has none or several of them.
+    """
+    configs = [service_config(application) for application in load_serve_file(path).applications]
+    ours = [config for config in configs if config is not None]
+    if len(ours) != 1:
+        raise ConfigError(f"{path}: has {len(ours)} applications of {IMPORT_PATH}; must have one")
+    return ours[0]
+
+
 def service_config(application: Application) -> ServiceConfig | None:
     """The checked `args` of an application; None if it is not one of ours."""
     if not _is_ours(application.import_path):

@@ -1,4 +1,4 @@
-"""An engine from a configuration and a pipeline."""
+"""A scheduler, and an engine over a pipeline, from a configuration."""
 
 from gllm_ray.assembly.cost_models import build_cost_model
 from gllm_ray.assembly.length_predictors import build_length_predictor
@@ -12,6 +12,12 @@ def build_engine(
     config: ServiceConfig, pipeline: Pipeline, *, num_blocks: int, max_model_len: int
 ) -> Engine:
     """An engine over a running pipeline whose stages have `num_blocks` KV blocks each."""
+    scheduler = build_scheduler(config, num_blocks=num_blocks, max_model_len=max_model_len)
+    return Engine(scheduler, pipeline)
+
+
+def build_scheduler(config: ServiceConfig, *, num_blocks: int, max_model_len: int) -> Scheduler:
+    """A scheduler for stages that have `num_blocks` KV blocks each."""
     options = config.scheduler
     settings = SchedulerSettings(
         num_stages=config.pipeline.num_stages,
@@ -28,10 +34,9 @@ def build_engine(
             timeout_s=options.queue_timeout_s,
         ),
     )
-    scheduler = Scheduler(
+    return Scheduler(
         make_policy(options.policy),
         settings,
         cost=build_cost_model(options),
         predictor=build_length_predictor(options),
     )
-    return Engine(scheduler, pipeline)

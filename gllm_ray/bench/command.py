@@ -1,12 +1,28 @@
-"""`gllm-ray bench`: the benchmarks as commands."""
+"""`gllm-ray bench` and `gllm-ray profile`: what measures, as commands."""
 
 import argparse
+import asyncio
 import json
+import os
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from gllm_ray.bench.fidelity_models import MODELS, fidelity_service
 from gllm_ray.bench.scheduler import SchedulerBenchResult, bench_scheduler
+from gllm_ray.errors import GllmRayError
 from gllm_ray.policy_config import POLICY_CONFIGS
+from gllm_ray.serve_file import load_only_service
+from gllm_ray.simulation.length_config import LengthsConfig
+
+# Short, so that a run takes minutes on a CPU.
+_FIDELITY_LENGTHS = LengthsConfig.model_validate(
+    {
+        "prompt": {"name": "lognormal", "median_tokens": 64, "sigma": 0.6, "max_tokens": 256},
+        "output": {"name": "lognormal", "median_tokens": 32, "sigma": 0.6, "max_tokens": 128},
+    }
+)
 
 
 def add_bench_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not name its type
@@ -14,6 +30,7 @@ def add_bench_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not
     bench = commands.add_parser("bench", help="measure a part of the service on this machine")
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
     _add_scheduler(benchmarks)
+    _add_fidelity(benchmarks)
 
 
 def _add_scheduler(benchmarks: Any) -> None:  # noqa: ANN401
@@ -49,3 +66,116 @@ def _bench_scheduler(options: argparse.Namespace) -> int:
     if options.output is not None:
         options.output.write_text(json.dumps(results, indent=2) + "\n")
     return 0
+
+
+def _add_fidelity(benchmarks: Any) -> None:  # noqa: ANN401
+    parser = benchmarks.add_parser(
+        "fidelity",
+        help="the simulator against the engine",
+        description="Serve a model in two stages on the CPU of this machine, simulate the same "
+        "requests from a profile of these stages, and compare. Nothing else should run meanwhile.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", choices=MODELS, help="one alone instead of all")
+    parser.add_argument("--requests", type=_positive, default=200, help="of each load")
+    parser.add_argument("--seconds", type=float, default=60, help="at most for the profile")
+    parser.add_argument("--seed", type=int, default=0, help="of arrivals and lengths")
+    parser.add_argument("--output", type=Path, help="write the numbers to this file, as JSON")
+    parser.set_defaults(run=_bench_fidelity)
+
+
+def _bench_fidelity(options: argparse.Namespace) -> int:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    from gllm_ray.bench.fidelity import bench_fidelity
+    from gllm_ray.bench.machine import describe_machine
+
+    machine, results = describe_machine("cpu"), {}
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        for model in [options.model] if options.model else MODELS:
+            _show_step(f"model: {model}")
+            with tempfile.TemporaryDirectory() as directory:
+                result = asyncio.run(
+                    bench_fidelity(
+                        fidelity_service(model, Path(directory)),
+                        _FIDELITY_LENGTHS,
+                        num_requests=options.requests,
+                        profile_s=options.seconds,
+                        seed=options.seed,
+                        on_step=_show_step,
+                    )
+                )
+            print(f"{result.provenance}\n{result.table()}\n", flush=True)
+            results[model] = result.to_json()
+    except GllmRayError as error:
+        print(error, file=sys.stderr)
+        return 1
+    finally:
+        ray.shutdown()
+    if options.output is not None:
+        _write_json(options.output, {"machine": machine, "models": results})
+    return 0
+
+
+def add_profile_parser(commands: Any) -> None:  # noqa: ANN401
+    """Add `profile` to the commands of a parser."""
+    parser = commands.add_parser(
+        "profile",
+        help="measure the stages of a service on this machine, for the simulator",
+        description="Load every stage of a service into this process, and measure how long it "
+        "takes for micro-batches of all kinds and sizes. Nothing else should run meanwhile.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, metavar="SERVE_CONFIG.yaml", help="has one service")
+    parser.add_argument("--output", type=Path, required=True, help="the profile, as JSON")
+    parser.add_argument(
+        "--calibration", type=Path, help="write what `scheduler.cost_calibration` names, too"
+    )
+    parser.add_argument("--seconds", type=float, default=60, help="at most; then the rest is left")
+    parser.add_argument("--repeats", type=_positive, default=5, help="of each micro-batch")
+    parser.set_defaults(run=_profile)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from gllm_ray.bench.service_profile import (  # it imports torch
+        calibrate,
+        profile_service,
+        service_layout,
+    )
+
+    try:
+        config = load_only_service(options.file)
+        layout = service_layout(config) if options.calibration else None
+        profile = profile_service(
+            config, max_s=options.seconds, repeats=options.repeats, on_progress=_show_progress
+        )
+        _write_json(options.output, profile.model_dump())
+        if layout is not None:
+            _write_json(options.calibration, calibrate(layout, profile).to_calibration())
+    except (GllmRayError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+def _show_step(step: str) -> None:
+    print(step, file=sys.stderr)
+
+
+def _show_progress(num_done: int, num_all: int) -> None:
+    print(f"measured {num_done} of {num_all} micro-batches", file=sys.stderr)
+
+
+def _positive(text: str) -> int:
+    """A number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: must be >= 1")
+    return number

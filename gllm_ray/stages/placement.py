@@ -55,12 +55,17 @@ def start_stage(
     ).remote(config, stage_id)
 
 
+def num_cpu_threads(pipeline: PipelineConfig) -> int:
+    """Threads with which a stage computes on cpu."""
+    return max(1, int(pipeline.cpus_per_stage))
+
+
 def _environment(pipeline: PipelineConfig) -> dict[str, str]:
     """What must stand in a stage's environment before torch is imported there."""
     if pipeline.device == "cuda":
         return {}
     return {
-        "OMP_NUM_THREADS": str(max(1, int(pipeline.cpus_per_stage))),
+        "OMP_NUM_THREADS": str(num_cpu_threads(pipeline)),
         # Idle threads of one stage must not spin on the cores of another.
         "OMP_WAIT_POLICY": "PASSIVE",
     }

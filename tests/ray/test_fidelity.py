@@ -1,0 +1,58 @@
+"""The engine against the simulator, on the demo model and a few requests."""
+
+import asyncio
+import json
+from math import isfinite
+
+import pytest
+
+from gllm_ray.bench.fidelity import bench_fidelity
+from gllm_ray.bench.fidelity_models import fidelity_service
+from gllm_ray.errors import ConfigError
+from gllm_ray.simulation.length_config import LengthsConfig
+
+LENGTHS = LengthsConfig.model_validate(
+    {"prompt": {"name": "uniform", "min_tokens": 8, "max_tokens": 40}, "output": 12}
+)
+
+
+def bench(tmp_path, num_requests, steps):
+    return asyncio.run(
+        bench_fidelity(
+            fidelity_service("demo", tmp_path),
+            LENGTHS,
+            num_requests=num_requests,
+            profile_s=3,
+            loads=(0.5,),
+            on_step=steps.append,
+        )
+    )
+
+
+def test_engine_and_simulator_are_compared_at_each_load(ray_cluster, tmp_path):
+    steps = []
+    result = bench(tmp_path, 12, steps)
+    assert [(each.load, each.rate_per_s is None) for each in result.comparisons] == [
+        ("all at once", True),
+        ("50%", False),
+    ]
+    saturated, half = result.comparisons
+    assert half.rate_per_s == 0.5 * saturated.measured.requests_per_s
+    for each in result.comparisons:
+        for figures in (each.measured, each.simulated):
+            assert figures.requests_per_s > 0
+            assert 0 < figures.ttft_p50_s <= figures.ttft_p99_s < 60
+            assert 0 < figures.tpot_p50_s <= figures.tpot_p99_s < 60
+        assert all(isfinite(error) and error > -1 for error in each.errors.values())
+    assert "demo/model" in result.provenance
+    assert result.host.step_s > 0
+    assert result.host.stage_slowdown > 0
+    assert json.loads(json.dumps(result.to_json()))["comparisons"][1]["load"] == "50%"
+    assert len(result.table().splitlines()) == 1 + 2 * len(half.errors)
+    assert steps[0] == "starting the stages"
+    assert steps[-1] == "load: 50%"
+
+
+def test_more_requests_than_the_vocabulary_tells_apart_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="requests=5000: must be <= 2047"):
+        bench(tmp_path, 5000, [])
