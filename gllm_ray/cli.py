@@ -15,6 +15,7 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.serve_file import load_serve_file, service_config
 from gllm_ray.serve_schema import Application
+from gllm_ray.simulation.command import add_simulate_parser
 from gllm_ray.strict_schema import key_table
 
 
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train_lengths(commands)
     add_profile_parser(commands)
     add_bench_parser(commands)
+    add_simulate_parser(commands)
     return parser
 
 

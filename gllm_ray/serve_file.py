@@ -8,14 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-from yaml.composer import ComposerError
-from yaml.constructor import ConstructorError
-
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.serve_schema import Application, ServeFile
 from gllm_ray.strict_schema import find_mistakes
+from gllm_ray.strict_yaml import read_yaml
 
 IMPORT_PATH = "gllm_ray.serving.app:build_app"
 DEPLOYMENT_NAME = "LLMServer"
@@ -38,7 +35,7 @@ def load_serve_file(path: Path) -> ServeFile:
             `demo.yaml: applications[0].args.pipeline.num_stages=0: must be an integer from 1 to
             256`, or `demo.yaml:7: ...` where the text is not YAML.
     """
-    data = _read_yaml(path)
+    data = read_yaml(path)
     mistakes = find_mistakes(ServeFile, data)
     for key, application in _our_applications(data):
         mistakes += find_mistakes(ServiceConfig, application.get("args", {}), f"{key}.args")
@@ -92,41 +89,3 @@ def _find_override_mistakes(application: dict[str, Any], key: str) -> Iterator[s
         for option in _FROM_PIPELINE:
             if option in options:
                 yield f"{key}.deployments[{i}].{option}: must be left out; see {key}.args.pipeline"
-
-
-def _read_yaml(path: Path) -> object:
-    try:
-        with path.open("rb") as file:
-            return yaml.load(file, Loader=_StrictLoader)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        reason = ": ".join(filter(None, (error.context, error.problem)))
-        raise ConfigError(f"{path}:{line}: {reason}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: must be UTF-8: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply") from None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key may stand only once in a mapping, and each error has a line."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401
-        node = super().compose_mapping_node(anchor)
-        first_line: dict[str, int] = {}
-        for key_node, _ in node.value:
-            key, mark = str(key_node.value)[:60], key_node.start_mark
-            if key in first_line:
-                reason = f"key {key!r} is given twice, first in line {first_line[key]}"
-                raise ComposerError(None, None, reason, mark)
-            first_line[key] = mark.line + 1
-        return node
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError):
-            reason = f"{str(node.value)[:60]!r} is no {node.tag.rpartition(':')[2]}"
-            raise ConstructorError(None, None, reason, node.start_mark) from None

@@ -1,11 +1,11 @@
 """A scheduler, and an engine over a pipeline, from a configuration."""
 
-from gllm_ray.assembly.cost_models import build_cost_model
 from gllm_ray.assembly.length_predictors import build_length_predictor
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.engine import Engine
 from gllm_ray.interfaces import Pipeline
-from gllm_ray.scheduling import QueueLimits, Scheduler, SchedulerSettings, make_policy
+from gllm_ray.scheduler_factory import make_cost_model, make_settings
+from gllm_ray.scheduling import Scheduler, make_policy
 
 
 def build_engine(
@@ -18,25 +18,17 @@ def build_engine(
 
 def build_scheduler(config: ServiceConfig, *, num_blocks: int, max_model_len: int) -> Scheduler:
     """A scheduler for stages that have `num_blocks` KV blocks each."""
-    options = config.scheduler
-    settings = SchedulerSettings(
+    settings = make_settings(
+        config.scheduler,
         num_stages=config.pipeline.num_stages,
         num_blocks=num_blocks,
         block_size=config.kv_cache.block_size,
         max_model_len=max_model_len,
-        max_in_flight=config.pipeline.max_in_flight or config.pipeline.num_stages,
-        max_decodes=options.max_decodes,
-        prefix_caching=options.prefix_caching,
-        fair_share=options.fair_share,
-        queue=QueueLimits(
-            max_requests=options.max_waiting_requests,
-            max_tokens=options.max_waiting_tokens,
-            timeout_s=options.queue_timeout_s,
-        ),
+        max_in_flight=config.pipeline.max_in_flight,
     )
     return Scheduler(
-        make_policy(options.policy),
+        make_policy(config.scheduler.policy),
         settings,
-        cost=build_cost_model(options),
-        predictor=build_length_predictor(options),
+        cost=make_cost_model(config.scheduler),
+        predictor=build_length_predictor(config.scheduler),
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
+from gllm_ray.errors import ConfigError
 from gllm_ray.messages import MicroBatch, StageTime
 from gllm_ray.scheduling import Scheduler
 from gllm_ray.simulation.autoscaling import Autoscaler
@@ -62,12 +63,14 @@ class SimulationResult:
 
     Attributes:
         report: Its numbers.
+        requests: Latencies and counts of all requests.
         intervals: When stages computed, if that was to be kept.
         decisions: The micro-batches of each replica, if they were to be kept.
         num_replicas: Most replicas at once.
     """
 
     report: Report
+    requests: RequestMetrics
     intervals: list[StageInterval]
     decisions: list[list[MicroBatch]]
     num_replicas: int
@@ -129,7 +132,11 @@ class Simulation:
         self._end_s = 0.0
 
     def run(self) -> SimulationResult:
-        """Let all requests come and end."""
+        """Let all requests come and end.
+
+        Raises:
+            ConfigError: None came that can be served.
+        """
         deployment = self._deployment
         for _ in range(deployment.num_replicas):
             self._start_replica(0.0)
@@ -258,6 +265,8 @@ class Simulation:
         self._num_replicas = max(self._num_replicas, len(self._serving))
 
     def _result(self) -> SimulationResult:
+        if not self._end_s:
+            raise ConfigError("the workload has no request that can be served: lengthen it")
         for replica in self._replicas:
             replica.close(max(self._end_s, replica.busy_until_s))
         report = make_report(
@@ -267,4 +276,6 @@ class Simulation:
             ideal_ratio=self._ideal.time_s / (self._end_s * self._num_replicas),
         )
         decisions = [replica.decisions or [] for replica in self._replicas]
-        return SimulationResult(report, self._intervals or [], decisions, self._num_replicas)
+        return SimulationResult(
+            report, self._requests, self._intervals or [], decisions, self._num_replicas
+        )

@@ -1,0 +1,72 @@
+"""What one simulation leaves for its user: a table, JSON, a trace and charts."""
+
+import json
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from gllm_ray.simulation.chrome_trace import write_chrome_trace
+from gllm_ray.simulation.hardware import uncalibrated
+from gllm_ray.simulation.hardware_config import HardwareConfig
+from gllm_ray.simulation.metrics import StageInterval
+from gllm_ray.simulation.plots import plot_latency_cdf, plot_pipeline
+from gllm_ray.simulation.report_table import format_report
+from gllm_ray.simulation.simulator import SimulationResult
+
+_NUM_BARS = 10  # of each stage in a Gantt chart, so that their labels can be read
+
+
+def format_result(result: SimulationResult, hardware: HardwareConfig) -> str:
+    """The report as a table, and which constants behind it are nominal."""
+    return "\n\n".join(filter(None, (format_report(result.report), uncalibrated_note(hardware))))
+
+
+def uncalibrated_note(hardware: HardwareConfig) -> str:
+    """One line; empty where all constants were fitted."""
+    names = uncalibrated(hardware)
+    return f"nominal constants, not fitted to measurements: {', '.join(names)}" if names else ""
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a report, or several; overwrites the file."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_trace(path: Path, intervals: Iterable[StageInterval]) -> None:
+    """Write a trace that Perfetto shows; overwrites the file."""
+    with path.open("w", encoding="utf-8") as file:
+        write_chrome_trace(intervals, file)
+
+
+def plot_gantt(path: Path, result: SimulationResult, start_s: float | None) -> None:
+    """Draw some micro-batches of each stage.
+
+    Args:
+        path: Ends in .png or .svg; overwritten.
+        result: With its intervals.
+        start_s: From when on; None: half-way.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or `path` is neither.
+    """
+    begin_s = result.report.wall_s / 2 if start_s is None else start_s
+    later = (interval for interval in result.intervals if interval.start_s >= begin_s)
+    num_rows = len(result.report.stages) * result.num_replicas
+    plot_pipeline(islice(later, _NUM_BARS * num_rows), path)
+
+
+def plot_latencies(path: Path, result: SimulationResult) -> None:
+    """Draw the distributions of all latencies.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or `path` ends in neither .png nor .svg.
+    """
+    requests = result.requests
+    sketches = {
+        "TTFT": requests.ttft_s,
+        "TPOT": requests.tpot_s,
+        "ITL": requests.itl_s,
+        "E2E": requests.e2e_s,
+        "queue time": requests.queue_s,
+    }
+    plot_latency_cdf(sketches, path)
