@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 
-from gllm_ray.errors import PipelineError
+from gllm_ray.errors import OverloadedError, PipelineError
 from gllm_ray.interfaces import Pipeline
 from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
 from gllm_ray.scheduling import Scheduler
@@ -59,7 +59,11 @@ class Engine:
             PipelineError: The pipeline is broken.
         """
         self._raise_if_broken()
-        self._scheduler.add(request, _now_s())
+        try:
+            self._scheduler.add(request, _now_s())
+        except OverloadedError:
+            self._fill_pipeline()  # what came in the same turn may wait no more
+            self._scheduler.add(request, _now_s())
         self._set_alarm()
         # Requests that arrive in one turn of the event loop then share a micro-batch.
         asyncio.get_running_loop().call_soon(self._fill_pipeline)

@@ -25,6 +25,7 @@ class AdmissionControl:
         self._tokens_per_s = 0.0
         self._num_tokens = 0  # scheduled since `_since_s`
         self._since_s: float | None = None
+        self._seen_s = 0.0  # of backlog, up to the window
 
     def check(self, request: GenerationRequest, waiting: WaitingQueue) -> None:
         """Let a request join those that wait.
@@ -70,7 +71,9 @@ class AdmissionControl:
         """
         if self._since_s is not None and now_s > self._since_s:
             elapsed_s = now_s - self._since_s
-            weight = elapsed_s / (elapsed_s + _RATE_WINDOW_S) if self._tokens_per_s else 1.0
+            # The mean of all that was seen, until that is more than the window.
+            self._seen_s = min(self._seen_s + elapsed_s, _RATE_WINDOW_S)
+            weight = min(1.0, elapsed_s / self._seen_s)
             self._tokens_per_s += weight * (self._num_tokens / elapsed_s - self._tokens_per_s)
             self._since_s, self._num_tokens = now_s, 0
         self._num_tokens += num_tokens

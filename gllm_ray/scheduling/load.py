@@ -88,7 +88,10 @@ class LoadView:
         kv_free_ratio: Share of the blocks that hold no computed token, 0 to 1. Blocks taken for
             prompt tokens not yet scheduled count as free.
         cost: Predicts stage times.
-        waiting: The waiting sequences, in the order of admission; may be iterated again.
+        max_decodes: Decodes a micro-batch may hold whatever the budget.
+        head: The waiting sequence that is admitted next; None if none waits.
+        waiting: The waiting sequences by rank; all but the head are admitted in that order as long
+            as no priority is passed over. May be iterated again.
         live: The sequences that hold blocks, in flight or not; may be iterated again.
     """
 
@@ -110,6 +113,8 @@ class LoadView:
     num_free_blocks: int
     block_size: int
     kv_free_ratio: float
+    max_decodes: int
     cost: CostModel
+    head: SequenceLoad | None
     waiting: Iterable[SequenceLoad]
     live: Iterable[SequenceLoad]

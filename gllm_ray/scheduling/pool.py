@@ -45,6 +45,7 @@ class SequencePool:
         self.num_preemptions = 0
         self._sequences: dict[int, Sequence] = {}  # in order of arrival
         self._copies: list[tuple[int, int]] = []
+        self._refused: tuple[int, int, int] | None = None  # head, free blocks, reserve
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -142,12 +143,16 @@ class SequencePool:
         allocator = self.allocator
         if allocator.num_free_blocks == allocator.num_blocks:
             reserved_blocks = 0  # no decode is running that the reserve could save
+        circumstances = (sequence.seq_id, allocator.num_free_blocks, reserved_blocks)
+        if circumstances == self._refused:
+            return None  # without another look at each block of its prefix
         hit = self.prefix_cache.find(sequence)
         num_new_blocks = allocator.blocks_for(sequence.num_tokens) - len(hit.blocks)
         num_taken = num_new_blocks + allocator.num_cached(hit.blocks)
         if num_taken + reserved_blocks >= allocator.num_free_blocks:
             hit = hit._replace(last_block=None)  # it would have to be held, too, to be copied
         if num_taken + reserved_blocks > allocator.num_free_blocks:
+            self._refused = circumstances
             return None
         self.waiting.pop()
         self.prefix_cache.reuse(sequence, hit)

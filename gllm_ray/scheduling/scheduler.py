@@ -57,7 +57,7 @@ class Scheduler:
         self._predictor = predictor
         self._admission = AdmissionControl(settings)
         self._pool = SequencePool(settings)
-        self._stage_times = StageTimes(cost, settings.num_stages)
+        self._stage_times = StageTimes(cost, settings.num_stages, settings.max_in_flight)
         self._seq_ids: dict[str, int] = {}
         self._in_flight: deque[InFlight] = deque()
         self._next_seq_id = 0
@@ -162,12 +162,13 @@ class Scheduler:
     def expire(self, now_s: float) -> list[TokenEvent]:
         """End the requests that waited for their first micro-batch until their deadline."""
         events = []
-        for sequence in self._pool.waiting.take_expired(now_s):
-            retry_after_s = self._admission.drain_time_s(self._pool.waiting.num_tokens)
-            message = (
-                "the request waited longer than it may, because the service is full; "
-                f"send it again in {retry_after_s:.0f} s"
-            )
+        expired = list(self._pool.waiting.take_expired(now_s))
+        retry_after_s = self._admission.drain_time_s(self._pool.waiting.num_tokens)
+        message = (
+            "the request waited longer than it may, because the service is full; "
+            f"send it again in {retry_after_s:.0f} s"
+        )
+        for sequence in expired:
             event = self._finish(sequence, FinishReason.EXPIRED, error=message)
             events.append(event._replace(retry_after_s=retry_after_s))
         return events
@@ -240,6 +241,7 @@ class Scheduler:
         pool, allocator = self._pool, self._pool.allocator
         num_decodes_in_flight = sum(flight.load.num_decodes for flight in self._in_flight)
         num_in_flight = sum(len(flight.batch.sequences) for flight in self._in_flight)
+        num_ending_tokens = sum(flight.num_ending_tokens for flight in self._in_flight)
         num_unwritten_blocks = pool.num_prefilling_tokens // allocator.block_size
         next_prefill = next(iter(pool.prefilling.values()), None)
         oldest_ready = next(iter(pool.ready.values()), None)
@@ -252,7 +254,7 @@ class Scheduler:
             prefill_start=next_prefill.num_computed_tokens if next_prefill else 0,
             num_decoding=len(pool.ready) + num_decodes_in_flight,
             num_ready=len(pool.ready),
-            num_context_tokens=pool.num_context_tokens,
+            num_context_tokens=pool.num_context_tokens - num_ending_tokens,
             num_live=len(pool.live),
             num_prefills_in_flight=num_in_flight - num_decodes_in_flight,
             num_remaining_tokens=pool.num_remaining_tokens,
@@ -262,7 +264,9 @@ class Scheduler:
             num_free_blocks=allocator.num_free_blocks,
             block_size=allocator.block_size,
             kv_free_ratio=(allocator.num_free_blocks + num_unwritten_blocks) / allocator.num_blocks,
+            max_decodes=self._settings.max_decodes,
             cost=self._cost,
+            head=pool.waiting.head(),
             waiting=pool.waiting,
             live=pool.live.values(),
         )

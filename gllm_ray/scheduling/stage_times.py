@@ -3,8 +3,8 @@
 from gllm_ray.messages import StageTime
 from gllm_ray.scheduling.load import CostModel, StepLoad
 
-# Micro-batches to wait for: a device that computes asynchronously tells some of them late.
-_MAX_OPEN = 64
+# A device that computes asynchronously tells the times of so many micro-batches late, at most.
+_MAX_LATE = 64
 
 
 class StageTimes:
@@ -13,17 +13,19 @@ class StageTimes:
     Args:
         cost: Learns from it.
         num_stages: Depth of the pipeline.
+        max_in_flight: Micro-batches whose results are still to come, at most.
     """
 
-    def __init__(self, cost: CostModel, num_stages: int) -> None:
+    def __init__(self, cost: CostModel, num_stages: int, max_in_flight: int) -> None:
         self._cost = cost
         self._num_stages = num_stages
+        self._max_open = max_in_flight + _MAX_LATE
         self._open: dict[int, tuple[StepLoad, list[float]]] = {}
 
     def expect(self, batch_id: int, load: StepLoad) -> None:
         """A micro-batch is on its way."""
         self._open[batch_id] = (load, [])
-        if len(self._open) > _MAX_OPEN:
+        if len(self._open) > self._max_open:
             del self._open[next(iter(self._open))]
 
     def add(self, times: tuple[StageTime, ...]) -> None:

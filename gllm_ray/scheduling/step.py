@@ -41,18 +41,21 @@ class InFlight:
         load: What it makes each stage compute.
         sampling: The sequences that get a token, in the order of their tokens.
         others: Those whose chunk does not end their prompt.
+        num_ending_tokens: Tokens of the sequences whose prompt ends in it, and that decode next.
     """
 
     batch: MicroBatch
     load: StepLoad
     sampling: list[Sequence]
     others: list[Sequence]
+    num_ending_tokens: int
 
     @classmethod
     def of(cls, batch: MicroBatch, step: Step) -> "InFlight":
         """The micro-batch that was made of a step."""
         chunks = list(zip(step.items, step.sequences, strict=True))[step.num_decodes :]
-        sampling = step.sequences[: step.num_decodes]
-        sampling += [sequence for item, sequence in chunks if item.sampling is not None]
+        ending = [sequence for item, sequence in chunks if item.sampling is not None]
         others = [sequence for item, sequence in chunks if item.sampling is None]
-        return cls(batch, step.load(), sampling, others)
+        sampling = step.sequences[: step.num_decodes] + ending
+        num_ending_tokens = sum([sequence.num_tokens for sequence in ending])
+        return cls(batch, step.load(), sampling, others, num_ending_tokens)

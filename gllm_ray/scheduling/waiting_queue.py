@@ -53,7 +53,7 @@ class WaitingQueue:
         return len(self._members)
 
     def __iter__(self) -> Iterator[Sequence]:
-        """By rank; costs as much as is taken from it."""
+        """By rank; costs little more than what is taken from it."""
         for rank in self._ranks:
             sequence = self._members[rank[2]]
             if sequence.rank == rank:

@@ -47,7 +47,7 @@ def _refuse_unless(value: object, neutral: Iterable[object]) -> object:
 
 def _check_best_of(value: object, info: ValidationInfo) -> object:
     """The best `n` of `n` outputs are all of them."""
-    return _refuse_unless(value, (1, info.data.get("n")))
+    return _refuse_unless(value, (info.data.get("n") or 1,))
 
 
 def _parse_stop(value: object) -> object:

@@ -490,6 +490,17 @@ class Harness:
         assert pool.num_prefilling_tokens == num_prefilling_tokens
         assert pool.waiting.num_tokens == sum(s.num_uncomputed_tokens for s in waiting)
         decoding = [s for s in pool if s.state is SequenceState.DECODING]
+        ending = {
+            item.seq_id
+            for batch in self.in_flight
+            for item in batch.sequences
+            if item.sampling is not None and item.start < self.prompt_ends[item.seq_id]
+        }
+        begun = [s for s in decoding if s.seq_id not in ending]
+        view = self.scheduler._view(self.now_s)
+        assert view.num_context_tokens == sum(len(s.token_ids) for s in begun)
+        assert view.num_decoding == len(begun)
+        assert view.num_live == len(list(pool)) - len(waiting)
         assert pool.num_context_tokens == sum(len(s.token_ids) for s in decoding)
         assert pool.num_remaining_tokens == sum(
             s.request.max_tokens - s.num_output_tokens for s in decoding

@@ -295,14 +295,13 @@ def test_what_orders_the_queue_reaches_the_engine(tokenizer, path):
     assert (request.expected_output_tokens, request.queue_timeout_s) == (7, 60.0)
 
 
-@pytest.mark.parametrize("best_of", [1, 3])
-def test_a_best_of_that_drops_no_output_is_accepted(tokenizer, best_of):
-    change = {"n": 3, "best_of": best_of}
+def test_a_best_of_that_drops_no_output_is_accepted(tokenizer):
+    change = {"n": 3, "best_of": 3}
     status, body, requests = post(tokenizer, COMPLETION_PATH, change)
     assert (status, len(body["choices"]), len(requests)) == (200, 3, 3)
 
 
-@pytest.mark.parametrize("change", [{"best_of": 3}, {"n": 2, "best_of": 3}, {"n": 3, "best_of": 2}])
+@pytest.mark.parametrize("change", [{"best_of": 3}, {"n": 2, "best_of": 3}, {"n": 3, "best_of": 1}])
 def test_any_other_best_of_is_refused_by_name(tokenizer, change):
     status, body, requests = post(tokenizer, COMPLETION_PATH, change)
     assert (status, body["error"]["param"]) == (400, "best_of")

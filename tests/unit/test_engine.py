@@ -5,6 +5,7 @@ import pytest
 from gllm_ray.engine.engine import Engine
 from gllm_ray.errors import InvalidRequestError, PipelineError, StageLostError
 from gllm_ray.messages import FinishReason
+from gllm_ray.scheduling import QueueLimits
 from tests.factories import make_request, make_scheduler
 from tests.fake_pipeline import FakePipeline
 
@@ -49,6 +50,19 @@ def test_requests_of_one_turn_share_a_micro_batch():
     pipeline = asyncio.run(scenario())
     assert len(pipeline.submitted[0].sequences) == 3
     assert pipeline.is_closed
+
+
+def test_requests_of_one_turn_that_can_run_at_once_do_not_count_as_waiting():
+    async def main():
+        scheduler = make_scheduler(num_blocks=256, queue=QueueLimits(max_requests=4))
+        engine = Engine(scheduler, FakePipeline())
+        engine.start()
+        for index in range(8):
+            await engine.add(make_request(str(index)))
+        await drain(engine, 8)
+        await engine.close()
+
+    asyncio.run(main())
 
 
 def test_a_request_that_arrives_while_a_result_is_awaited_enters_the_pipeline_at_once():

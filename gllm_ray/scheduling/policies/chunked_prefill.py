@@ -59,13 +59,14 @@ class ChunkedPrefillPolicy:
         if tbt_target_s is None or not view.num_decoding or not view.cost.is_calibrated:
             return most
         # Those in flight get their tokens before this micro-batch, and have all their time left.
+        num_decodes = min(view.num_ready, view.max_decodes)
         waited_s = 0.0 if view.oldest_token_s is None else view.now_s - view.oldest_token_s
-        context = view.num_context_tokens * view.num_ready / view.num_decoding
+        context = view.num_context_tokens * num_decodes / view.num_decoding
         prefill_tokens = most_prefill_tokens(
             view.cost,
-            StepLoad(num_decodes=view.num_ready, num_context_tokens=round(context)),
+            StepLoad(num_decodes=num_decodes, num_context_tokens=round(context)),
             view.prefill_start,
             (tbt_target_s - waited_s) / (_SAFETY * view.num_stages),
-            max(0, most - view.num_ready),
+            max(0, most - num_decodes),
         )
-        return min(most, view.num_ready + max(prefill_tokens, _LATE_PREFILL_TOKENS))
+        return min(most, num_decodes + max(prefill_tokens, _LATE_PREFILL_TOKENS))

@@ -146,10 +146,9 @@ class TemporalPolicy:
 
     def _head_fits(self, view: LoadView) -> bool:
         """Whether a prompt waits and would be admitted, whatever the prefix cache knows of it."""
-        head = next(iter(view.waiting), None)
-        if head is None:
+        if view.head is None:
             return False
-        num_blocks = ceil(head.num_tokens / view.block_size) + self._watermark(view)
+        num_blocks = ceil(view.head.num_tokens / view.block_size) + self._watermark(view)
         return num_blocks <= view.num_free_blocks or view.num_free_blocks == view.num_blocks
 
     def _is_filled(self, view: LoadView) -> bool:

@@ -1,5 +1,7 @@
 """Which requests may wait, and when the others should come again."""
 
+from collections import deque
+
 import pytest
 
 from gllm_ray.errors import OverloadedError
@@ -62,6 +64,24 @@ def test_retry_after_is_the_time_the_backlog_takes_at_the_recent_rate():
         scheduler.add(make_request(str(index), num_prompt_tokens=30, max_tokens=1))
     expected_s = scheduler.num_waiting_tokens / 20
     assert refusal(scheduler).retry_after_s == pytest.approx(expected_s, rel=0.1)
+
+
+def test_filling_an_idle_pipeline_is_soon_forgotten():
+    scheduler = make_scheduler(num_stages=4, num_blocks=8, queue=QueueLimits(max_requests=100))
+    for index in range(100):
+        scheduler.add(make_request(str(index), num_prompt_tokens=30, max_tokens=1))
+    now_s, batches = 0.0, deque()
+    for _ in range(20):
+        while (batch := scheduler.schedule(now_s)) is not None:
+            batches.append(batch)
+            now_s += 0.0001
+        batch = batches.popleft()
+        now_s += batch.num_tokens / 20
+        scheduler.commit(result_of(batch), now_s)
+    while scheduler.num_waiting_requests < 100:
+        scheduler.add(make_request(f"late {now_s} {scheduler.num_waiting_requests}"), now_s)
+    expected_s = scheduler._pool.waiting.num_tokens / 20
+    assert refusal(scheduler, now_s).retry_after_s == pytest.approx(expected_s, rel=0.25)
 
 
 def test_the_rate_is_learnt_from_busy_times_alone():

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from gllm_ray.policy_config import TemporalConfig
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.scheduling.policies.temporal import TemporalPolicy
+from tests.factories import make_request, make_scheduler, result_of
 from tests.unit.scheduling.profiles import (
     L20_LLAMA_13B,
     L20_LLAMA_13B_WITH_CONTEXT,
@@ -394,3 +395,19 @@ def test_the_same_loads_give_the_same_budgets(stream, num_stages, cost):
         ]
         assert budgets[0] == budgets[1]
         assert budgets[0].prefill_tokens <= policies[0].max_prefill_tokens
+
+
+def test_a_large_prompt_that_is_next_by_age_does_not_leave_the_pipeline_idle():
+    scheduler = make_scheduler(
+        num_stages=4, num_blocks=100, block_size=16, max_model_len=1600, policy=TemporalConfig()
+    )
+    scheduler.add(make_request("large", num_prompt_tokens=1400, max_tokens=4, priority=1))
+    for index in range(40):
+        scheduler.add(make_request(str(index), num_prompt_tokens=40, max_tokens=30))
+    in_flight, depths = deque(), []
+    while not scheduler.is_idle:
+        while (batch := scheduler.schedule()) is not None:
+            in_flight.append(batch)
+        depths.append(len(in_flight))
+        scheduler.commit(result_of(in_flight.popleft()))
+    assert sum(depths) / len(depths) > 2.5

@@ -45,7 +45,9 @@ def view(**changes: Any) -> LoadView:
         "num_free_blocks": 600,
         "block_size": 16,
         "kv_free_ratio": 0.6,
+        "max_decodes": 512,
         "cost": TokenCost(),
+        "head": None,
         "waiting": (),
         "live": (),
     }
@@ -75,6 +77,7 @@ def view_of(
         "kv_free_ratio": 1 - num_used / num_blocks,
         "oldest_token_s": 0.0 if live else None,
         "live": [Length(*item) for item in live],
+        "head": Length(*waiting[0]) if waiting else None,
         "waiting": [Length(*item) for item in waiting],
     }
     return view(**(values | changes))
