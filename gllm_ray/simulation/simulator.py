@@ -268,7 +268,10 @@ class Simulation:
 
     def _result(self) -> SimulationResult:
         if not self._end_s:
-            raise ConfigError("the workload has no request that can be served: lengthen it")
+            raise ConfigError(
+                "no time passed: no request was served; give the workload requests that the "
+                "deployment can serve"
+            )
         for replica in self._replicas:
             replica.close(max(self._end_s, replica.busy_until_s))
         report = make_report(

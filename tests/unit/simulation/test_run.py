@@ -15,34 +15,10 @@ from gllm_ray.simulation.hardware import build_hardware, uncalibrated
 from gllm_ray.simulation.simulation_config import load_simulation_config, parse_simulation_config
 from tests.unit.simulation.simulations import SMALL, changed
 
-GOLDEN = Path(__file__).with_name("golden_report.json")
+GOLDEN_CONFIG = Path(__file__).with_name("golden.yaml")
+GOLDEN_REPORT = Path(__file__).with_name("golden_report.json")
 EXAMPLES = sorted((Path(__file__).parents[3] / "configs" / "simulation").glob("*.yaml"))
 SLOW_LINK = {"latency_s": 0.01, "bandwidth_bytes_s": 1e9}
-# Something of everything, and nothing that a machine's libm could tip over.
-MANY_KEYS = changed(
-    {
-        "hardware.stage_link": {"latency_s": 1e-5, "bandwidth_bytes_s": 2e10},
-        "hardware.nodes": {"num_stages": [2, 1], "link": "100gbe"},
-        "hardware.tensor_parallel_link": "a40-pcie",
-        "pipeline": {"num_stages": 3, "layers": [5, 6, 5], "tensor_parallel": 2},
-        "kv_cache": {"block_size": 8, "num_blocks": 300},
-        "scheduler": {"policy": {"name": "chunked_prefill", "token_budget": 256}},
-        "timing": {"schedule_s": 0.0005, "dispatch_s": 0.0002, "result_s": 0.0003, "jitter": 0.1},
-        "workload": {
-            "arrivals": {"name": "gamma", "rate_per_s": 200, "shape": 0.5},
-            "lengths": {
-                "prompt": {"name": "uniform", "min_tokens": 10, "max_tokens": 300},
-                "output": {"name": "uniform", "min_tokens": 1, "max_tokens": 40},
-            },
-            "shared_prefixes": {"count": 3, "tokens": 64},
-            "num_requests": 80,
-        },
-        "slo": {"ttft_s": 0.05, "tpot_s": 0.05},
-        "num_replicas": 2,
-        "losses": [{"time_s": 0.2, "replica_id": 1, "recovery_s": 0.1}],
-        "seed": 7,
-    }
-)
 
 
 def report_of(changes=None, config=SMALL):
@@ -58,8 +34,8 @@ def flat(value, path=""):
 
 
 def test_the_report_of_a_run_is_the_golden_one():
-    report = json.loads(json.dumps(report_of(config=MANY_KEYS).to_json()))
-    expected = flat(json.loads(GOLDEN.read_text()))
+    report = json.loads(json.dumps(simulate(GOLDEN_CONFIG).report.to_json()))
+    expected = flat(json.loads(GOLDEN_REPORT.read_text()))
     assert flat(report).keys() == expected.keys()
     for key, value in flat(report).items():
         is_exact = not isinstance(value, float)
@@ -67,7 +43,7 @@ def test_the_report_of_a_run_is_the_golden_one():
 
 
 def test_the_golden_run_has_something_of_everything():
-    report = report_of(config=MANY_KEYS)
+    report = simulate(GOLDEN_CONFIG).report
     assert report.num_ended["length"] > 0
     assert report.num_ended["error"] > 0
     assert 0 < report.goodput_ratio < 1
@@ -75,7 +51,7 @@ def test_the_golden_run_has_something_of_everything():
 
 
 def test_two_runs_of_one_configuration_are_equal():
-    first, second = (simulate(MANY_KEYS, keep_intervals=True) for _ in range(2))
+    first, second = (simulate(GOLDEN_CONFIG, keep_intervals=True) for _ in range(2))
     assert first.report == second.report
     assert first.intervals == second.intervals
     assert first.intervals
@@ -98,6 +74,26 @@ def test_an_example_runs_and_most_of_its_requests_finish(path):
 
 
 BURST = {"arrivals": "at_once", "lengths": {"prompt": 100, "output": 20}, "num_requests": 40}
+UNEVEN = {"name": "uniform", "min_tokens": 1, "max_tokens": 200}
+PREFIXES = changed({"workload": BURST | {"shared_prefixes": {"count": 2, "tokens": 512}}})
+TENANTS = changed(
+    {
+        "workload": BURST
+        | {
+            "lengths": {"prompt": UNEVEN, "output": UNEVEN},
+            "tenants": [{"name": "a", "share": 9.0}, {"name": "b"}],
+        }
+    }
+)
+UNKNOWN_LENGTHS = changed(
+    {
+        "scheduler": {"policy": "temporal"},
+        "kv_cache.num_blocks": 200,
+        "workload.arrivals": 50,
+        "workload.num_requests": 100,
+        "workload.max_tokens": 512,
+    }
+)
 TWO_REPLICAS = changed({"num_replicas": 2, "workload.arrivals": 200})
 TP2 = changed({"pipeline.tensor_parallel": 2, "hardware.tensor_parallel_link": "100gbe"})
 SCALED = changed(
@@ -142,6 +138,10 @@ SCALED = changed(
         ({"scheduler.max_decodes": 1}, SMALL),
         ({"scheduler.max_waiting_requests": 1}, changed({"workload": BURST})),
         ({"scheduler.queue_timeout_s": 0.01}, changed({"workload": BURST})),
+        ({"scheduler.max_waiting_tokens": 100}, changed({"workload": BURST})),
+        ({"scheduler.prefix_caching": False}, PREFIXES),
+        ({"scheduler.fair_share": True}, TENANTS),
+        ({"scheduler.length_predictor": "hint"}, UNKNOWN_LENGTHS),
         ({"cost_model": "learnt"}, changed({"scheduler": {"policy": "balanced"}})),
         ({"timing.schedule_s": 0.01}, SMALL),
         ({"timing.schedule_sequence_s": 0.01}, SMALL),
@@ -179,7 +179,7 @@ def test_a_sequence_longer_than_max_model_len_is_refused():
     report = report_of({"model.max_model_len": 119, "workload.lengths": lengths})
     assert report.num_ended["error"] > 0
     assert report.num_ended["length"] > 0
-    with pytest.raises(ConfigError, match="the workload has no request that can be served"):
+    with pytest.raises(ConfigError, match="no time passed: "):
         report_of({"model.max_model_len": 99})
 
 
@@ -271,7 +271,7 @@ def test_the_scheduler_may_read_its_cost_model(tmp_path):
 
 
 def test_a_workload_without_a_request_is_a_mistake():
-    with pytest.raises(ConfigError, match="the workload has no request"):
+    with pytest.raises(ConfigError, match="no time passed: "):
         simulate(changed({"workload.num_requests": ..., "workload.duration_s": 1e-9}))
 
 
