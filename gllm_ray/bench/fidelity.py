@@ -163,7 +163,7 @@ async def bench_fidelity(
                 ),
                 seed,
             )
-            measured = await replay(client, workload)
+            measured = await replay(client, workload, cache_salt=load)
             report = Simulation(deployment, workload).run().report
             return Comparison(
                 load=load,
@@ -173,6 +173,7 @@ async def bench_fidelity(
                 load_average=os.getloadavg()[0],
             )
 
+        await compare("warm-up", AtOnceArrivalsConfig())
         comparisons = [await compare("all at once", AtOnceArrivalsConfig())]
         capacity_per_s = comparisons[0].measured.requests_per_s
         for share in loads:
@@ -213,7 +214,10 @@ async def _measure_parts(
 async def _measure_client(client: EngineClient, replica: PipelineReplica, host: HostCosts) -> float:
     """How much longer clients wait for a token than scheduler, stages and links take."""
     request = SimulatedRequest(arrival_s=0.0, num_prompt_tokens=1, num_output_tokens=1)
-    waits_s = [(await replay(client, [request])).wall_s for _ in range(_NUM_PROBES)]
+    waits_s = [
+        (await replay(client, [request], cache_salt=f"probe {i}")).wall_s
+        for i in range(_NUM_PROBES)
+    ]
     stages = await stage_intervals(replica.group.stages)
     engine_s = host.schedule_s + host.schedule_sequence_s + host.dispatch_s + host.result_s
     return max(

@@ -63,9 +63,12 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def _rates(text: str) -> list[float]:
-    rates = [float(word) for word in text.split(",")]
-    if not all(0 < rate < float("inf") for rate in rates):
-        raise ValueError(text)
+    try:
+        rates = [float(word) for word in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < float("inf") for rate in rates):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be numbers > 0, such as 2,4,8")
     return rates
 
 

@@ -136,7 +136,8 @@ class HardwareConfig(StrictModel):
             raise ValueError(f"profile={self.profile!r}: must end in .json or .csv")
         if self.profile.endswith(".csv") and self.device is None:
             raise ValueError("device=null: must be given when profile is a .csv")
-        for key in ("host", "tensor_parallel_link"):
-            if key in self.model_fields_set and getattr(self, key) is not None:
-                raise ValueError(f"{key}: must be left out when profile is given, which has it")
+        if "host" in self.model_fields_set:
+            raise ValueError(f"host={self.host!r}: must be left out when profile is given")
+        if self.tensor_parallel_link is not None:
+            raise ValueError("tensor_parallel_link={...}: must be left out when profile is given")
         return self

@@ -44,8 +44,10 @@ class SimulatedModelConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.path is None) == (self.config is None):
-            raise ValueError(f"path={self.path or 'null'}: must be given, or config, but not both")
+        if self.path is None and self.config is None:
+            raise ValueError("path=null: must be given when config is not")
+        if self.path is not None and self.config is not None:
+            raise ValueError(f"path={self.path!r}: must be left out when config is given")
         return self
 
 
@@ -218,10 +220,10 @@ class SimulationConfig(StrictModel):
         num_devices = pipeline.tensor_parallel
         has_link = hardware.tensor_parallel_link is not None
         if hardware.profile is None and has_link != (num_devices > 1):
-            must = "must be left out" if has_link else "must be given"
-            return f"hardware.tensor_parallel_link: {must} when tensor_parallel is {num_devices}"
+            must = "{...}: must be left out" if has_link else "null: must be given"
+            return f"hardware.tensor_parallel_link={must} when tensor_parallel is {num_devices}"
         if hardware.stage_link is not None and pipeline.num_stages == 1:
-            return "hardware.stage_link: must be left out when num_stages is 1"
+            return "hardware.stage_link={...}: must be left out when num_stages is 1"
         nodes = hardware.nodes
         if nodes is not None and sum(nodes.num_stages) != pipeline.num_stages:
             return (
@@ -238,7 +240,10 @@ class SimulationConfig(StrictModel):
         if scheduler.length_log is not None:
             return f"scheduler.length_log={scheduler.length_log!r}: must be null in a simulation"
         if scheduler.cost_calibration is not None and "cost_model" in self.model_fields_set:
-            return f"cost_model={self.cost_model}: must be left out with a cost_calibration"
+            return (
+                f"cost_model={self.cost_model!r}: must be left out when "
+                "scheduler.cost_calibration is given"
+            )
         return None
 
     def _index_mistake(self) -> str | None:

@@ -159,7 +159,7 @@ class Simulation:
             case _Arrival() as arrival:
                 self._on_arrival(arrival, event)
             case StageLoss() as loss:
-                self._on_loss(loss, now_s)
+                self._on_loss(loss, event)
             case SimulatedReplica() as replica:
                 self._on_replica_event(event, replica)
             case None:
@@ -198,8 +198,10 @@ class Simulation:
             else:
                 replica.fill(event.time_s)
 
-    def _on_loss(self, loss: StageLoss, now_s: float) -> None:
-        replica = self._replicas[loss.replica_id]
+    def _on_loss(self, loss: StageLoss, event: Event[_Payload]) -> None:
+        now_s, replica = event.time_s, self._replicas[loss.replica_id]
+        if not self._is_free(event, replica):
+            return
         replica.lose_stage(now_s)
         self._end_s = now_s
         self._events.push(now_s + loss.recovery_s, EventKind.READY, replica)
@@ -266,7 +268,10 @@ class Simulation:
 
     def _result(self) -> SimulationResult:
         if not self._end_s:
-            raise ConfigError("the workload has no request that can be served: lengthen it")
+            raise ConfigError(
+                "no time passed: no request was served; give the workload requests that the "
+                "deployment can serve"
+            )
         for replica in self._replicas:
             replica.close(max(self._end_s, replica.busy_until_s))
         report = make_report(
