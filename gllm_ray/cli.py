@@ -15,6 +15,7 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.serve_file import load_serve_file, service_config
 from gllm_ray.serve_schema import Application
+from gllm_ray.simulation.plan_command import add_plan_parser
 from gllm_ray.strict_schema import key_table
 
 
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     keys.set_defaults(run=_print_keys)
     _add_train_lengths(commands)
     add_bench_parser(commands)
+    add_plan_parser(commands)
     return parser
 
 
