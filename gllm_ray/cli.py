@@ -16,6 +16,7 @@ from gllm_ray.errors import ConfigError
 from gllm_ray.serve_file import load_serve_file, service_config
 from gllm_ray.serve_schema import Application
 from gllm_ray.simulation.command import add_simulate_parser
+from gllm_ray.simulation.plan_command import add_plan_parser
 from gllm_ray.strict_schema import key_table
 
 
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add_profile_parser(commands)
     add_bench_parser(commands)
     add_simulate_parser(commands)
+    add_plan_parser(commands)
     return parser
 
 

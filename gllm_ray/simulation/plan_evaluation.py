@@ -1,0 +1,189 @@
+"""Simulates the choices of a plan, in as many processes as there are to be."""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from math import ceil
+from multiprocessing import get_context
+from typing import TypeVar
+
+from gllm_ray.partition import size_kv_cache
+from gllm_ray.scheduling import Scheduler, SchedulerSettings, make_policy
+from gllm_ray.scheduling.cost_model import LearntCostModel
+from gllm_ray.scheduling.length_predictor import StatisticsPredictor
+from gllm_ray.simulation.devices import find_device
+from gllm_ray.simulation.hosts import find_host
+from gllm_ray.simulation.links import Link, find_link
+from gllm_ray.simulation.metrics import FINISHED
+from gllm_ray.simulation.plan_config import PlanConfig
+from gllm_ray.simulation.plan_ranking import Outcome, violations
+from gllm_ray.simulation.planner import Choice, Cut, stage_infos, stages_per_node
+from gllm_ray.simulation.report import Report, Summary
+from gllm_ray.simulation.roofline import RooflineCost
+from gllm_ray.simulation.simulator import Deployment, Simulation
+from gllm_ray.simulation.virtual_pipeline import Timing, mixed_links, uniform_links
+from gllm_ray.simulation.workload import Workload
+from gllm_ray.simulation.workload_config import SyntheticWorkloadConfig, TraceWorkloadConfig
+
+_MAX_HEADROOM = 16.0
+_HEADROOM_HALVINGS = 3
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+def make_cost(config: PlanConfig, cut: Cut) -> RooflineCost:
+    """The time of each stage of a replica.
+
+    Raises:
+        ConfigError: A device, host or link is not known.
+    """
+    link = config.gpu(cut.device).link if cut.tensor_parallel > 1 else None
+    return RooflineCost(
+        cut.layout(config.model.shape()),
+        find_device(cut.device),
+        find_host(config.host),
+        None if link is None else find_link(link),
+    )
+
+
+def screen(config: PlanConfig, choice: Choice) -> Outcome:
+    """Simulate one replica with its share of the requests."""
+    return _simulate(config, choice, share=choice.num_replicas)
+
+
+def evaluate(config: PlanConfig, choice: Choice) -> Outcome:
+    """Simulate all replicas with all requests."""
+    return _simulate(config, choice)
+
+
+def headroom(config: PlanConfig, choice: Choice) -> float:
+    """The highest multiple of the workload's rate that meets the SLO, to an eighth of its octave.
+
+    It is at least 1 and at most 16; for choices that meet the SLO at 1.
+    """
+    low, high = 1.0, 2.0
+    while high <= _MAX_HEADROOM and _meets(config, choice, high):
+        low, high = high, 2 * high
+    if high > _MAX_HEADROOM:
+        return low
+    for _ in range(_HEADROOM_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _meets(config, choice, middle) else (low, middle)
+    return low
+
+
+def in_processes(
+    function: Callable[[PlanConfig, ItemT], ResultT],
+    config: PlanConfig,
+    items: Sequence[ItemT],
+    *,
+    num_processes: int,
+    on_progress: Callable[[int, int], None],
+) -> list[ResultT]:
+    """Call a function of this module for every item; the results are in the order of the items.
+
+    Args:
+        function: What to call.
+        config: Its first argument.
+        items: Its second argument, one by one.
+        num_processes: How many at once; 1: in this process.
+        on_progress: Told how many of how many are done.
+    """
+    call = partial(function, config)
+    if num_processes == 1 or len(items) < 2:
+        return list(_counted(map(call, items), len(items), on_progress))
+    context = get_context("spawn")
+    with ProcessPoolExecutor(min(num_processes, len(items)), mp_context=context) as pool:
+        futures = [pool.submit(call, item) for item in items]
+        for _ in _counted(as_completed(futures), len(items), on_progress):
+            pass
+        return [future.result() for future in futures]
+
+
+def _counted(
+    results: Iterable[ResultT], total: int, on_progress: Callable[[int, int], None]
+) -> Iterable[ResultT]:
+    for num_done, result in enumerate(results, 1):
+        on_progress(num_done, total)
+        yield result
+
+
+def _meets(config: PlanConfig, choice: Choice, rate: float) -> bool:
+    return not violations(config, _simulate(config, choice, rate=rate))
+
+
+def _simulate(config: PlanConfig, choice: Choice, *, share: int = 1, rate: float = 1.0) -> Outcome:
+    """Simulate a choice at a multiple of the rate; with a share, one replica of so many."""
+    deployment = _deployment(config, choice, choice.num_replicas // share)
+    workload = Workload(_scaled(config.workload, rate, share), config.seed)
+    report = Simulation(deployment, workload, seed=config.seed).run().report
+    return _outcome(config, choice, report, share)
+
+
+def _scaled(
+    workload: SyntheticWorkloadConfig | TraceWorkloadConfig, rate: float, share: int
+) -> SyntheticWorkloadConfig | TraceWorkloadConfig:
+    """Requests that come so many times as fast, thinned to one replica's share."""
+    num_requests = workload.num_requests and ceil(workload.num_requests / share)
+    rate_scale = workload.rate_scale * rate / share
+    return workload.model_copy(update={"num_requests": num_requests, "rate_scale": rate_scale})
+
+
+def _deployment(config: PlanConfig, choice: Choice, num_replicas: int) -> Deployment:
+    cut = choice.cut
+    infos = stage_infos(config, config.model.shape(), cut)
+    settings = SchedulerSettings(
+        num_stages=cut.num_stages,
+        num_blocks=size_kv_cache(infos, config.block_size, config.model.max_model_len),
+        block_size=config.block_size,
+        max_model_len=config.model.max_model_len,
+        max_in_flight=cut.num_stages,
+        max_decodes=config.max_decodes,
+    )
+
+    def make_scheduler() -> Scheduler:
+        # As in a service without a calibration: it learns stage times while it serves.
+        policy = make_policy(choice.policy)
+        return Scheduler(policy, settings, cost=LearntCostModel(), predictor=StatisticsPredictor())
+
+    return Deployment(
+        cost=make_cost(config, cut),
+        make_scheduler=make_scheduler,
+        timing=Timing(
+            links=_links(config, cut), schedule_s=config.schedule_s, result_s=config.result_s
+        ),
+        num_replicas=num_replicas,
+        routing=config.routing,
+    )
+
+
+def _links(config: PlanConfig, cut: Cut) -> tuple[Link, ...]:
+    gpu = config.gpu(cut.device)
+    if cut.num_stages == 1 or gpu.link is None:
+        return ()
+    link = find_link(gpu.link)
+    per_node = stages_per_node(gpu, cut.num_stages, cut.tensor_parallel)
+    if config.network is None or len(per_node) == 1:
+        return uniform_links(link, cut.num_stages)
+    return mixed_links(link, find_link(config.network), per_node)
+
+
+def _outcome(config: PlanConfig, choice: Choice, report: Report, share: int) -> Outcome:
+    def percentile(summary: Summary) -> float:
+        return {50: summary.p50, 90: summary.p90, 99: summary.p99}[config.slo.percentile]
+
+    ended = report.num_ended
+    num_finished = sum(ended[reason] for reason in FINISHED)
+    return Outcome(
+        choice=choice,
+        latency_s={
+            "ttft": percentile(report.ttft_s),
+            "tpot": percentile(report.tpot_s),
+            "e2e": percentile(report.e2e_s),
+        },
+        output_tokens_per_s=report.output_tokens_per_s * share,
+        num_requests=sum(ended.values()),
+        num_unfinished=sum(ended.values()) - num_finished,
+        utilization=report.pipeline.utilization,
+    )

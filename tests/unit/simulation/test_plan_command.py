@@ -1,0 +1,197 @@
+import json
+from itertools import product
+
+import pytest
+import yaml
+
+from gllm_ray.cli import main
+from gllm_ray.partition import size_kv_cache
+from gllm_ray.policy_config import BalancedConfig, ChunkedPrefillConfig, TemporalConfig
+from gllm_ray.serve_file import load_serve_file, service_config
+from gllm_ray.simulation.plan_command import make_plan
+from gllm_ray.simulation.plan_evaluation import evaluate, headroom, in_processes, screen
+from gllm_ray.simulation.plan_ranking import violations
+from gllm_ray.simulation.plan_report import format_plan, memory_table
+from gllm_ray.simulation.plan_serve_file import serve_yaml
+from gllm_ray.simulation.planner import Choice, Cut, enumerate_choices, stage_infos
+from tests.unit.simulation.plans import plan
+
+
+def write(path, config):
+    path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
+    return str(path)
+
+
+def only_choice(config):
+    choices, _ = enumerate_choices(config)
+    assert len(choices) == 1
+    return choices[0]
+
+
+def test_a_plan_prints_what_fits_the_frontier_the_best_and_a_file_that_is_valid(capsys, tmp_path):
+    serve_file = tmp_path / "serve.yaml"
+    arguments = ["--processes", "1", "--output", str(serve_file)]
+    assert main(["plan", write(tmp_path / "plan.yaml", plan()), *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "Frontier: cost/1M tokens against p99 E2E" in out
+    assert "Best: 1 x (L4, 1 stages x 1 GPU), layers [6], " in out
+    assert "Not calibrated by measurements: L4" in out
+    assert main(["validate", str(serve_file)]) == 0
+
+
+def test_the_plan_does_not_depend_on_the_number_of_processes():
+    config = plan()
+    choices, _ = enumerate_choices(config)
+    alone, together = (make_plan(config, choices, num_processes=n) for n in (1, 2))
+    assert alone == together
+    assert len(alone.outcomes) == len(choices)
+
+
+def test_results_are_in_the_order_of_the_items_and_progress_counts_up_to_all():
+    config, seen = plan(), []
+    choices, _ = enumerate_choices(config)
+    results = in_processes(
+        screen, config, choices, num_processes=1, on_progress=lambda *done: seen.append(done)
+    )
+    assert [result.choice for result in results] == choices
+    assert seen == [(number, len(choices)) for number in range(1, len(choices) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "num_replicas", "policy"),
+    product(
+        [(6,), (2, 4)],
+        [1, 3],
+        [BalancedConfig(token_budget=1024), ChunkedPrefillConfig(), TemporalConfig()],
+    ),
+)
+def test_the_file_runs_the_stages_layers_replicas_and_policy_of_the_choice(
+    tmp_path, layers, num_replicas, policy
+):
+    cut = Cut(device="L4", tensor_parallel=1, layers=layers)
+    choice = Choice(cut=cut, num_replicas=num_replicas, policy=policy)
+    config = plan(
+        gpus=[{"device": "L4", "count": 8, "link": "pcie-4-x16", "accelerator_type": "L4"}],
+        memory_utilization=0.8,
+        block_size=32,
+        max_decodes=128,
+    )
+    path = tmp_path / "serve.yaml"
+    path.write_text(serve_yaml(config, choice), encoding="utf-8")
+    (application,) = load_serve_file(path).applications
+    service = service_config(application)
+    assert service.pipeline.layers == layers
+    assert service.pipeline.num_stages == len(layers)
+    assert service.pipeline.accelerator_type == "L4"
+    assert service.scheduler.policy == policy
+    assert service.scheduler.max_decodes == 128
+    assert service.kv_cache.block_size == 32
+    assert service.kv_cache.memory_utilization == 0.8
+    assert service.deployment.min_replicas == service.deployment.max_replicas == num_replicas
+    assert service.model.path == "some/model"
+    assert service.model.max_model_len == 4096
+    assert service.model.dtype == "bfloat16"
+
+
+def test_a_replica_of_one_node_is_packed_strictly_and_one_of_several_is_not():
+    placements = {}
+    for num_stages in (2, 4):
+        gpus = [{"device": "L4", "count": 4, "per_node": 2, "link": "pcie-4-x16"}]
+        search = {"stages": [num_stages], "replicas": [1]}
+        config = plan(gpus=gpus, network="100gbe", search=search)
+        file = yaml.safe_load(serve_yaml(config, only_choice(config)))
+        pipeline = file["applications"][0]["args"]["pipeline"]
+        placements[num_stages] = pipeline["placement_strategy"]
+    assert placements == {2: "STRICT_PACK", 4: "PACK"}
+
+
+def test_the_memory_table_has_the_weights_and_blocks_of_the_engine():
+    config = plan(search={"stages": [2], "replicas": [1], "layers": [[2, 4]]})
+    choice = only_choice(config)
+    infos = stage_infos(config, config.model.shape(), choice.cut)
+    num_blocks = size_kv_cache(infos, config.block_size, config.model.max_model_len)
+    head, _, *rows = memory_table(config, [choice.cut]).splitlines()
+    assert head == (
+        f"L4, 2 stages x 1 GPU, layers [2, 4]: {num_blocks} KV blocks, {16 * num_blocks} tokens"
+    )
+    cells = [row.split() for row in rows]
+    assert [row[:3] for row in cells] == [
+        [str(info.stage_id), f"{info.first_layer}-{info.last_layer - 1}"]
+        + [f"{info.weight_bytes / 2**20:.1f}"]
+        for info in infos
+    ]
+    assert [int(row[6]) for row in cells] == [info.max_kv_blocks for info in infos]
+    assert ["bounds the KV cache" in row for row in rows] == [False, True]
+
+
+def test_memory_alone_simulates_nothing(capsys, tmp_path):
+    path = write(tmp_path / "plan.yaml", plan(search={"stages": [1, 8], "replicas": [1]}))
+    assert main(["plan", path, "--memory-only"]) == 0
+    out = capsys.readouterr().out
+    assert "L4, 8 stages x 1 GPU: needs 8 GPUs, of which there are 4" in out or "6 layers" in out
+    assert "KV blocks" in out
+    assert "Frontier" not in out
+
+
+def test_an_slo_that_cannot_be_met_names_the_limit_and_the_excess(capsys, tmp_path):
+    config = plan(slo={"tpot_s": 0.0001}, search={"stages": [1], "replicas": [1]})
+    path = write(tmp_path / "plan.yaml", config)
+    assert main(["plan", path, "--processes", "1"]) == 1
+    out = capsys.readouterr().out
+    tpot_s = evaluate(config, only_choice(config)).latency_s["tpot"]
+    assert "No choice that the service runs meets the SLO; the nearest one:" in out
+    assert f"p99 TPOT {tpot_s:.4g} s > 0.0001 s ({tpot_s / 0.0001:.3g} x)" in out
+    assert "applications:" not in out
+
+
+def test_tensor_parallelism_is_compared_but_the_file_is_of_what_the_service_runs():
+    config = plan(search={"stages": [1], "tensor_parallel": [1, 2], "replicas": [1]})
+    choices, _ = enumerate_choices(config)
+    result = make_plan(config, choices)
+    assert {outcome.choice.cut.tensor_parallel for outcome in result.outcomes} == {1, 2}
+    assert result.best.choice.cut.tensor_parallel == 1
+    with pytest.raises(ValueError, match="must be 1 GPU a stage"):
+        serve_yaml(config, next(c for c in choices if c.cut.tensor_parallel == 2))
+
+
+def test_without_prices_gpus_are_counted():
+    gpus = [{"device": "L4", "count": 4, "link": "pcie-4-x16"}]
+    config = plan(gpus=gpus, search={"stages": [1], "replicas": [1, 2]})
+    result = make_plan(config, enumerate_choices(config)[0])
+    assert result.best.choice.num_gpus == 1
+    assert format_plan(config, result).startswith("Frontier: number of GPUs against p99 E2E\n")
+
+
+def test_screening_simulates_one_replica_with_its_share_of_the_requests():
+    config = plan(search={"stages": [1], "replicas": [2]})
+    choice = only_choice(config)
+    screened, whole = screen(config, choice), evaluate(config, choice)
+    assert (screened.num_requests, whole.num_requests) == (20, 40)
+    assert screened.output_tokens_per_s == pytest.approx(whole.output_tokens_per_s, rel=0.4)
+
+
+def test_the_slo_holds_at_the_headroom_and_not_an_eighth_of_its_octave_above():
+    workload = {"arrivals": 20, "lengths": {"prompt": 1000, "output": 20}, "num_requests": 60}
+    changes = {"workload": workload, "search": {"stages": [1], "replicas": [1]}}
+    config = plan(**changes, slo={"ttft_s": 0.3})
+    choice = only_choice(config)
+
+    def misses(multiple):
+        scaled = config.workload.model_copy(update={"rate_scale": multiple})
+        return violations(config, evaluate(config.model_copy(update={"workload": scaled}), choice))
+
+    most = headroom(config, choice)
+    assert 1 <= most < 16
+    assert not misses(most)
+    octave = max(power for power in (1, 2, 4, 8) if power <= most)
+    assert misses(most + octave / 8)
+
+
+def test_mistakes_are_told_and_end_with_a_status(capsys, tmp_path):
+    path = tmp_path / "plan.yaml"
+    assert main(["plan", str(path)]) == 1
+    assert "No such file" in capsys.readouterr().err
+    path.write_text("gpus: [", encoding="utf-8")
+    assert main(["plan", str(path)]) == 1
+    assert str(path) in capsys.readouterr().err
