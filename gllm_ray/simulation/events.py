@@ -1,9 +1,8 @@
 """The queue of what happens next in virtual time."""
 
-from dataclasses import dataclass
 from enum import IntEnum
 from heapq import heappop, heappush
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -24,18 +23,19 @@ class EventKind(IntEnum):
     SCHEDULE = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Event(Generic[T]):
+class Event(NamedTuple, Generic[T]):
     """Something that happens.
 
     Attributes:
         time_s: When.
         kind: What.
+        number: How many were pushed before it.
         payload: To what.
     """
 
     time_s: float
     kind: EventKind
+    number: int
     payload: T
 
 
@@ -43,7 +43,7 @@ class EventQueue(Generic[T]):
     """Events by time, then by kind, then in the order in which they were pushed."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, EventKind, int, T]] = []
+        self._heap: list[Event[T]] = []
         self._num_pushed = 0
 
     def __len__(self) -> int:
@@ -51,10 +51,13 @@ class EventQueue(Generic[T]):
 
     def push(self, time_s: float, kind: EventKind, payload: T) -> None:
         """Let something happen."""
+        heappush(self._heap, Event(time_s, kind, self._num_pushed, payload))
         self._num_pushed += 1
-        heappush(self._heap, (time_s, kind, self._num_pushed, payload))
+
+    def postpone(self, event: Event[T], time_s: float) -> None:
+        """Let an event that was popped happen later, still before what was pushed after it."""
+        heappush(self._heap, event._replace(time_s=time_s))
 
     def pop(self) -> Event[T]:
         """What happens next; the queue is not empty."""
-        time_s, kind, _, payload = heappop(self._heap)
-        return Event(time_s, kind, payload)
+        return heappop(self._heap)

@@ -1,5 +1,6 @@
 """What a simulation records as it runs, in memory that does not grow with its length."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -92,14 +93,20 @@ class RequestMetrics:
         self.num_output_tokens = 0
         self.num_preemptions = 0
 
-    def on_token(self, request: RequestProgress, now_s: float) -> None:
-        """An output token of a request has come."""
-        if request.first_token_s is None:
-            request.first_token_s = now_s
-        else:
-            self.itl_s.add(now_s - request.last_token_s)
-        request.last_token_s = now_s
-        request.num_output_tokens += 1
+    def on_tokens(self, requests: Iterable[RequestProgress], now_s: float) -> None:
+        """An output token of each of these requests has come, all at once."""
+        # Most requests of a micro-batch got their last token together: few ITLs, of high counts.
+        num_waited: dict[float, int] = {}
+        for request in requests:
+            if request.first_token_s is None:
+                request.first_token_s = now_s
+            else:
+                last_token_s = request.last_token_s
+                num_waited[last_token_s] = num_waited.get(last_token_s, 0) + 1
+            request.last_token_s = now_s
+            request.num_output_tokens += 1
+        for last_token_s, count in num_waited.items():
+            self.itl_s.add(now_s - last_token_s, count)
 
     def on_end(self, request: RequestProgress, reason: FinishReason) -> None:
         """A request has ended, after its last token.

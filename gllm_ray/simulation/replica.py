@@ -1,40 +1,63 @@
 """One replica in virtual time: the serving scheduler over stages that are simulated."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from math import inf
+from typing import NamedTuple
 
 from gllm_ray.errors import InvalidRequestError, OverloadedError
-from gllm_ray.messages import FinishReason, MicroBatch, MicroBatchResult, StageTime, TokenEvent
+from gllm_ray.messages import (
+    FinishReason,
+    MicroBatch,
+    MicroBatchResult,
+    ScheduledSequence,
+    StageTime,
+    TokenEvent,
+)
 from gllm_ray.scheduling import Scheduler
-from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.simulation.ideal import IdealWork
 from gllm_ray.simulation.metrics import (
     IdleCause,
-    PipelineMetrics,
     RequestMetrics,
     RequestProgress,
 )
 from gllm_ray.simulation.simulated_request import (
+    FILLER_TOKEN_ID,
     SimulatedRequest,
     output_token_id,
     to_generation_request,
 )
-from gllm_ray.simulation.virtual_pipeline import Timing, VirtualPipeline
+from gllm_ray.simulation.virtual_pipeline import VirtualPipeline
 
-# Called with the time of a result, the micro-batch and what its stages measured.
-ExpectResult = Callable[[float, MicroBatch, tuple[StageTime, ...]], None]
+
+class FlyingBatch(NamedTuple):
+    """A micro-batch on its way through the stages.
+
+    Attributes:
+        batch: The micro-batch.
+        num_decodes: How many of its sequences are decodes; they come first.
+        stage_times: What its stages will have measured.
+        epoch: That of the replica when it was submitted.
+    """
+
+    batch: MicroBatch
+    num_decodes: int
+    stage_times: tuple[StageTime, ...]
+    epoch: int
+
+
+# Called with the time at which the result of a micro-batch reaches the scheduler.
+ExpectResult = Callable[[float, FlyingBatch], None]
 
 
 class SimulatedReplica:
     """Drives a scheduler as the engine does: after each call it fills the pipeline.
 
-    The scheduler is one thread. While it forms a micro-batch, whatever comes waits until
-    `busy_until_s`; who calls sees to that.
+    The scheduler is one thread. While it forms a micro-batch, results wait until `busy_until_s`,
+    and so does the next micro-batch; who calls sees to that.
 
     Args:
         scheduler: The one that serves.
         pipeline: Its stages.
-        timing: Of the scheduler.
-        metrics: What the stages do.
         requests: What becomes of requests, those of all replicas.
         ideal: Told of the work of every micro-batch.
         expect_result: Has `on_result` called when a micro-batch is through.
@@ -42,7 +65,11 @@ class SimulatedReplica:
 
     Attributes:
         busy_until_s: When the scheduler is next free.
-        is_ready: It takes requests.
+        ready_s: When the replica takes requests, or took them again after its latest loss.
+        last_end_s: When a request last ended.
+        stopped_s: When it was told that no more requests will come; it ends those that it holds.
+        alarm_s: When it is next asked which requests have waited too long.
+        is_fill_due: Whether it is to be filled once its scheduler is free.
         epoch: How often it lost its stages; results of an earlier epoch do not come.
         metrics: What its stages do.
         decisions: Every micro-batch, if the caller makes it a list.
@@ -52,31 +79,38 @@ class SimulatedReplica:
         self,
         scheduler: Scheduler,
         pipeline: VirtualPipeline,
-        timing: Timing,
-        metrics: PipelineMetrics,
         requests: RequestMetrics,
         ideal: IdealWork,
         expect_result: ExpectResult,
         ready_s: float = 0.0,
     ) -> None:
         self.busy_until_s = ready_s
-        self.is_ready = True
+        self.ready_s = ready_s
+        self.last_end_s = 0.0
+        self.stopped_s = inf
+        self.alarm_s = inf
+        self.is_fill_due = False
         self.epoch = 0
-        self.metrics = metrics
+        self.metrics = pipeline.metrics
         self.decisions: list[MicroBatch] | None = None
         self._scheduler = scheduler
         self._pipeline = pipeline
-        self._timing = timing
         self._requests = requests
         self._ideal = ideal
         self._expect_result = expect_result
         self._progress: dict[str, tuple[SimulatedRequest, RequestProgress]] = {}
+        self._start_s = ready_s
+        self._num_open_ended = 0  # requests whose output ends by itself
         self._idle_since_s: float | None = ready_s
 
     @property
     def num_requests(self) -> int:
         """Requests accepted and not ended."""
         return len(self._progress)
+
+    def is_running(self, now_s: float) -> bool:
+        """Whether it has started, and has not been stopped or still holds requests."""
+        return now_s >= self._start_s and (now_s < self.stopped_s or self.num_requests > 0)
 
     @property
     def next_deadline_s(self) -> float | None:
@@ -91,11 +125,12 @@ class SimulatedReplica:
         try:
             self._scheduler.add(to_generation_request(request, index), now_s)
         except InvalidRequestError:
-            self._requests.on_end(progress, FinishReason.ERROR)
+            self._end(progress, FinishReason.ERROR, now_s)
         except OverloadedError:
-            self._requests.on_end(progress, FinishReason.EXPIRED)
+            self._end(progress, FinishReason.EXPIRED, now_s)
         else:
             self._progress[str(index)] = (request, progress)
+            self._num_open_ended += request.max_tokens is not None
             if self._idle_since_s is not None:
                 self._pipeline.note_idle(self._idle_since_s, now_s, IdleCause.NO_WORK)
                 self._idle_since_s = None
@@ -106,72 +141,90 @@ class SimulatedReplica:
 
     def fill(self, now_s: float) -> None:
         """Form micro-batches until the scheduler has no more."""
-        busy_until_s = now_s
-        while (batch := self._scheduler.schedule(busy_until_s)) is not None:
-            timing, load = self._timing, self._scheduler.latest_load
-            busy_until_s += timing.schedule_s + timing.schedule_sequence_s * len(batch.sequences)
-            self._pipeline.note_idle(now_s, busy_until_s, IdleCause.SCHEDULER)
-            self._note_chunks(batch, load, busy_until_s)
+        timing, formed_s = self._pipeline.timing, now_s
+        while (batch := self._scheduler.schedule(formed_s)) is not None:
+            load, begun_s = self._scheduler.latest_load, formed_s
+            formed_s += timing.schedule_s + timing.schedule_sequence_s * len(batch.sequences)
+            self._pipeline.note_idle(begun_s, formed_s, IdleCause.SCHEDULER)
+            self._note_chunks(batch.sequences[load.num_decodes :], formed_s)
             self._ideal.add(load)
-            result_s, times = self._pipeline.submit(batch.batch_id, load, busy_until_s)
-            self._expect_result(result_s, batch, times)
+            result_s, times = self._pipeline.submit(batch.batch_id, load, formed_s)
+            self._expect_result(result_s, FlyingBatch(batch, load.num_decodes, times, self.epoch))
             if self.decisions is not None:
                 self.decisions.append(batch)
-        self.busy_until_s = busy_until_s
-        self.metrics.kv_utilization.set(self._scheduler.kv_utilization, busy_until_s)
+        self.busy_until_s = formed_s
+        self.metrics.kv_utilization.set(self._scheduler.kv_utilization, now_s)
 
-    def on_result(self, batch: MicroBatch, times: tuple[StageTime, ...], now_s: float) -> None:
+    def on_result(self, flying: FlyingBatch, now_s: float) -> None:
         """The oldest micro-batch is through: commit it, and fill the pipeline again."""
         result = MicroBatchResult(
-            batch_id=batch.batch_id, token_ids=self._sample(batch), stage_times=times
+            batch_id=flying.batch.batch_id,
+            token_ids=self._sample(flying),
+            stage_times=flying.stage_times,
         )
         self._take(self._scheduler.commit(result, now_s), now_s)
         self.fill(now_s)
 
-    def lose_stage(self, now_s: float) -> None:
-        """A stage dies: its requests end with an error, and nothing comes until `recover`."""
+    def lose_stage(self, now_s: float, recovery_s: float) -> None:
+        """A stage dies: all requests end with an error, and none is taken until it is replaced."""
         self.epoch += 1
-        self.is_ready = False
+        self.ready_s = max(self.ready_s, now_s + recovery_s)
+        self.busy_until_s = min(self.busy_until_s, now_s)
         self._pipeline.restart(now_s)
         self._take(self._scheduler.fail_all("a stage was lost"), now_s)
         self.metrics.kv_utilization.set(0.0, now_s)
 
-    def recover(self) -> None:
-        """The stages are there again."""
-        self.is_ready = True
+    def close(self, end_s: float) -> float:
+        """Account for the time up to its end, or to that of the simulation if that is earlier.
 
-    def close(self, now_s: float) -> None:
-        """Account for the time up to the end."""
+        Returns:
+            How long it ran.
+        """
+        end_s = max(self._start_s, min(end_s, max(self.stopped_s, self.last_end_s)))
         if self._idle_since_s is not None:
-            self._pipeline.note_idle(self._idle_since_s, now_s, IdleCause.NO_WORK)
-        self._pipeline.close(now_s)
-        self.metrics.kv_utilization.set(self._scheduler.kv_utilization, now_s)
+            self._pipeline.note_idle(self._idle_since_s, end_s, IdleCause.NO_WORK)
+        self._pipeline.close(end_s)
+        self.metrics.kv_utilization.set(self._scheduler.kv_utilization, end_s)
+        return end_s - self._start_s
 
-    def _note_chunks(self, batch: MicroBatch, load: StepLoad, now_s: float) -> None:
-        for item in batch.sequences[load.num_decodes :]:
-            _, progress = self._progress[self._scheduler.request_of(item.seq_id).request_id]
-            progress.num_preemptions = item.epoch
+    def _note_chunks(self, chunks: Iterable[ScheduledSequence], now_s: float) -> None:
+        for chunk in chunks:
+            _, progress = self._progress_of(chunk)
+            progress.num_preemptions = chunk.epoch
             if progress.first_scheduled_s is None:
                 progress.first_scheduled_s = now_s
 
-    def _sample(self, batch: MicroBatch) -> tuple[int, ...]:
+    def _progress_of(self, item: ScheduledSequence) -> tuple[SimulatedRequest, RequestProgress]:
+        return self._progress[self._scheduler.request_of(item.seq_id).request_id]
+
+    def _sample(self, flying: FlyingBatch) -> tuple[int, ...]:
+        sequences = flying.batch.sequences
+        if not self._num_open_ended:  # no token means anything
+            chunks = sequences[flying.num_decodes :]
+            num_last_chunks = sum(chunk.sampling is not None for chunk in chunks)
+            return (FILLER_TOKEN_ID,) * (flying.num_decodes + num_last_chunks)
         token_ids = []
-        for item in batch.sequences:
+        for item in sequences:
             if item.sampling is not None:
-                request_id = self._scheduler.request_of(item.seq_id).request_id
-                request, progress = self._progress[request_id]
+                request, progress = self._progress_of(item)
                 token_ids.append(output_token_id(request, progress.num_output_tokens))
         return tuple(token_ids)
 
-    def _take(self, events: Iterable[TokenEvent], now_s: float) -> None:
+    def _take(self, events: Sequence[TokenEvent], now_s: float) -> None:
         """Note what became of requests."""
-        progress_of, on_token = self._progress, self._requests.on_token
+        progress_of = self._progress
+        self._requests.on_tokens(
+            [progress_of[event.request_id][1] for event in events if event.token_id is not None],
+            now_s,
+        )
         for event in events:
-            _, progress = progress_of[event.request_id]
-            if event.token_id is not None:
-                on_token(progress, now_s)
             if event.finish_reason is not None:
-                self._requests.on_end(progress, event.finish_reason)
-                del progress_of[event.request_id]
+                request, progress = progress_of.pop(event.request_id)
+                self._num_open_ended -= request.max_tokens is not None
+                self._end(progress, event.finish_reason, now_s)
         if not progress_of and self._idle_since_s is None:
             self._idle_since_s = now_s
+
+    def _end(self, progress: RequestProgress, reason: FinishReason, now_s: float) -> None:
+        self._requests.on_end(progress, reason)
+        self.last_end_s = now_s

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from gllm_ray.messages import GenerationRequest
 
 STOP_TOKEN_ID = 1
-_FILLER_TOKEN_ID = 0
+FILLER_TOKEN_ID = 0
 # Even from here on mark requests, odd ones prefixes.
 _FIRST_MARKER = 2
 
@@ -65,8 +65,8 @@ def to_generation_request(request: SimulatedRequest, index: int) -> GenerationRe
 
 def output_token_id(request: SimulatedRequest, position: int) -> int:
     """The output token at a position, from 0: `STOP_TOKEN_ID` is the answer's last."""
-    return STOP_TOKEN_ID if position + 1 >= request.num_output_tokens else _FILLER_TOKEN_ID
+    return STOP_TOKEN_ID if position + 1 >= request.num_output_tokens else FILLER_TOKEN_ID
 
 
 def _marked(marker: int, num_tokens: int) -> tuple[int, ...]:
-    return ((marker,) + (_FILLER_TOKEN_ID,) * (num_tokens - 1))[:num_tokens]
+    return ((marker,) + (FILLER_TOKEN_ID,) * (num_tokens - 1))[:num_tokens]

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import inf
 from random import Random
 
 from gllm_ray.errors import ConfigError
-from gllm_ray.messages import MicroBatch, StageTime
+from gllm_ray.messages import MicroBatch
 from gllm_ray.scheduling import Scheduler
-from gllm_ray.simulation.autoscaling import Autoscaler
+from gllm_ray.simulation.autoscaling import Autoscaler, ReplicaCount
 from gllm_ray.simulation.cost_model import PipelineCost
 from gllm_ray.simulation.events import Event, EventKind, EventQueue
 from gllm_ray.simulation.ideal import IdealWork
 from gllm_ray.simulation.metrics import PipelineMetrics, RequestMetrics, Slo, StageInterval
-from gllm_ray.simulation.replica import SimulatedReplica
+from gllm_ray.simulation.replica import FlyingBatch, SimulatedReplica
 from gllm_ray.simulation.report import Report, make_report
 from gllm_ray.simulation.routing import Router, RoutingName
 from gllm_ray.simulation.simulated_request import SimulatedRequest
@@ -27,6 +28,8 @@ class StageLoss:
         time_s: When.
         replica_id: Whose stage.
         recovery_s: Seconds until the replica takes requests again.
+
+    To a replica that is not running at that time nothing happens.
     """
 
     time_s: float
@@ -46,6 +49,9 @@ class Deployment:
         routing: Which replica a request goes to.
         autoscaler: Changes the number of replicas; None: it stays.
         losses: Stages that die.
+
+    Raises:
+        ConfigError: There is never a replica.
     """
 
     cost: PipelineCost
@@ -55,6 +61,12 @@ class Deployment:
     routing: RoutingName = "power_of_two"
     autoscaler: Autoscaler | None = None
     losses: tuple[StageLoss, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_replicas < 1 and self.autoscaler is None:
+            raise ConfigError(
+                f"num_replicas={self.num_replicas}: must be at least 1 without an autoscaler"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +91,13 @@ class SimulationResult:
 @dataclass(frozen=True, slots=True)
 class _Result:
     replica: SimulatedReplica
-    epoch: int
-    batch: MicroBatch
-    times: tuple[StageTime, ...]
+    flying: FlyingBatch
 
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
     index: int
     request: SimulatedRequest
-    replica: SimulatedReplica | None = None
 
 
 _Payload = _Result | _Arrival | SimulatedReplica | StageLoss | None
@@ -128,14 +137,17 @@ class Simulation:
         self._replicas: list[SimulatedReplica] = []  # every one that ever was
         self._serving: list[SimulatedReplica] = []  # or about to
         self._held: list[_Arrival] = []  # no replica is ready
+        self._count = ReplicaCount(deployment.autoscaler) if deployment.autoscaler else None
         self._num_replicas = 0
-        self._end_s = 0.0
+        self._num_requests = 0  # that have come, or come next
+        self._is_next_known = True  # else all have come
 
     def run(self) -> SimulationResult:
-        """Let all requests come and end.
+        """Let all requests come and end; called once.
 
         Raises:
-            ConfigError: None came that can be served.
+            ConfigError: No request came, or all were refused as soon as the simulation began.
+            ValueError: Requests do not come in the order of their arrival.
         """
         deployment = self._deployment
         for _ in range(deployment.num_replicas):
@@ -144,8 +156,8 @@ class Simulation:
             self._events.push(loss.time_s, EventKind.STAGE_LOST, loss)
         if deployment.autoscaler is not None:
             self._events.push(deployment.autoscaler.interval_s, EventKind.SCALE, None)
-        self._expect_arrival()
-        while self._events:
+        self._expect_arrival(0.0)
+        while self._is_next_known or sum(self._requests.num_ended.values()) < self._num_requests:
             self._handle(self._events.pop())
         return self._result()
 
@@ -153,85 +165,97 @@ class Simulation:
         now_s = event.time_s
         match event.payload:
             case _Result() as result:
-                if self._is_free(event, result.replica) and result.epoch == result.replica.epoch:
-                    self._end_s = now_s
-                    result.replica.on_result(result.batch, result.times, now_s)
+                self._on_result(event, result)
             case _Arrival() as arrival:
-                self._on_arrival(arrival, event)
+                self._expect_arrival(now_s)
+                self._route(arrival, now_s)
             case StageLoss() as loss:
-                self._on_loss(loss, event)
+                self._on_loss(loss, now_s)
             case SimulatedReplica() as replica:
                 self._on_replica_event(event, replica)
             case None:
                 self._scale(now_s)
 
-    def _on_arrival(self, arrival: _Arrival, event: Event[_Payload]) -> None:
-        now_s, replica = event.time_s, arrival.replica
-        if replica is None:
-            self._expect_arrival()
-            self._route(arrival, now_s)
+    def _on_result(self, event: Event[_Payload], result: _Result) -> None:
+        replica = result.replica
+        if result.flying.epoch == replica.epoch and self._is_free(event, replica):
+            replica.on_result(result.flying, event.time_s)
+
+    def _on_replica_event(self, event: Event[_Payload], replica: SimulatedReplica) -> None:
+        now_s = event.time_s
+        if event.kind is EventKind.READY:
+            held, self._held = self._held, []
+            for arrival in held:
+                self._route(arrival, now_s)
+        elif event.kind is EventKind.EXPIRY:
+            replica.alarm_s = inf
+            replica.expire(now_s)
+            self._set_alarm(replica)
         elif self._is_free(event, replica):
-            replica.add(arrival.index, arrival.request, now_s)
-            self._events.push(now_s, EventKind.SCHEDULE, replica)
-            if (deadline_s := replica.next_deadline_s) is not None:
-                self._events.push(deadline_s, EventKind.EXPIRY, replica)
+            replica.is_fill_due = False
+            if replica.num_requests:
+                replica.fill(now_s)
 
     def _route(self, arrival: _Arrival, now_s: float) -> None:
-        ready = [replica for replica in self._serving if replica.is_ready]
+        ready = [replica for replica in self._serving if replica.ready_s <= now_s]
         if not ready:
             self._held.append(arrival)
             return
         replica = ready[self._router.choose(ready)]
-        payload = _Arrival(arrival.index, arrival.request, replica)
-        self._events.push(now_s, EventKind.ARRIVAL, payload)
+        replica.add(arrival.index, arrival.request, now_s)
+        self._set_alarm(replica)
+        if not replica.is_fill_due:
+            replica.is_fill_due = True
+            self._events.push(now_s, EventKind.SCHEDULE, replica)
 
-    def _on_replica_event(self, event: Event[_Payload], replica: SimulatedReplica) -> None:
-        if event.kind is EventKind.READY:
-            replica.recover()
-            held, self._held = self._held, []
-            for arrival in held:
-                self._route(arrival, event.time_s)
-        elif self._is_free(event, replica):
-            if event.kind is EventKind.EXPIRY:
-                replica.expire(event.time_s)
-                self._end_s = max(self._end_s, event.time_s)
-            else:
-                replica.fill(event.time_s)
+    def _set_alarm(self, replica: SimulatedReplica) -> None:
+        """Have the replica asked when a request may next expire, if it is not already."""
+        deadline_s = replica.next_deadline_s
+        if deadline_s is not None and deadline_s < replica.alarm_s:
+            replica.alarm_s = deadline_s
+            self._events.push(deadline_s, EventKind.EXPIRY, replica)
 
-    def _on_loss(self, loss: StageLoss, event: Event[_Payload]) -> None:
-        now_s, replica = event.time_s, self._replicas[loss.replica_id]
-        if not self._is_free(event, replica):
+    def _on_loss(self, loss: StageLoss, now_s: float) -> None:
+        if loss.replica_id >= len(self._replicas):
             return
-        replica.lose_stage(now_s)
-        self._end_s = now_s
-        self._events.push(now_s + loss.recovery_s, EventKind.READY, replica)
+        replica = self._replicas[loss.replica_id]
+        if replica.is_running(now_s):
+            replica.lose_stage(now_s, loss.recovery_s)
+            self._events.push(replica.ready_s, EventKind.READY, replica)
 
     def _is_free(self, event: Event[_Payload], replica: SimulatedReplica) -> bool:
         """Whether the scheduler of a replica can see to an event now; else it comes again."""
         if event.time_s >= replica.busy_until_s:
             return True
-        self._events.push(replica.busy_until_s, event.kind, event.payload)
+        self._events.postpone(event, replica.busy_until_s)
         return False
 
-    def _expect_arrival(self) -> None:
+    def _expect_arrival(self, now_s: float) -> None:
         indexed = next(self._arrivals, None)
-        if indexed is not None:
-            index, request = indexed
-            self._events.push(request.arrival_s, EventKind.ARRIVAL, _Arrival(index, request))
+        if indexed is None:
+            self._is_next_known = False
+            return
+        index, request = indexed
+        if request.arrival_s < now_s:
+            raise ValueError(f"request {index} comes at {request.arrival_s} s, after {now_s} s")
+        self._num_requests += 1
+        self._events.push(request.arrival_s, EventKind.ARRIVAL, _Arrival(index, request))
 
     def _scale(self, now_s: float) -> None:
-        autoscaler = self._deployment.autoscaler
+        autoscaler, count = self._deployment.autoscaler, self._count
         assert autoscaler is not None
+        assert count is not None
         num_requests = sum(replica.num_requests for replica in self._serving) + len(self._held)
-        wanted = autoscaler.num_replicas(num_requests, len(self._serving), now_s)
+        wanted = count.next(num_requests, len(self._serving), now_s)
         while len(self._serving) < wanted:
-            self._start_replica(now_s + autoscaler.startup_s, is_ready=False)
+            self._start_replica(now_s + autoscaler.startup_s)
         # The youngest go first; what they hold runs on to its end.
+        for replica in self._serving[wanted:]:
+            replica.stopped_s = now_s
         del self._serving[wanted:]
-        if self._events or self._held:
-            self._events.push(now_s + autoscaler.interval_s, EventKind.SCALE, None)
+        self._events.push(now_s + autoscaler.interval_s, EventKind.SCALE, None)
 
-    def _start_replica(self, ready_s: float, *, is_ready: bool = True) -> None:
+    def _start_replica(self, ready_s: float) -> None:
         deployment, replica_id = self._deployment, len(self._replicas)
         metrics = PipelineMetrics(deployment.cost.layout.num_stages, ready_s)
         pipeline = VirtualPipeline(
@@ -244,41 +268,36 @@ class Simulation:
             ready_s,
         )
 
-        def expect_result(result_s: float, batch: MicroBatch, times: tuple[StageTime, ...]) -> None:
-            payload = _Result(replica, replica.epoch, batch, times)
-            self._events.push(result_s, EventKind.RESULT, payload)
+        def expect_result(result_s: float, flying: FlyingBatch) -> None:
+            self._events.push(result_s, EventKind.RESULT, _Result(replica, flying))
 
         replica = SimulatedReplica(
             deployment.make_scheduler(),
             pipeline,
-            deployment.timing,
-            metrics,
             self._requests,
             self._ideal,
             expect_result,
             ready_s,
         )
         replica.decisions = [] if self._keep_decisions else None
-        replica.is_ready = is_ready
-        if not is_ready:
-            self._events.push(ready_s, EventKind.READY, replica)
+        self._events.push(ready_s, EventKind.READY, replica)
         self._replicas.append(replica)
         self._serving.append(replica)
         self._num_replicas = max(self._num_replicas, len(self._serving))
 
     def _result(self) -> SimulationResult:
-        if not self._end_s:
+        end_s = max((replica.last_end_s for replica in self._replicas), default=0.0)
+        if not end_s > 0:
             raise ConfigError(
-                "no time passed: no request was served; give the workload requests that the "
-                "deployment can serve"
+                f"no time passed: of {self._num_requests} requests none was served; give the "
+                "workload requests that the deployment can serve"
             )
-        for replica in self._replicas:
-            replica.close(max(self._end_s, replica.busy_until_s))
+        replica_s = sum(replica.close(end_s) for replica in self._replicas)
         report = make_report(
             self._requests,
             [replica.metrics for replica in self._replicas],
-            wall_s=self._end_s,
-            ideal_ratio=self._ideal.time_s / (self._end_s * self._num_replicas),
+            wall_s=end_s,
+            ideal_ratio=self._ideal.time_s / replica_s,
         )
         decisions = [replica.decisions or [] for replica in self._replicas]
         return SimulationResult(

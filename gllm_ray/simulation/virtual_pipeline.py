@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import exp
 from random import Random
 
+from gllm_ray.errors import ConfigError
 from gllm_ray.messages import StageTime
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.simulation.cost_model import PipelineCost
@@ -60,7 +61,7 @@ class VirtualPipeline:
 
     Each stage computes one at a time, each link transfers one at a time, and both take them in
     order. So all moments of a micro-batch follow from those of the one before, and are known when
-    it is submitted.
+    it is submitted. What a stage does is accounted for once it is over, for it may be lost before.
 
     Args:
         cost: The time of each stage.
@@ -70,6 +71,13 @@ class VirtualPipeline:
         intervals: Gets when each stage computed; None: that is not kept.
         replica_id: Whose stages they are.
         start_s: When they begin.
+
+    Attributes:
+        timing: Of everything else.
+        metrics: What the stages have done.
+
+    Raises:
+        ConfigError: There is not one link between each two neighbours.
     """
 
     def __init__(
@@ -83,15 +91,21 @@ class VirtualPipeline:
         start_s: float = 0.0,
     ) -> None:
         num_stages = cost.layout.num_stages
+        if timing.links and len(timing.links) != num_stages - 1:
+            raise ConfigError(
+                f"{len(timing.links)} links for {num_stages} stages; give {num_stages - 1} "
+                "links, or none for transfers that take no time"
+            )
         self._cost = cost
-        self._timing = timing
-        self._metrics = metrics
+        self.timing = timing
+        self.metrics = metrics
         self._rng = rng
         self._intervals = intervals
         self._replica_id = replica_id
         self._free_s = [start_s] * num_stages
-        self._counted_s = [start_s] * num_stages  # up to where the time of a stage is accounted for
         self._link_free_s = [start_s] * num_stages
+        self._counted_s = [start_s] * num_stages  # up to where the time of a stage is accounted for
+        self._planned: list[deque[StageInterval]] = [deque() for _ in range(num_stages)]
         self._causes: deque[tuple[float, float, IdleCause]] = deque()
 
     def note_idle(self, start_s: float, end_s: float, cause: IdleCause) -> None:
@@ -107,40 +121,47 @@ class VirtualPipeline:
         Returns:
             When its result reaches the scheduler, and how long each stage computes.
         """
-        timing, num_stages = self._timing, len(self._free_s)
-        self._metrics.on_batch(load.num_tokens, load.num_decodes)
+        timing, num_stages = self.timing, len(self._free_s)
+        self._count_what_is_over(now_s)
+        self.metrics.on_batch(load.num_tokens, load.num_decodes)
         num_bytes = self._cost.layout.hop_bytes(load) if timing.links else 0
+        is_kept = self._intervals is not None
+        label = f"{load.num_decodes}+{load.num_prefill_tokens}" if is_kept else ""
         ready_s = now_s + timing.dispatch_s
         times = []
         for stage_id in range(num_stages):
             start_s = max(ready_s, self._free_s[stage_id])
             time_s = self._stage_time_s(stage_id, load, start_s)
             ready_s = self._free_s[stage_id] = start_s + time_s
-            self._count(stage_id, batch_id, start_s, ready_s, load)
+            self._planned[stage_id].append(
+                StageInterval(stage_id, batch_id, start_s, ready_s, label, self._replica_id)
+            )
             times.append(StageTime(stage_id, batch_id, time_s))
             if timing.links and stage_id < num_stages - 1:
                 ready_s = self._transfer(stage_id, num_bytes, ready_s)
-        self._forget_causes()
         return ready_s + timing.result_s, tuple(times)
 
     def restart(self, now_s: float) -> None:
-        """Forget what was under way."""
-        for stage_id, counted_s in enumerate(self._counted_s):
-            if counted_s > now_s:  # it was counted as busy, and is not
-                self._metrics.stages[stage_id].busy_s -= counted_s - now_s
+        """Forget what is under way."""
+        self.close(now_s)
+        for stage_id, planned in enumerate(self._planned):
+            planned.clear()
             self._free_s[stage_id] = self._link_free_s[stage_id] = now_s
-            self._counted_s[stage_id] = min(counted_s, now_s)
+        self._causes.clear()
 
     def close(self, now_s: float) -> None:
-        """Account for the time up to the end."""
-        for stage_id in range(len(self._free_s)):
+        """Account for the time up to now."""
+        self._count_what_is_over(now_s)
+        for stage_id, planned in enumerate(self._planned):
+            if planned and planned[0].start_s < now_s:
+                self._count(planned.popleft()._replace(end_s=now_s))
             self._count_idle(stage_id, now_s)
 
     def _stage_time_s(self, stage_id: int, load: StepLoad, start_s: float) -> float:
         time_s = self._cost.stage_time_s(stage_id, load)
-        if self._timing.jitter:
-            time_s *= exp(self._rng.gauss(0, self._timing.jitter))
-        for slowdown in self._timing.slowdowns:
+        if self.timing.jitter:
+            time_s *= exp(self._rng.gauss(0, self.timing.jitter))
+        for slowdown in self.timing.slowdowns:
             is_now = slowdown.start_s <= start_s < slowdown.end_s
             if slowdown.stage_id == stage_id and is_now:
                 time_s *= slowdown.factor
@@ -148,30 +169,34 @@ class VirtualPipeline:
 
     def _transfer(self, stage_id: int, num_bytes: int, ready_s: float) -> float:
         """Send the output of a stage on; returns when it has arrived."""
-        link = self._timing.links[stage_id]
+        link = self.timing.links[stage_id]
         start_s = max(ready_s, self._link_free_s[stage_id])
         end_s = start_s + link.transfer_time_s(num_bytes)
         # The latency of a transfer overlaps with the next one, its bytes do not.
         self._link_free_s[stage_id] = end_s - link.latency_s
-        if not self._timing.is_send_overlapped:
+        if not self.timing.is_send_overlapped:
             self._free_s[stage_id] = end_s
         return end_s
 
-    def _count(
-        self, stage_id: int, batch_id: int, start_s: float, end_s: float, load: StepLoad
-    ) -> None:
-        self._count_idle(stage_id, start_s)
-        self._metrics.stages[stage_id].busy_s += end_s - start_s
+    def _count_what_is_over(self, now_s: float) -> None:
+        for planned in self._planned:
+            while planned and planned[0].end_s <= now_s:
+                self._count(planned.popleft())
+        oldest_s = min(self._counted_s)
+        while self._causes and self._causes[0][1] <= oldest_s:
+            self._causes.popleft()
+
+    def _count(self, interval: StageInterval) -> None:
+        stage_id, end_s = interval.stage_id, interval.end_s
+        self._count_idle(stage_id, interval.start_s)
+        self.metrics.stages[stage_id].busy_s += end_s - interval.start_s
         self._counted_s[stage_id] = end_s
         if self._intervals is not None:
-            label = f"{load.num_decodes}+{load.num_prefill_tokens}"
-            self._intervals.append(
-                StageInterval(stage_id, batch_id, start_s, end_s, label, self._replica_id)
-            )
+            self._intervals.append(interval)
 
     def _count_idle(self, stage_id: int, end_s: float) -> None:
         """Divide the time since a stage's latest work by cause."""
-        start_s, idle_s = self._counted_s[stage_id], self._metrics.stages[stage_id].idle_s
+        start_s, idle_s = self._counted_s[stage_id], self.metrics.stages[stage_id].idle_s
         left_s = end_s - start_s
         if left_s <= 0:
             return
@@ -182,11 +207,6 @@ class VirtualPipeline:
                 left_s -= overlap_s
         idle_s[IdleCause.UPSTREAM] += max(0.0, left_s)
         self._counted_s[stage_id] = end_s
-
-    def _forget_causes(self) -> None:
-        oldest_s = min(self._counted_s)
-        while self._causes and self._causes[0][1] <= oldest_s:
-            self._causes.popleft()
 
 
 def uniform_links(link: Link | None, num_stages: int) -> tuple[Link, ...]:

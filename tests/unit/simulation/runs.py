@@ -27,7 +27,7 @@ def small_run(slo: Slo | None = None) -> Report:
         request.first_scheduled_s = index + 0.25
         request.num_preemptions = index
         for position in range(num_tokens):
-            requests.on_token(request, index + 1.0 + 0.5 * position)
+            requests.on_tokens([request], index + 1.0 + 0.5 * position)
         requests.on_end(request, FinishReason.STOP if index else FinishReason.LENGTH)
     requests.on_end(RequestProgress(arrival_s=0.0, num_prompt_tokens=9), FinishReason.EXPIRED)
     pipelines = [PipelineMetrics(2), PipelineMetrics(2, start_s=5.0)]

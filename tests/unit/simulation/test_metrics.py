@@ -18,7 +18,7 @@ def serve(metrics, arrival_s, scheduled_s, token_times_s, reason=FinishReason.LE
     request = RequestProgress(arrival_s=arrival_s, num_prompt_tokens=10, **others)
     request.first_scheduled_s = scheduled_s
     for time_s in token_times_s:
-        metrics.on_token(request, time_s)
+        metrics.on_tokens([request], time_s)
     metrics.on_end(request, reason)
     return request
 
