@@ -15,13 +15,14 @@ from gllm_ray.policy_config import (
     TokenThrottlingConfig,
 )
 from gllm_ray.scheduling import Scheduler, SchedulerSettings, make_policy
-from gllm_ray.scheduling.cost_model import LearntCostModel
+from gllm_ray.scheduling.cost_model import FixedCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.simulation.cost_model import PipelineCost
 from gllm_ray.simulation.devices import find_device
 from gllm_ray.simulation.hosts import find_host
 from gllm_ray.simulation.length_config import Dataset
+from gllm_ray.simulation.linear_fit import linear_fit
 from gllm_ray.simulation.links import find_link
 from gllm_ray.simulation.measured import MeasuredCost
 from gllm_ray.simulation.model_config import parse_model_shape
@@ -186,7 +187,10 @@ def tpot_limit_s(hardware: Hardware) -> float:
 
 
 def deployment(scenario: Scenario, policy: PolicyConfig) -> Deployment:
-    """One replica with the options that serving has by default: it learns costs and lengths."""
+    """One replica whose scheduler has the linear fit of a profile, as a calibration file gives it.
+
+    It learns output lengths as it serves.
+    """
     hardware = scenario.hardware
     cost = pipeline_cost(hardware)
     settings = SchedulerSettings(
@@ -197,11 +201,10 @@ def deployment(scenario: Scenario, policy: PolicyConfig) -> Deployment:
         max_in_flight=hardware.num_stages,
         max_decodes=_MAX_DECODES,
     )
+    fit = FixedCostModel.from_calibration(linear_fit(cost) | {"provenance": hardware.name})
 
     def make_scheduler() -> Scheduler:
-        return Scheduler(
-            make_policy(policy), settings, cost=LearntCostModel(), predictor=StatisticsPredictor()
-        )
+        return Scheduler(make_policy(policy), settings, cost=fit, predictor=StatisticsPredictor())
 
     intra, inter = map(find_link, hardware.links)
     timing = Timing(
