@@ -165,10 +165,11 @@ class BalancedConfig(StrictModel):
 
     name: Literal["balanced"] = Field(default="balanced", description="The scheduling policy.")
     token_budget: int = Field(
-        default=512,
+        default=2048,
         ge=1,
-        description="Most decodes and prefill tokens of a micro-batch together. Decodes alone may "
-        "exceed it, up to max_decodes; prefill then falls to min_prefill_tokens.",
+        description="Most decodes and prefill tokens of a micro-batch together; fewer where more "
+        "would hardly be cheaper for each, as the cost model predicts. Decodes alone may exceed "
+        "it, up to max_decodes; prefill then falls to min_prefill_tokens.",
     )
     min_prefill_tokens: int = Field(
         default=32,

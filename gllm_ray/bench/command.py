@@ -6,10 +6,14 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gllm_ray.bench.fidelity_models import MODELS, fidelity_service
+from gllm_ray.bench.policies import Effort, bench_policies
+from gllm_ray.bench.policy_scenarios import SCENARIOS
+from gllm_ray.bench.policy_table import policy_table
 from gllm_ray.bench.scheduler import SchedulerBenchResult, bench_scheduler
 from gllm_ray.errors import GllmRayError
 from gllm_ray.policy_config import POLICY_CONFIGS
@@ -31,6 +35,7 @@ def add_bench_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
     _add_scheduler(benchmarks)
     _add_fidelity(benchmarks)
+    _add_policies(benchmarks)
 
 
 def _add_scheduler(benchmarks: Any) -> None:  # noqa: ANN401
@@ -179,3 +184,39 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: must be >= 1")
     return number
+
+
+def _add_policies(benchmarks: Any) -> None:  # noqa: ANN401
+    parser = benchmarks.add_parser(
+        "policies",
+        help="every scheduling policy on the same simulated traffic",
+        description="Simulate every policy at every load, offline and up to its SLO capacity.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="a quarter of the requests")
+    parser.add_argument("--only", default="", help="scenarios whose name holds this text")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
+    parser.add_argument("--processes", type=int, help="at a time; default: one a processor")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "results" / "policies.json",
+        help="write the numbers to this file, as JSON, and beside it the table, as Markdown",
+    )
+    parser.set_defaults(run=_bench_policies)
+
+
+def _bench_policies(options: argparse.Namespace) -> int:
+    full, share = Effort(seeds=tuple(options.seeds)), 4 if options.quick else 1
+    results = bench_policies(
+        [scenario for scenario in SCENARIOS if options.only in scenario.name],
+        replace(full, duration_s=full.duration_s / share, num_offline=full.num_offline // share),
+        options.processes,
+        progress=lambda name: print(f"done: {name}", file=sys.stderr, flush=True),
+    )
+    table = policy_table(results)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    options.output.with_suffix(".md").write_text(table)
+    print(table, end="")
+    return 0

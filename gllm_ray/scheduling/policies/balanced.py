@@ -10,8 +10,16 @@ from gllm_ray.scheduling.policies.base import TokenBudget
 
 # How far the target may move within one round of as many micro-batches as stages. A round's
 # slowest micro-batch sets its pace, so a faster move would be a bubble in every stage.
-_MAX_RISE = 1.5
+_MAX_RISE = 2.0
 _MAX_FALL = 0.9
+# What a micro-batch costs whatever it holds is at most this share of what its rows cost, where
+# token_budget lets it be; the rows are two tiles or more.
+_MAX_FLOOR_RATIO = 0.2
+_UNCALIBRATED_ROWS = 512  # where the floor is not known
+# So many rounds at least take the KV cache from empty to full: near full, prefill takes up what
+# ended sequences release, evenly.
+_KV_ROUNDS = 4
+_NUM_SIZES = 16  # of chunks that are compared
 # Over so many rows, a multiple of every tile, and so much context a marginal cost is taken.
 _STEP_ROWS = 256
 _STEP_CONTEXT = 65_536
@@ -22,18 +30,21 @@ class BalancedPolicy:
     """Brings each micro-batch to one target time, which follows the backlog.
 
     ```
+    rows      at which floor / (time - floor) of prefill is 0.2; from two tiles to token_budget
     share     an S-th of the live decodes, by predicted cost: rows and the context they read
-    backlog   waiting tokens, as far as the KV cache can take them above the reserve
-    chunk     backlog / n with the n up to 2S for which (n + S - 1) * time(share + backlog / n) is
-              least: n micro-batches have then brought the backlog through the pipeline; at most
-              what the share leaves of token_budget
+    room      tokens that the KV cache can take above the reserve
+    backlog   waiting tokens, at most room
+    chunk     backlog / n with the n for which n * (time - time of the decodes' rows and reads)
+              + (S - 1) * time is least, where time = time(share + backlog / n): n micro-batches
+              have then brought the backlog through the pipeline, and decodes are no cost to it;
+              at most room / 4S, and what the share leaves of the rows
     target    time(share + chunk), a bounded change from the micro-batch before, and at most
               tbt_target_s / S
     prefill   as many tokens as bring the decodes that are ready to the target; at least
               min_prefill_tokens, which prompts under way can use however full the KV cache is
     ```
 
-    It also holds before the cost model is calibrated; time is then a token count.
+    It also holds before the cost model is calibrated; time is then a token count, and rows are 512.
     """
 
     def __init__(self, config: BalancedConfig) -> None:
@@ -50,21 +61,21 @@ class BalancedPolicy:
 
     def budget(self, view: LoadView) -> TokenBudget:
         """Fill up to the target, after a cost-balanced share of the decodes."""
+        config, max_rows = self._config, self._max_rows(view)
         reserved_blocks = self._reserve.blocks(view)
         weight = _decode_weight(view)
         decodes = _decodes(view, min(view.num_ready, view.num_decoding / view.num_stages))
-        target = self._target_time(view, reserved_blocks)
+        target = self._target_time(view, reserved_blocks, max_rows)
+        max_chunk = max(max_rows - decodes.num_decodes, config.min_prefill_tokens)
         prefill_tokens = max(
-            self._config.min_prefill_tokens,
-            most_prefill_tokens(
-                view.cost, decodes, view.prefill_start, target, self._max_chunk(decodes)
-            ),
+            config.min_prefill_tokens,
+            most_prefill_tokens(view.cost, decodes, view.prefill_start, target, max_chunk),
         )
         total = decodes.num_decodes + prefill_tokens
-        is_within = total <= self._config.token_budget
+        is_within = total <= max_rows
         return TokenBudget(
             # Shared, so that the total is exact whichever decodes it turns out to be.
-            prefill_tokens=total if is_within else self._config.min_prefill_tokens,
+            prefill_tokens=total if is_within else config.min_prefill_tokens,
             is_shared=is_within,
             decodes=view.num_ready,
             reserved_blocks=reserved_blocks,
@@ -72,29 +83,49 @@ class BalancedPolicy:
             decode_weight=weight,
         )
 
-    def _target_time(self, view: LoadView, reserved_blocks: int) -> float:
-        share = _decodes(view, view.num_decoding / view.num_stages)
+    def _max_rows(self, view: LoadView) -> int:
+        """The rows from which on larger micro-batches would hardly be cheaper for each."""
+        cost, most = view.cost, self._config.token_budget
+        if not cost.is_calibrated:
+            return min(most, _UNCALIBRATED_ROWS)
+        floor = cost.stage_time(StepLoad())
+        rows_time = cost.stage_time(StepLoad(num_prefill_tokens=most)) - floor
+        if rows_time <= 0:
+            return most
+        num_tiles = round(floor * most / (_MAX_FLOOR_RATIO * rows_time * cost.tile))
+        return min(most, max(2, num_tiles) * cost.tile)
+
+    def _target_time(self, view: LoadView, reserved_blocks: int, max_rows: int) -> float:
         free_blocks = view.kv_free_ratio * view.num_blocks - reserved_blocks
-        backlog = max(0.0, min(view.num_waiting_tokens, free_blocks * view.block_size))
-        target = self._bounded(view, self._wanted_time(view, share, backlog))
+        room = max(0.0, free_blocks * view.block_size)
+        target = self._bounded(view, self._wanted_time(view, room, max_rows))
         if self._config.tbt_target_s is not None and view.cost.is_calibrated:
             target = min(target, self._config.tbt_target_s / view.num_stages)
         return target
 
-    def _wanted_time(self, view: LoadView, share: StepLoad, backlog: float) -> float:
+    def _wanted_time(self, view: LoadView, room: float, max_rows: int) -> float:
         """The time of micro-batches that bring the backlog through the pipeline soonest."""
+        cost, num_stages = view.cost, view.num_stages
+        share = _decodes(view, view.num_decoding / num_stages)
+        backlog = min(view.num_waiting_tokens, room)
 
         def time(chunk: int) -> float:
             chunk = max(chunk, self._config.min_prefill_tokens)
-            chunk += -(share.num_decodes + chunk) % view.cost.tile  # which costs next to nothing
-            return view.cost.stage_time(with_chunk(share, view.prefill_start, chunk))
+            chunk += -(share.num_decodes + chunk) % cost.tile  # which costs next to nothing
+            return cost.stage_time(with_chunk(share, view.prefill_start, chunk))
 
-        def drain_time(num_batches: int) -> float:
-            return (num_batches + view.num_stages - 1) * time(ceil(backlog / num_batches))
+        def drain_time(chunk: int) -> float:
+            num_batches = ceil(backlog / chunk)
+            batch_time = time(ceil(backlog / num_batches))
+            return num_batches * (batch_time - decode_time) + (num_stages - 1) * batch_time
 
-        step = max(1, view.num_stages // 4)  # a handful of choices does as well as all
-        soonest = min(range(1, 2 * view.num_stages + 1, step), key=drain_time)
-        return time(min(ceil(backlog / soonest), self._max_chunk(share)))
+        decode_time = _decode_time(view, share)
+        most = max(1, min(max_rows - share.num_decodes, ceil(room / (_KV_ROUNDS * num_stages))))
+        if not backlog:
+            return time(0)
+        step = max(cost.tile, ceil(most / _NUM_SIZES))
+        chunk = min((*range(step, most, step), most), key=drain_time)
+        return time(ceil(backlog / ceil(backlog / chunk)))
 
     def _bounded(self, view: LoadView, target: float) -> float:
         """Keep the target near that of the micro-batch before, unless the pipeline is idle."""
@@ -108,16 +139,20 @@ class BalancedPolicy:
         self._level = target / full
         return target
 
-    def _max_chunk(self, decodes: StepLoad) -> int:
-        """The most prefill tokens beside decodes."""
-        config = self._config
-        return max(config.token_budget - decodes.num_decodes, config.min_prefill_tokens)
-
 
 def _decodes(view: LoadView, number: float) -> StepLoad:
     """The load of so many decodes of average context."""
     context = view.num_context_tokens * number / max(1, view.num_decoding)
     return StepLoad(num_decodes=ceil(number), num_context_tokens=round(context))
+
+
+def _decode_time(view: LoadView, share: StepLoad) -> float:
+    """What the rows and reads of decodes add to a micro-batch, tiles aside."""
+    more = share._replace(num_decodes=share.num_decodes + _STEP_ROWS)
+    rows_time = view.cost.stage_time(more) - view.cost.stage_time(share)
+    reads = StepLoad(num_context_tokens=share.num_context_tokens)
+    reads_time = view.cost.stage_time(reads) - view.cost.stage_time(StepLoad())
+    return rows_time * share.num_decodes / _STEP_ROWS + reads_time
 
 
 def _decode_weight(view: LoadView) -> float:
