@@ -180,7 +180,7 @@ def test_a_sequence_longer_than_max_model_len_is_refused():
     assert report.num_ended["error"] > 0
     assert report.num_ended["length"] > 0
     with pytest.raises(ConfigError, match="no time passed: "):
-        report_of({"model.max_model_len": 99})
+        report_of({"model.max_model_len": 99, "workload": BURST})
 
 
 def test_the_model_may_be_a_file_a_directory_or_a_mapping(tmp_path):

@@ -1,5 +1,6 @@
 """The schema of configs/simulation/*.yaml: what is a mistake, and how it is told."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -198,3 +199,8 @@ def test_paths_are_relative_to_the_file_that_names_them(tmp_path):
 
 def test_every_key_says_what_it_means():
     assert "| `hardware.nodes.num_stages` | required |" in key_table(SimulationConfig)
+
+
+def test_the_readme_names_every_example():
+    text = EXAMPLES[0].with_name("README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\((\S+\.yaml)\)", text)) == {path.name for path in EXAMPLES}
