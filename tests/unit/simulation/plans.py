@@ -17,7 +17,7 @@ def plan(**changes):
                 "prompt": 200,
                 "output": {"name": "uniform", "min_tokens": 10, "max_tokens": 40},
             },
-            "num_requests": 40,
+            "num_requests": 24,
         },
         "slo": {"ttft_s": 1, "tpot_s": 0.1},
         "search": {"stages": [1, 2], "replicas": [1, 2], "policies": ["balanced", "temporal"]},

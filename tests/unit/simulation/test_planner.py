@@ -92,8 +92,8 @@ def test_what_fits_is_what_the_engine_would_start(config, num_stages, max_model_
         assert num_blocks == min(info.max_kv_blocks for info in infos) >= max_model_len / 16
         return
     layers = [int(number) for number in rejections[0].what.partition("[")[2][:-1].split(",")]
+    cut = Cut(device="L20", tensor_parallel=1, layers=tuple(layers))
     with pytest.raises(ConfigError):
-        cut = Cut(device="L20", tensor_parallel=1, layers=tuple(layers))
         size_kv_cache(stage_infos(config, shape, cut), 16, max_model_len)
 
 
