@@ -24,7 +24,7 @@ from gllm_ray.policy_config import BalancedConfig, ChunkedPrefillConfig
 from gllm_ray.scheduling.load import StepLoad
 
 TINY = replace(SCENARIOS[0], rates_per_s=(2, 4))
-EFFORT = Effort(duration_s=4, num_offline=20, seeds=(0, 1))
+EFFORT = Effort(duration_s=0.5, num_offline=3, seeds=(0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,6 @@ def test_a_cell_is_the_mean_of_its_own_seeds(results):
     assert cell["tokens_per_s"] == pytest.approx(sum(values) / 2)
 
 
-def test_the_same_seeds_give_the_same_results(results):
-    assert bench_policies([TINY], EFFORT, num_processes=2) == results
-
-
 def test_the_table_names_every_policy_and_says_which_goals_are_missed(results):
     table = policy_table(json.loads(json.dumps(results)))
     for name in candidates(1.0):
@@ -71,8 +67,8 @@ def test_the_table_names_every_policy_and_says_which_goals_are_missed(results):
 
 
 def test_the_slo_holds_at_the_capacity_and_not_2_percent_above():
-    scenario = replace(SCENARIOS[0], rates_per_s=(8, 24))
-    policy, effort = ChunkedPrefillConfig(token_budget=1024), Effort(duration_s=16)
+    scenario = replace(SCENARIOS[0], rates_per_s=(8, 48))
+    policy, effort = ChunkedPrefillConfig(token_budget=1024), Effort(duration_s=4)
     rate = slo_capacity(scenario, policy, effort, seed=0)
     limit_s = tpot_limit_s(scenario.hardware)
 
@@ -80,9 +76,9 @@ def test_the_slo_holds_at_the_capacity_and_not_2_percent_above():
         measures = simulate(at_rate(scenario, policy, effort, 0, rate_per_s))
         return measures["ttft_p90_s"] <= TTFT_LIMIT_S and measures["tpot_p99_s"] <= limit_s
 
-    assert 8 < rate < 48
+    assert 4 < rate < 96
     assert is_met(rate)
-    assert not is_met(rate * (48 / 4) ** (1 / 2**7))
+    assert not is_met(rate * (96 / 4) ** (1 / 2**7))
 
 
 def test_measured_prefills_are_met_by_the_cost_of_the_l20():
@@ -95,7 +91,7 @@ def test_measured_prefills_are_met_by_the_cost_of_the_l20():
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_every_scenario_serves(scenario):
-    effort = Effort(duration_s=2)
+    effort = Effort(duration_s=1)
     measures = simulate(at_rate(scenario, BalancedConfig(), effort, 0, scenario.rates_per_s[0]))
     assert measures["tokens_per_s"] > 0
 
