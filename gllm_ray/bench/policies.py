@@ -44,6 +44,7 @@ _MEASURES: dict[str, Callable[[Report], float]] = {
     "num_preemptions": lambda report: report.num_preemptions,
 }
 Measures = dict[str, float]
+_Side = tuple[Scenario, PolicyConfig, float | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +210,7 @@ def _reproduce(effort: Effort, pool: Executor) -> list[dict[str, Any]]:
     sharegpt, azure = SCENARIOS[:2]
     starved = replace(azure, num_blocks=60_000 // 16)
     throttling, sarathi = TokenThrottlingConfig(), ChunkedPrefillConfig(token_budget=2048)
-    pairs = [
+    pairs: list[tuple[str, str, _Side, _Side]] = [
         (
             "token throttling against Sarathi-2048, 8 req/s",
             "E2E 0.3-0.4 x, utilization 0.94 against 0.51",
@@ -231,8 +232,8 @@ def _reproduce(effort: Effort, pool: Executor) -> list[dict[str, Any]]:
     ]
     cases = [
         at_rate(scenario, policy, effort, seed, rate)
-        for _, _, *sides in pairs
-        for scenario, policy, rate in sides
+        for _, _, first, second in pairs
+        for scenario, policy, rate in (first, second)
         for seed in effort.seeds
     ]
     measured, num_seeds = pool.map(simulate, cases), len(effort.seeds)

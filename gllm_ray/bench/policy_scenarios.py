@@ -201,7 +201,7 @@ def deployment(scenario: Scenario, policy: PolicyConfig) -> Deployment:
         max_in_flight=hardware.num_stages,
         max_decodes=_MAX_DECODES,
     )
-    fit = FixedCostModel.from_calibration(linear_fit(cost) | {"provenance": hardware.name})
+    fit = _calibration(hardware)
 
     def make_scheduler() -> Scheduler:
         return Scheduler(make_policy(policy), settings, cost=fit, predictor=StatisticsPredictor())
@@ -213,6 +213,12 @@ def deployment(scenario: Scenario, policy: PolicyConfig) -> Deployment:
         result_s=_RESULT_S,
     )
     return Deployment(cost=cost, make_scheduler=make_scheduler, timing=timing)
+
+
+@cache
+def _calibration(hardware: Hardware) -> FixedCostModel:
+    fit = linear_fit(pipeline_cost(hardware))
+    return FixedCostModel.from_calibration(fit | {"provenance": f"a profile of {hardware.name}"})
 
 
 def _num_blocks(hardware: Hardware, layout: PipelineLayout) -> int:

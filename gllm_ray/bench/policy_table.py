@@ -16,9 +16,12 @@ _LEAST_UTILIZATION, _LEAST_IDEAL = 0.97, 0.95
 def policy_table(results: Mapping[str, Any]) -> str:
     """The tables of all scenarios, the verdicts and the reproduction."""
     seeds = ", ".join(map(str, results["seeds"]))
-    parts = [
+    effort = (
         f"Seeds {seeds}; requests come for {results['duration_s']:g} s at each rate, and "
-        f"{results['num_offline']} at once offline; commit {results['commit'] or 'unknown'}.",
+        f"{results['num_offline']} at once offline; commit {results['commit'] or 'unknown'}."
+    )
+    parts = [
+        effort,
         _capacity(results["scenarios"]),
         *map(_scenario, results["scenarios"]),
         _reproduction(results["reproduction"]),
@@ -28,20 +31,20 @@ def policy_table(results: Mapping[str, Any]) -> str:
 
 def _capacity(scenarios: list[Scenario]) -> str:
     names = list(scenarios[0]["slo_capacity_per_s"])
-    means = {
-        name: prod(each["slo_capacity_per_s"][name] for each in scenarios) ** (1 / len(scenarios))
-        for name in names
-    }
+
+    def capacities_of(name: str) -> list[float]:
+        return [each["slo_capacity_per_s"][name] for each in scenarios]
+
+    means = {name: prod(capacities_of(name)) ** (1 / len(scenarios)) for name in names}
     best = max((name for name in names if name != OURS), key=means.__getitem__)
     rows = [
-        [name, *(f"{each['slo_capacity_per_s'][name]:.2f}" for each in scenarios)]
-        + [f"{means[name]:.2f}"]
+        [name, *(f"{capacity:.2f}" for capacity in (*capacities_of(name), means[name]))]
         for name in names
     ]
     ratio = means[OURS] / means[best] if means[best] else float("inf")
     tuned = ", ".join(f"{_tuned_ratio(each):.2f}" for each in scenarios)
     return (
-        "**(a) SLO capacity**, requests/s at p90 TTFT <= 2 s and p99 TPOT <= 5 decode-only steps\n\n"
+        "**(a) SLO capacity**, requests/s at p90 TTFT <= 2 s and p99 TPOT <= 5 decode steps\n\n"
         + _markdown(["policy", *(each["name"] for each in scenarios), "geometric mean"], rows)
         + f"\n\n{OURS} is {ratio:.3f} x the best fixed setting, {best} "
         f"(goal {_LEAST_CAPACITY}: {_verdict(ratio >= _LEAST_CAPACITY)}); "

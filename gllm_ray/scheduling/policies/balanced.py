@@ -19,7 +19,7 @@ _UNCALIBRATED_ROWS = 512  # where the floor is not known
 # So many rounds at least take the KV cache from empty to full: near full, prefill takes up what
 # ended sequences release, evenly.
 _KV_ROUNDS = 4
-_NUM_SIZES = 16  # of chunks that are compared
+_NUM_SIZES = 4  # of chunks that are compared
 # Over so many rows, a multiple of every tile, and so much context a marginal cost is taken.
 _STEP_ROWS = 256
 _STEP_CONTEXT = 65_536
