@@ -211,7 +211,10 @@ PolicyConfig = Annotated[
 ]
 
 # By the name that selects each.
-POLICY_CONFIGS = {
+POLICY_CONFIGS: dict[
+    str,
+    type[TokenThrottlingConfig | ChunkedPrefillConfig | TemporalConfig | BalancedConfig],
+] = {
     "token_throttling": TokenThrottlingConfig,
     "chunked_prefill": ChunkedPrefillConfig,
     "temporal": TemporalConfig,

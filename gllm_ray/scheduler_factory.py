@@ -62,7 +62,7 @@ def make_cost_model(config: SchedulerConfig) -> CostModel:
     """
     if config.cost_calibration is None:
         return LearntCostModel()
-    path = Path(config.cost_calibration)
+    path = Path(resolve_package_path(config.cost_calibration))
     try:
         calibration = json.loads(path.read_text())
     except (OSError, ValueError) as error:
