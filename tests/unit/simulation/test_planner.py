@@ -202,7 +202,7 @@ def test_the_finalists_are_the_best_the_service_runs_the_best_of_all_and_the_fro
 
 
 def test_the_example_is_a_plan(request):
-    path = request.config.rootpath / "configs" / "simulation" / "plan_llama70b.yaml"
+    path = request.config.rootpath / "configs" / "plans" / "llama70b.yaml"
     choices, _ = enumerate_choices(load_plan_config(path))
     assert {each.cut.device for each in choices} == {"L40S", "A100-80GB-SXM"}
 
