@@ -89,8 +89,8 @@ def profile_grid(limits: PipelineLimits) -> list[ProfilePoint]:
     """Decodes at several contexts, prefill chunks at several positions, and mixes of both.
 
     Numbers of rows are powers of two and the largest. Each number comes once before any comes
-    again, from coarse to fine, so that a grid that is cut short spans the same range. What does not fit the KV cache
-    cannot happen, and is left out.
+    again, from coarse to fine, so that a grid that is cut short spans the same range. What does
+    not fit the KV cache cannot happen, and is left out.
     """
     points = [*_decodes(limits), *_prefills(limits), *_mixes(limits)]
     fitting = {p: None for p in points if p.num_blocks(limits.block_size) <= limits.num_blocks}
