@@ -44,5 +44,6 @@ def fidelity_service(model: str, directory: Path) -> ServiceConfig:
             "model": options,
             "pipeline": {"device": "cpu", "num_stages": 2},
             "kv_cache": {"kv_cache_bytes": "256MiB"},
+            "scheduler": {"policy": {"max_prefill_tokens": 512}, "max_decodes": 64},
         }
     )

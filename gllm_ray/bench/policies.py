@@ -33,7 +33,6 @@ from gllm_ray.simulation.workload_config import SyntheticWorkloadConfig
 
 OURS = "balanced"
 TTFT_LIMIT_S = 2.0
-_BISECTIONS = 7
 _MEASURES: dict[str, Callable[[Report], float]] = {
     "tokens_per_s": lambda report: report.input_tokens_per_s + report.output_tokens_per_s,
     "ttft_p90_s": lambda report: report.ttft_s.p90,
@@ -55,11 +54,13 @@ class Effort:
         duration_s: Seconds in which requests come at each rate.
         num_offline: Requests of an offline batch.
         seeds: One run each; measures are their means.
+        num_bisections: Of the range in which an SLO capacity is searched.
     """
 
     duration_s: float = 128.0
     num_offline: int = 5000
     seeds: tuple[int, ...] = (0, 1, 2)
+    num_bisections: int = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +117,10 @@ def at_rate(
 
 
 def slo_capacity(scenario: Scenario, policy: PolicyConfig, effort: Effort, seed: int) -> float:
-    """The highest rate, to 2 %, at which p90 TTFT and p99 TPOT keep their limits; 0 if none does.
+    """The highest rate at which p90 TTFT and p99 TPOT keep their limits; 0 if none does.
 
-    It is searched from half the lowest rate of the scenario to twice the highest.
+    It is searched from half the lowest rate of the scenario to twice the highest, 7 bisections of
+    which leave 2 to 3 %.
     """
     limit_s = tpot_limit_s(scenario.hardware)
 
@@ -129,7 +131,7 @@ def slo_capacity(scenario: Scenario, policy: PolicyConfig, effort: Effort, seed:
     low, high = scenario.rates_per_s[0] / 2, 2 * scenario.rates_per_s[-1]
     if not is_met(low):
         return 0.0
-    for _ in range(_BISECTIONS):
+    for _ in range(effort.num_bisections):
         middle = sqrt(low * high)
         low, high = (middle, high) if is_met(middle) else (low, middle)
     return low

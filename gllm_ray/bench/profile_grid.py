@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import TypeVar
 
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
@@ -88,15 +88,16 @@ class ProfilePoint:
 def profile_grid(limits: PipelineLimits) -> list[ProfilePoint]:
     """Decodes at several contexts, prefill chunks at several positions, and mixes of both.
 
-    Numbers of rows are powers of two and the largest. The order is from coarse to fine over the
-    rows, so that a grid that is cut short spans the same range. What does not fit the KV cache
-    cannot happen, and is left out.
+    Numbers of rows are powers of two and the largest. Each number comes once before any comes
+    again, from coarse to fine, so that a grid that is cut short spans the same range. What does
+    not fit the KV cache cannot happen, and is left out.
     """
     points = [*_decodes(limits), *_prefills(limits), *_mixes(limits)]
     fitting = {p: None for p in points if p.num_blocks(limits.block_size) <= limits.num_blocks}
     by_rows = sorted(fitting, key=_num_rows)
     groups = [list(group) for _, group in groupby(by_rows, key=_num_rows)]
-    return [point for group in _coarse_to_fine(groups) for point in group]
+    rounds = zip_longest(*_coarse_to_fine(groups))
+    return [point for points in rounds for point in points if point is not None]
 
 
 def _num_rows(point: ProfilePoint) -> int:

@@ -83,7 +83,7 @@ def describe_service(config: ServiceConfig, stages: Sequence[StageInfo]) -> str:
         f"{config.model.name}, {config.model.load_format}, dtype {config.model.dtype}",
         f"{len(stages)} stages of layers {layers}",
         f"{machine['hardware']}, {machine['num_cores']} cores",
-        *([f"{num_cpu_threads(pipeline)} threads a stage"] if pipeline.device == "cpu" else []),
+        *([f"threads a stage: {num_cpu_threads(pipeline)}"] if pipeline.device == "cpu" else []),
         ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
         f"load average {machine['load_average'][0]}",
     ]

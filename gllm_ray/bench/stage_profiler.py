@@ -20,7 +20,8 @@ class StageProfiler:
     Args:
         pipeline: Fresh: it has run no micro-batch yet.
         block_size: Tokens of its KV blocks.
-        repeats: Of each point, after one that warms up and does not count.
+        repeats: Of each point, after one that warms up and does not count; fewer, where they would
+            take more than a point's share of the time.
     """
 
     def __init__(self, pipeline: Pipeline, *, block_size: int, repeats: int = 5) -> None:
@@ -57,16 +58,22 @@ class StageProfiler:
         for point in grid:
             if measured and time.monotonic() > deadline_s:
                 break
-            measured.append((point, await self._run(point, 1 + self._repeats)))
+            measured.append((point, await self._measure(point, max_s / len(grid))))
             if on_progress is not None:
                 on_progress(len(measured), len(grid))
         await self._run(grid[0], 1)  # devices that compute asynchronously tell late
         return StageProfile(
             format="gllm_ray.stage_profile.v1",
             provenance=f"{provenance}; {len(measured)} of {len(grid)} micro-batches of the grid, "
-            f"median of {self._repeats}",
+            f"median of up to {self._repeats}",
             samples=[self._sample(point, batch_ids) for point, batch_ids in measured],
         )
+
+    async def _measure(self, point: ProfilePoint, share_s: float) -> range:
+        start_s = time.monotonic()
+        await self._run(point, 1)
+        most = share_s / (time.monotonic() - start_s)
+        return await self._run(point, max(1, min(self._repeats, int(most))))
 
     async def _run(self, point: ProfilePoint, num_batches: int) -> range:
         batch_ids = range(self._num_submitted, self._num_submitted + num_batches)
@@ -82,7 +89,7 @@ class StageProfiler:
             self._times_s[batch_id][stage_id] = time_s
 
     def _sample(self, point: ProfilePoint, batch_ids: range) -> StageSample:
-        times_s = [self._times_s[batch_id] for batch_id in batch_ids[1:]]
+        times_s = [self._times_s[batch_id] for batch_id in batch_ids]
         stages = sorted(times_s[0])
         return StageSample(
             **point.load._asdict(),

@@ -23,8 +23,8 @@ from gllm_ray.cli import main
 from gllm_ray.policy_config import BalancedConfig, ChunkedPrefillConfig
 from gllm_ray.scheduling.load import StepLoad
 
-TINY = replace(SCENARIOS[0], rates_per_s=(2, 4))
-EFFORT = Effort(duration_s=0.5, num_offline=3, seeds=(0, 1))
+TINY = replace(SCENARIOS[0], rates_per_s=(4,))
+EFFORT = Effort(duration_s=0.5, num_offline=3, seeds=(0, 1), num_bisections=1)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_every_policy_is_run_at_every_rate_and_offline(results):
     (scenario,) = results["scenarios"]
     names = list(candidates(1.0))
     cells = [(run["policy"], run["rate_per_s"]) for run in scenario["runs"]]
-    assert cells == [(name, rate) for rate in (2, 4, None) for name in names]
+    assert cells == [(name, rate) for rate in (4, None) for name in names]
     assert list(scenario["slo_capacity_per_s"]) == names
 
 
@@ -86,7 +86,7 @@ def test_measured_prefills_are_met_by_the_cost_of_the_l20():
     for rows, time_s in ((1, 0.08551), (256, 0.15587), (2048, 1.20769)):
         load = StepLoad(num_prefill_tokens=rows, num_attention_pairs=rows * rows)
         whole = sum(cost.stage_time_s(stage, load) for stage in range(4))
-        assert whole == pytest.approx(time_s, rel=1e-3)
+        assert whole == pytest.approx(time_s, rel=3e-3)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)

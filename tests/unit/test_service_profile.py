@@ -88,7 +88,7 @@ def profile(service):
 def test_a_profile_survives_its_file_and_says_what_was_measured(profile):
     assert parse_stage_profile(profile.model_dump_json()) == profile
     assert profile.num_stages == 2
-    for word in ("layers 0-1 | 2-3", "1 threads a stage", "torch 2", "median of 3"):
+    for word in ("layers 0-1 | 2-3", "threads a stage: 1", "torch 2", "median of up to 3"):
         assert word in profile.provenance
 
 
