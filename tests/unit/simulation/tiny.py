@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from gllm_ray.policy_config import ChunkedPrefillConfig
 from gllm_ray.scheduling import Scheduler
 from gllm_ray.scheduling.load import StepLoad
+from gllm_ray.simulation.links import Link
 from gllm_ray.simulation.model_config import parse_model_shape
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.simulated_request import SimulatedRequest
@@ -49,6 +50,16 @@ class LinearCost:
 
 def linear_cost(num_stages: int, floor_s: float = 1.0, **times_s: float) -> LinearCost:
     return LinearCost(PipelineLayout.split(SHAPE, num_stages), floor_s, **times_s)
+
+
+def link(latency_s: float, bandwidth_bytes_s: float) -> Link:
+    return Link(
+        name="made up",
+        latency_s=latency_s,
+        bandwidth_bytes_s=bandwidth_bytes_s,
+        is_calibrated=False,
+        provenance="made up",
+    )
 
 
 def serial_scheduler(num_stages: int, **options) -> Callable[[], Scheduler]:

@@ -1,0 +1,95 @@
+"""The simulator takes every decision that the engine takes."""
+
+from collections import Counter
+from random import Random
+
+import pytest
+
+from gllm_ray.messages import FinishReason
+from gllm_ray.policy_config import (
+    BalancedConfig,
+    ChunkedPrefillConfig,
+    TemporalConfig,
+    TokenThrottlingConfig,
+)
+from gllm_ray.scheduling import QueueLimits
+from gllm_ray.scheduling.length_predictor import StatisticsPredictor
+from gllm_ray.simulation.simulator import Deployment, Simulation
+from gllm_ray.simulation.virtual_pipeline import Slowdown, Timing, uniform_links
+from tests.factories import make_scheduler
+from tests.unit.simulation.tiny import linear_cost, link, request
+from tests.unit.simulation.virtual_time import run_engine
+
+POLICIES = (
+    TokenThrottlingConfig(),
+    TokenThrottlingConfig(kv_threshold="adaptive"),
+    ChunkedPrefillConfig(token_budget=64),
+    ChunkedPrefillConfig(token_budget=256, tbt_target_s=0.05),
+    TemporalConfig(),
+    BalancedConfig(),
+)
+NUM_STAGES = 3
+LINK = link(latency_s=1e-4, bandwidth_bytes_s=1e8)
+TIMING = Timing(
+    links=uniform_links(LINK, NUM_STAGES),
+    dispatch_s=3e-4,
+    result_s=7e-4,
+    jitter=0.1,
+    slowdowns=(Slowdown(stage_id=1, start_s=0.5, end_s=1.0, factor=3.0),),
+)
+
+
+def make_requests(seed):
+    """Some alone, some in bursts of one moment; prefixes, tenants and open ends among them."""
+    rng, now_s, requests = Random(seed), 0.0, []
+    while len(requests) < 100:
+        now_s += rng.expovariate(6)
+        for _ in range(rng.choice((1, 1, 1, 2, 25))):
+            output = rng.randint(1, 60)
+            has_prefix = rng.random() < 0.3
+            requests.append(
+                request(
+                    now_s,
+                    prompt=rng.choice((17, 40, 90, 300)),
+                    output=output,
+                    max_tokens=rng.choice((None, 60)),
+                    prefix_id=rng.randrange(2) if has_prefix else None,
+                    num_prefix_tokens=16 if has_prefix else 0,
+                    tenant=rng.choice(("a", "b")),
+                    priority=rng.choice((0, 0, 1)),
+                )
+            )
+    return requests
+
+
+def make_deployment(policy, timeout_s):
+    return Deployment(
+        cost=linear_cost(NUM_STAGES, 4e-3, token_s=5e-5, context_token_s=1e-6),
+        make_scheduler=lambda: make_scheduler(
+            num_stages=NUM_STAGES,
+            num_blocks=300,
+            max_model_len=400,
+            policy=policy,
+            prefix_caching=True,
+            fair_share=True,
+            queue=QueueLimits(timeout_s=timeout_s, max_requests=60),
+            predictor=StatisticsPredictor(),
+        ),
+        timing=TIMING,
+    )
+
+
+@pytest.mark.parametrize("timeout_s", [None, 0.3])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_engine_and_simulator_form_the_same_micro_batches(policy, seed, timeout_s):
+    deployment, requests = make_deployment(policy, timeout_s), make_requests(seed)
+    submitted, ends = run_engine(deployment, requests, seed)
+    result = Simulation(deployment, requests, seed=seed, keep_decisions=True).run()
+    assert result.decisions[0] == submitted
+    simulated = Counter(result.report.num_ended)
+    num_refused = len(requests) - ends.total()
+    assert +simulated == ends + Counter({FinishReason.EXPIRED: num_refused})
+    assert (ends[FinishReason.EXPIRED] > 0) == (timeout_s is not None)
+    is_careful = policy.name in ("temporal", "balanced")
+    assert result.report.num_preemptions > 0 or is_careful or timeout_s is not None
