@@ -142,6 +142,7 @@ class SimulatedReplica:
     def fill(self, now_s: float) -> None:
         """Form micro-batches until the scheduler has no more."""
         timing, formed_s = self._pipeline.timing, now_s
+        self._pipeline.advance(now_s)
         while (batch := self._scheduler.schedule(formed_s)) is not None:
             load, begun_s = self._scheduler.latest_load, formed_s
             formed_s += timing.schedule_s + timing.schedule_sequence_s * len(batch.sequences)

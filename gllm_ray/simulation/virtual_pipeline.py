@@ -113,16 +113,24 @@ class VirtualPipeline:
         if end_s > start_s:
             self._causes.append((start_s, end_s, cause))
 
+    def advance(self, now_s: float) -> None:
+        """Account for what is over."""
+        for planned in self._planned:
+            while planned and planned[0].end_s <= now_s:
+                self._count(planned.popleft())
+        oldest_s = min(self._counted_s)
+        while self._causes and self._causes[0][1] <= oldest_s:
+            self._causes.popleft()
+
     def submit(
         self, batch_id: int, load: StepLoad, now_s: float
     ) -> tuple[float, tuple[StageTime, ...]]:
-        """Start a micro-batch.
+        """Start a micro-batch, now or at a later time that is known already.
 
         Returns:
             When its result reaches the scheduler, and how long each stage computes.
         """
         timing, num_stages = self.timing, len(self._free_s)
-        self._count_what_is_over(now_s)
         self.metrics.on_batch(load.num_tokens, load.num_decodes)
         num_bytes = self._cost.layout.hop_bytes(load) if timing.links else 0
         is_kept = self._intervals is not None
@@ -151,7 +159,7 @@ class VirtualPipeline:
 
     def close(self, now_s: float) -> None:
         """Account for the time up to now."""
-        self._count_what_is_over(now_s)
+        self.advance(now_s)
         for stage_id, planned in enumerate(self._planned):
             if planned and planned[0].start_s < now_s:
                 self._count(planned.popleft()._replace(end_s=now_s))
@@ -177,14 +185,6 @@ class VirtualPipeline:
         if not self.timing.is_send_overlapped:
             self._free_s[stage_id] = end_s
         return end_s
-
-    def _count_what_is_over(self, now_s: float) -> None:
-        for planned in self._planned:
-            while planned and planned[0].end_s <= now_s:
-                self._count(planned.popleft())
-        oldest_s = min(self._counted_s)
-        while self._causes and self._causes[0][1] <= oldest_s:
-            self._causes.popleft()
 
     def _count(self, interval: StageInterval) -> None:
         stage_id, end_s = interval.stage_id, interval.end_s

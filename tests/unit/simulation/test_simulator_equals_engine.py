@@ -42,7 +42,7 @@ TIMING = Timing(
 def make_requests(seed):
     """Some alone, some in bursts of one moment; prefixes, tenants and open ends among them."""
     rng, now_s, requests = Random(seed), 0.0, []
-    while len(requests) < 150:
+    while len(requests) < 100:
         now_s += rng.expovariate(6)
         for _ in range(rng.choice((1, 1, 1, 2, 25))):
             output = rng.randint(1, 60)

@@ -122,7 +122,7 @@ def run_engine(deployment, requests, seed):
                     await engine.add(to_generation_request(request, index))
                 except GllmRayError:
                     num_refused += 1
-        while ends.total() + num_refused < len(requests):  # noqa: ASYNC110 - the clock is virtual
+        while ends.total() + num_refused < len(requests):  # noqa: ASYNC110 - virtual time
             await asyncio.sleep(1.0)
         reader.cancel()
         with contextlib.suppress(asyncio.CancelledError):

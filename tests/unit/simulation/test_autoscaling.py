@@ -1,0 +1,106 @@
+"""How many replicas there are."""
+
+import pytest
+
+from gllm_ray.errors import ConfigError
+from gllm_ray.messages import FinishReason
+from gllm_ray.simulation.autoscaling import Autoscaler, ReplicaCount
+from tests.unit.simulation.tiny import deployment, request, simulate
+
+RULE = Autoscaler(
+    min_replicas=1,
+    max_replicas=4,
+    target_ongoing_requests=2,
+    upscale_delay_s=3.0,
+    downscale_delay_s=5.0,
+    interval_s=1.0,
+    startup_s=10.0,
+)
+FROM_ZERO = Autoscaler(
+    min_replicas=0,
+    max_replicas=2,
+    target_ongoing_requests=4,
+    upscale_delay_s=2.0,
+    downscale_delay_s=5.0,
+    interval_s=1.0,
+    startup_s=10.0,
+)
+
+
+def test_more_come_after_the_delay_and_no_more_than_the_most():
+    count = ReplicaCount(RULE)
+    assert [count.next(100, 1, float(now_s)) for now_s in range(5)] == [1, 1, 1, 4, 1]
+
+
+def test_fewer_come_after_their_delay_and_no_fewer_than_the_fewest():
+    count = ReplicaCount(RULE)
+    assert [count.next(0, 4, float(now_s)) for now_s in range(6)] == [4, 4, 4, 4, 4, 1]
+
+
+def test_a_break_in_what_is_wanted_starts_the_delay_anew():
+    count = ReplicaCount(RULE)
+    wanted = [count.next(num, 1, float(now_s)) for now_s, num in enumerate((4, 4, 2, 4, 4, 4, 4))]
+    assert wanted == [1, 1, 1, 1, 1, 1, 2]
+
+
+def test_the_first_replica_comes_at_once():
+    count = ReplicaCount(FROM_ZERO)
+    assert count.next(0, 0, 0.0) == 0
+    assert count.next(100, 0, 1.0) == 1
+
+
+@pytest.mark.parametrize("mistake", [{"max_replicas": 0}, {"min_replicas": 9}, {"interval_s": 0}])
+def test_a_rule_that_cannot_work_is_refused(mistake):
+    options = {"min_replicas": 0, "max_replicas": 2, "target_ongoing_requests": 1} | mistake
+    with pytest.raises(ConfigError):
+        Autoscaler(**options)
+
+
+def test_requests_are_held_until_the_first_replica_has_started():
+    deployed = deployment(num_replicas=0, autoscaler=FROM_ZERO)
+    result = simulate(deployed, [request(0.5), request(0.75)])
+    # Looked for at 1 s, started at 11 s, and two micro-batches of 1 s.
+    assert result.report.wall_s == 13.0
+    assert result.num_replicas == 1
+    assert result.report.num_ended[FinishReason.LENGTH] == 2
+    assert result.report.pipeline.utilization == pytest.approx(1.0)
+
+
+def test_without_replica_and_autoscaler_nothing_is_served():
+    with pytest.raises(ConfigError, match="at least 1"):
+        deployment(num_replicas=0)
+
+
+def test_new_replicas_serve_after_delay_and_startup():
+    # Wanted at the look at 1 s, decided at 4 s, ready at 14 s.
+    arrivals = [request(0.0, output=100)] * 8 + [request(13.5)] + [request(14.0)] * 3
+    deployed = deployment(autoscaler=RULE, routing="least_outstanding")
+    result = simulate(deployed, arrivals, keep_decisions=True)
+    assert result.num_replicas == 4
+    assert [len(batches) for batches in result.decisions[1:]] == [1, 1, 1]
+    assert result.report.num_ended[FinishReason.LENGTH] == 12
+
+
+def test_a_replica_that_goes_finishes_what_it_holds_and_takes_no_more():
+    rule = Autoscaler(
+        min_replicas=1,
+        max_replicas=2,
+        target_ongoing_requests=10,
+        downscale_delay_s=3.0,
+        interval_s=1.0,
+    )
+    deployed = deployment(num_replicas=2, autoscaler=rule, routing="round_robin")
+    requests = [request(0.0, output=20)] * 2 + [request(30.0)] * 2
+    result = simulate(deployed, requests, keep_decisions=True)
+    assert result.report.num_ended[FinishReason.LENGTH] == 4
+    first, second = result.decisions
+    assert len(second) == 20
+    assert len(first) == 22
+    # It is gone after its 20 s, so it has no idle time.
+    assert result.report.pipeline.utilization == pytest.approx((20 + 20 + 2) / (20 + 32))
+
+
+def test_a_simulation_leaves_the_rule_as_it_was():
+    deployed = deployment(autoscaler=RULE)
+    requests = [request(float(index), output=50) for index in range(12)]
+    assert simulate(deployed, requests) == simulate(deployed, requests)

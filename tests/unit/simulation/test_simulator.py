@@ -1,0 +1,249 @@
+"""Laws of whole simulations: closed forms, conservation, determinism, losses."""
+
+from itertools import accumulate, pairwise
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gllm_ray.errors import ConfigError
+from gllm_ray.messages import FinishReason
+from gllm_ray.policy_config import POLICY_CONFIGS, ChunkedPrefillConfig
+from gllm_ray.scheduling import QueueLimits
+from gllm_ray.simulation.events import EventQueue
+from gllm_ray.simulation.metrics import IdleCause
+from gllm_ray.simulation.simulator import Simulation, StageLoss
+from gllm_ray.simulation.virtual_pipeline import Timing
+from tests.unit.simulation.tiny import deployment, linear_cost, request, serial_scheduler, simulate
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_batches", [1, 3, 20])
+def test_the_bubble_of_a_fixed_batch_is_that_of_the_closed_form(num_stages, num_batches):
+    report = simulate(deployment(num_stages), [request()] * num_batches).report
+    num_steps = num_batches + num_stages - 1
+    assert report.wall_s == num_steps
+    assert report.pipeline.utilization == pytest.approx(num_batches / num_steps)
+    bubble = sum(report.pipeline.bubble_ratio.values())
+    assert bubble == pytest.approx((num_stages - 1) / num_steps)
+    assert report.pipeline.bubble_ratio[IdleCause.UPSTREAM] == pytest.approx(bubble)
+
+
+@pytest.mark.parametrize(("num_stages", "num_chunks"), [(1, 1), (4, 1), (1, 5), (4, 9)])
+def test_chunks_of_a_lone_prompt_fill_the_pipeline(num_stages, num_chunks):
+    prompt = request(2.0, prompt=16 * num_chunks)
+    report = simulate(deployment(num_stages), [prompt]).report
+    assert report.ttft_s.mean == num_chunks + num_stages - 1
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
+def test_the_mean_wait_of_one_stage_is_that_of_an_m_d_1_queue(load):
+    rng = Random(0)
+    requests = map(request, accumulate(rng.expovariate(load) for _ in range(25_000)))
+    make = serial_scheduler(1, policy=ChunkedPrefillConfig(token_budget=16), max_in_flight=1)
+    report = simulate(deployment(1, make=make), requests).report
+    assert report.queue_s.mean == pytest.approx(load / (2 * (1 - load)), rel=0.05)
+    assert report.pipeline.utilization == pytest.approx(load, rel=0.02)
+
+
+def test_the_time_of_the_scheduler_caps_the_rate():
+    deployed = deployment(2, timing=Timing(schedule_s=3.0, schedule_sequence_s=1.0))
+    report = simulate(deployed, [request()] * 10).report
+    assert report.wall_s == 10 * 4.0 + 2
+    assert report.pipeline.bubble_ratio[IdleCause.SCHEDULER] > 0.5
+
+
+def test_a_scheduler_that_is_never_idle_still_takes_new_requests():
+    timing = Timing(schedule_s=2.0)
+    requests = [request(output=400) for _ in range(2)] + [request(101.0)]
+    report = simulate(deployment(2, timing=timing), requests).report
+    assert report.ttft_s.p99 < 20
+
+
+WORKLOADS = st.lists(
+    st.tuples(
+        st.sampled_from([0.0, 0.0, 0.5, 1.0, 7.0]),
+        st.integers(1, 60),
+        st.integers(1, 12),
+        st.sampled_from([None, 12]),
+    ),
+    min_size=1,
+    max_size=20,
+)
+# Multiples of a half, so that many things happen at one moment.
+TIMINGS = st.builds(
+    Timing,
+    schedule_s=st.sampled_from([0.0, 0.5, 1.0]),
+    schedule_sequence_s=st.sampled_from([0.0, 0.5]),
+    dispatch_s=st.sampled_from([0.0, 0.5]),
+    result_s=st.sampled_from([0.0, 0.5]),
+    jitter=st.sampled_from([0.0, 0.3]),
+)
+LOSSES = st.lists(
+    st.builds(
+        StageLoss,
+        time_s=st.sampled_from([0.0, 1.0, 2.5, 6.0, 11.0]),
+        replica_id=st.integers(0, 2),
+        recovery_s=st.sampled_from([0.0, 1.0, 10.0]),
+    ),
+    max_size=3,
+)
+
+
+def requests_of(workload):
+    now_s, requests = 0.0, []
+    for gap_s, prompt, output, max_tokens in workload:
+        now_s += gap_s
+        requests.append(request(now_s, prompt=prompt, output=output, max_tokens=max_tokens))
+    return requests
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    workload=WORKLOADS,
+    timing=TIMINGS,
+    losses=LOSSES,
+    policy=st.sampled_from(sorted(POLICY_CONFIGS)),
+    num_stages=st.sampled_from([1, 2, 4]),
+    num_replicas=st.integers(1, 2),
+    timeout_s=st.sampled_from([None, 4.0]),
+)
+def test_nothing_is_lost_or_counted_twice(
+    workload, timing, losses, policy, num_stages, num_replicas, timeout_s
+):
+    requests = requests_of(workload)
+    make = serial_scheduler(
+        num_stages,
+        policy=POLICY_CONFIGS[policy](),
+        num_blocks=24,
+        queue=QueueLimits(timeout_s=timeout_s),
+    )
+    deployed = deployment(
+        num_stages, make=make, timing=timing, num_replicas=num_replicas, losses=tuple(losses)
+    )
+    simulation = Simulation(deployed, requests, keep_intervals=True)
+    try:
+        result = simulation.run()
+    except ConfigError:
+        assert sum(simulation._requests.num_ended.values()) == len(requests)
+        return
+    report = result.report
+    ended = report.num_ended
+    assert sum(ended.values()) == len(requests)
+    assert ended[FinishReason.EXPIRED] == 0 or timeout_s is not None
+    assert ended[FinishReason.ERROR] == 0 or losses
+    if ended[FinishReason.LENGTH] + ended[FinishReason.STOP] == len(requests):
+        assert report.num_input_tokens == sum(each.num_prompt_tokens for each in requests)
+        assert report.num_output_tokens == sum(each.num_output_tokens for each in requests)
+    for replica_id, replica in enumerate(simulation._replicas):
+        assert replica.num_requests == 0
+        for stage_id, stage in enumerate(replica.metrics.stages):
+            assert stage.total_s == pytest.approx(report.wall_s)
+            assert all(idle_s >= 0 for idle_s in stage.idle_s.values())
+            spans = sorted(
+                (each.start_s, each.end_s)
+                for each in result.intervals
+                if (each.replica_id, each.stage_id) == (replica_id, stage_id)
+            )
+            assert sum(end_s - start_s for start_s, end_s in spans) == pytest.approx(stage.busy_s)
+            assert all(a[1] <= b[0] for a, b in pairwise(spans))
+    assert 0 <= report.pipeline.utilization <= 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(workload=WORKLOADS, timing=TIMINGS, num_stages=st.sampled_from([1, 3]))
+def test_no_work_is_the_time_without_requests(workload, timing, num_stages):
+    lone = [(500.0, *others) for _, *others in workload]
+    report = simulate(deployment(num_stages, timing=timing), requests_of(lone)).report
+    served_s = report.e2e_s.mean * len(lone)
+    for stage in report.stages:
+        no_work_s = stage.bubble_ratio[IdleCause.NO_WORK] * report.wall_s
+        assert no_work_s == pytest.approx(report.wall_s - served_s)
+
+
+def test_the_same_arguments_give_the_same_result_and_the_seed_draws_the_jitter():
+    deployed = deployment(4, num_replicas=3, timing=Timing(jitter=0.3, schedule_s=0.01))
+    requests = [request(0.3 * index, prompt=20, output=9) for index in range(60)]
+    first = simulate(deployed, requests, seed=1, keep_decisions=True, keep_intervals=True)
+    again = simulate(deployed, requests, seed=1, keep_decisions=True, keep_intervals=True)
+    other = simulate(deployed, requests, seed=2)
+    assert first == again
+    assert first.report.wall_s != other.report.wall_s
+
+
+def test_a_loss_ends_the_requests_of_its_replica_alone():
+    losses = (StageLoss(time_s=5.5, replica_id=1, recovery_s=3.0),)
+    deployed = deployment(2, num_replicas=2, routing="round_robin", losses=losses)
+    report = simulate(deployed, [request(output=10)] * 4).report
+    assert report.num_ended[FinishReason.ERROR] == 2
+    assert report.num_ended[FinishReason.LENGTH] == 2
+    assert report.num_output_tokens == 20
+
+
+def test_a_replica_that_lost_a_stage_serves_again_after_its_recovery():
+    losses = (StageLoss(time_s=1.5, recovery_s=4.0),)
+    result = simulate(deployment(2, losses=losses), [request(output=9), request(2.0)])
+    assert result.report.num_ended[FinishReason.ERROR] == 1
+    assert result.report.wall_s == 5.5 + 2
+
+
+def test_a_second_loss_while_the_first_recovers_is_not_cut_short():
+    losses = (StageLoss(time_s=0.5, recovery_s=4.0), StageLoss(time_s=2.0, recovery_s=8.0))
+    assert simulate(deployment(losses=losses), [request(1.0)]).report.wall_s == 11.0
+
+
+def test_a_second_loss_does_not_shorten_the_first():
+    losses = (StageLoss(time_s=0.5, recovery_s=9.5), StageLoss(time_s=2.0, recovery_s=1.0))
+    assert simulate(deployment(losses=losses), [request(1.0)]).report.wall_s == 11.0
+
+
+def test_a_loss_while_idle_or_after_the_end_ends_nothing_and_adds_no_time():
+    losses = (StageLoss(time_s=3.0, recovery_s=1.0), StageLoss(time_s=99.0))
+    report = simulate(deployment(losses=losses), [request(0.0), request(5.0)]).report
+    assert report.num_ended[FinishReason.LENGTH] == 2
+    assert report.wall_s == 6.0
+
+
+def test_a_loss_while_the_scheduler_works_discards_that_micro_batch():
+    deployed = deployment(timing=Timing(schedule_s=2.0), losses=(StageLoss(time_s=1.0),))
+    report = simulate(deployed, [request(0.0), request(31.0)]).report
+    assert report.num_ended[FinishReason.ERROR] == 1
+    assert report.wall_s == 31.0 + 2.0 + 1.0
+    assert report.stages[0].utilization * report.wall_s == pytest.approx(1.0)
+
+
+def test_the_time_ends_with_the_last_request_not_with_the_last_deadline():
+    make = serial_scheduler(1, queue=QueueLimits(timeout_s=1000.0))
+    assert simulate(deployment(make=make), [request()] * 3).report.wall_s == 3.0
+
+
+@pytest.mark.parametrize("requests", [[], [request(0.0, prompt=5000)]])
+def test_a_workload_of_which_nothing_can_be_served_is_refused(requests):
+    with pytest.raises(ConfigError, match="no time passed"):
+        simulate(deployment(), requests)
+
+
+def test_arrivals_must_ascend():
+    with pytest.raises(ValueError, match="request 1 comes at"):
+        simulate(deployment(), [request(2.0), request(1.0)])
+
+
+def test_what_waits_to_happen_does_not_grow_with_the_workload(monkeypatch):
+    sizes = []
+    push = EventQueue.push
+
+    def push_and_note(queue, *event):
+        push(queue, *event)
+        sizes.append(len(queue))
+
+    monkeypatch.setattr(EventQueue, "push", push_and_note)
+    make = serial_scheduler(2, queue=QueueLimits(timeout_s=1e6))
+    cost = linear_cost(2, 0.01)
+    requests = [request(0.1 * index, output=3) for index in range(300)]
+    simulation = Simulation(deployment(2, cost=cost, make=make), requests)
+    simulation.run()
+    assert max(sizes) <= 6
+    pipeline = simulation._replicas[0]._pipeline
+    assert len(pipeline._causes) <= 6
+    assert sum(map(len, pipeline._planned)) == 0
