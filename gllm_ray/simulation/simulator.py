@@ -82,7 +82,7 @@ class SimulationResult:
     """
 
     report: Report
-    requests: RequestMetrics
+    requests: RequestMetrics = field(compare=False)
     intervals: list[StageInterval]
     decisions: list[list[MicroBatch]]
     num_replicas: int
