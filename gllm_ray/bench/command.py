@@ -15,6 +15,7 @@ from gllm_ray.bench.policies import Effort, bench_policies
 from gllm_ray.bench.policy_scenarios import SCENARIOS
 from gllm_ray.bench.policy_table import policy_table
 from gllm_ray.bench.scheduler import SchedulerBenchResult, bench_scheduler
+from gllm_ray.bench.simulator import SimulatorBenchResult, bench_simulator
 from gllm_ray.errors import GllmRayError
 from gllm_ray.policy_config import POLICY_CONFIGS
 from gllm_ray.serve_file import load_only_service
@@ -36,6 +37,7 @@ def add_bench_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not
     _add_scheduler(benchmarks)
     _add_fidelity(benchmarks)
     _add_policies(benchmarks)
+    _add_simulator(benchmarks)
 
 
 def _add_scheduler(benchmarks: Any) -> None:  # noqa: ANN401
@@ -219,4 +221,39 @@ def _bench_policies(options: argparse.Namespace) -> int:
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     options.output.with_suffix(".md").write_text(table)
     print(table, end="")
+
+
+def _add_simulator(benchmarks: Any) -> None:  # noqa: ANN401
+    parser = benchmarks.add_parser(
+        "simulator",
+        help="output tokens simulated in a second of processor time",
+        description=bench_simulator.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--policy", choices=list(POLICY_CONFIGS), help="one alone instead of all")
+    parser.add_argument(
+        "--stages", type=int, nargs="+", default=[4, 16], help="depths of the pipeline"
+    )
+    parser.add_argument("--running", type=int, default=256, help="sequences that run at once")
+    parser.add_argument("--requests", type=int, default=3000, help="requests to simulate")
+    parser.add_argument("--output", type=Path, help="write the numbers to this file, as JSON")
+    parser.set_defaults(run=_bench_simulator)
+
+
+def _bench_simulator(options: argparse.Namespace) -> int:
+    names = [options.policy] if options.policy else list(POLICY_CONFIGS)
+    results = []
+    print(SimulatorBenchResult.table_head(), flush=True)
+    for name in names:
+        for num_stages in options.stages:
+            result = bench_simulator(
+                POLICY_CONFIGS[name](),
+                num_stages=num_stages,
+                num_running=options.running,
+                num_requests=options.requests,
+            )
+            print(result.table_row(), flush=True)
+            results.append(result.as_json())
+    if options.output is not None:
+        options.output.write_text(json.dumps(results, indent=2) + "\n")
     return 0
