@@ -221,6 +221,7 @@ def _bench_policies(options: argparse.Namespace) -> int:
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     options.output.with_suffix(".md").write_text(table)
     print(table, end="")
+    return 0
 
 
 def _add_simulator(benchmarks: Any) -> None:  # noqa: ANN401
