@@ -12,7 +12,13 @@ from gllm_ray.simulation.autoscaling import Autoscaler, ReplicaCount
 from gllm_ray.simulation.cost_model import PipelineCost
 from gllm_ray.simulation.events import Event, EventKind, EventQueue
 from gllm_ray.simulation.ideal import IdealWork
-from gllm_ray.simulation.metrics import PipelineMetrics, RequestMetrics, Slo, StageInterval
+from gllm_ray.simulation.metrics import (
+    BatchMetrics,
+    PipelineMetrics,
+    RequestMetrics,
+    Slo,
+    StageInterval,
+)
 from gllm_ray.simulation.replica import FlyingBatch, SimulatedReplica
 from gllm_ray.simulation.report import Report, make_report
 from gllm_ray.simulation.routing import Router, RoutingName
@@ -129,6 +135,7 @@ class Simulation:
         self._arrivals = enumerate(workload)
         self._seed = seed
         self._requests = RequestMetrics(slo)
+        self._batches = BatchMetrics()
         self._intervals: list[StageInterval] | None = [] if keep_intervals else None
         self._keep_decisions = keep_decisions
         self._events = EventQueue[_Payload]()
@@ -275,6 +282,7 @@ class Simulation:
             deployment.make_scheduler(),
             pipeline,
             self._requests,
+            self._batches,
             self._ideal,
             expect_result,
             ready_s,
@@ -295,6 +303,7 @@ class Simulation:
         replica_s = sum(replica.close(end_s) for replica in self._replicas)
         report = make_report(
             self._requests,
+            self._batches,
             [replica.metrics for replica in self._replicas],
             wall_s=end_s,
             ideal_ratio=self._ideal.time_s / replica_s,
