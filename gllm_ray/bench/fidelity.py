@@ -16,12 +16,13 @@ from gllm_ray.bench.stage_profiler import StageProfiler
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.errors import ConfigError
+from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.length_config import LengthsConfig
 from gllm_ray.simulation.measured import MeasuredCost
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.report import Report
 from gllm_ray.simulation.simulated_request import SimulatedRequest
-from gllm_ray.simulation.simulator import Deployment, Simulation
+from gllm_ray.simulation.simulator import Simulation
 from gllm_ray.simulation.stage_profile import StageProfile, StageSample
 from gllm_ray.simulation.workload import Workload
 from gllm_ray.simulation.workload_config import (

@@ -219,7 +219,9 @@ class Scheduler:
                 events.append(self._finish(sequence, FinishReason.LENGTH, token_id))
             else:
                 ready[sequence.seq_id] = sequence
-                events.append(tuple.__new__(TokenEvent, (sequence.request_id, token_id, None, None, None)))
+                events.append(
+                    tuple.__new__(TokenEvent, (sequence.request_id, token_id, None, None, None))
+                )
         self._pool.count_output(num_tokens)
         return events
 

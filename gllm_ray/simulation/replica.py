@@ -202,11 +202,12 @@ class SimulatedReplica:
             chunks = sequences[flying.num_decodes :]
             num_last_chunks = sum(chunk.sampling is not None for chunk in chunks)
             return (FILLER_TOKEN_ID,) * (flying.num_decodes + num_last_chunks)
-        token_ids = []
-        for item in sequences:
-            if item.sampling is not None:
-                token_ids.append(self._token_id(self._scheduler.request_of(item.seq_id).request_id))
-        return tuple(token_ids)
+        request_of = self._scheduler.request_of
+        return tuple(
+            self._token_id(request_of(item.seq_id).request_id)
+            for item in sequences
+            if item.sampling is not None
+        )
 
     def _token_id(self, request_id: str) -> int:
         request = self._open_ended.get(request_id)

@@ -4,7 +4,13 @@ import json
 
 import pytest
 
-from gllm_ray.simulation.metrics import BatchMetrics, IdleCause, PipelineMetrics, RequestMetrics, Slo
+from gllm_ray.simulation.metrics import (
+    BatchMetrics,
+    IdleCause,
+    PipelineMetrics,
+    RequestMetrics,
+    Slo,
+)
 from gllm_ray.simulation.report import make_report
 from gllm_ray.simulation.report_table import format_report
 from tests.unit.simulation.runs import small_run
@@ -88,7 +94,9 @@ def test_the_table_of_a_run_is_golden():
 
 
 def test_what_nobody_asked_for_is_not_in_the_table():
-    text = format_report(make_report(RequestMetrics(), BatchMetrics(), [PipelineMetrics(1)], wall_s=1.0))
+    text = format_report(
+        make_report(RequestMetrics(), BatchMetrics(), [PipelineMetrics(1)], wall_s=1.0)
+    )
     assert "goodput" not in text
     assert "ideal" not in text
     assert "requests         none" in text
