@@ -43,7 +43,7 @@ class Effort:
     max_requests: int = 4096
     num_offline: int = 5000
     seeds: tuple[int, ...] = (0, 1, 2)
-    capacity_ratio: float = 1.03
+    capacity_ratio: float = 1.05
 
     def quarter(self) -> "Effort":
         """A quarter of the requests of each run."""
