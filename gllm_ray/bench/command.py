@@ -6,12 +6,12 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gllm_ray.bench.fidelity_models import MODELS, fidelity_service
-from gllm_ray.bench.policies import Effort, bench_policies
+from gllm_ray.bench.policies import bench_policies
+from gllm_ray.bench.policy_runs import Effort
 from gllm_ray.bench.policy_scenarios import SCENARIOS
 from gllm_ray.bench.policy_table import policy_table
 from gllm_ray.bench.scheduler import SchedulerBenchResult, bench_scheduler
@@ -209,10 +209,12 @@ def _add_policies(benchmarks: Any) -> None:  # noqa: ANN401
 
 
 def _bench_policies(options: argparse.Namespace) -> int:
-    full, share = Effort(seeds=tuple(options.seeds)), 4 if options.quick else 1
+    effort = Effort(seeds=tuple(options.seeds))
+    if options.quick:
+        effort = effort.quarter()
     results = bench_policies(
         [scenario for scenario in SCENARIOS if options.only in scenario.name],
-        replace(full, duration_s=full.duration_s / share, num_offline=full.num_offline // share),
+        effort,
         options.processes,
         progress=lambda name: print(f"done: {name}", file=sys.stderr, flush=True),
     )
