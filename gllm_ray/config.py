@@ -116,7 +116,10 @@ class PipelineConfig(StrictModel):
         description="How hidden states travel; auto: nccl between whole GPUs, else gloo.",
     )
     max_in_flight: int | None = Field(
-        default=None, ge=1, description="Micro-batches in flight; null: as many as stages."
+        default=None,
+        ge=1,
+        description="Micro-batches in flight; null: as many as stages, and one "
+        "more for balanced while prompts queue.",
     )
 
     @model_validator(mode="after")

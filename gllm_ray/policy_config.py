@@ -212,6 +212,13 @@ class BalancedConfig(StrictModel):
         "no bound.",
     )
 
+    overtaking: float = Field(
+        default=64.0,
+        ge=0,
+        description="Tokens of later, shorter prompts that may pass a waiting prompt, for each of "
+        "its own; 0: prompts are served in the order of arrival.",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.min_prefill_tokens > self.token_budget:

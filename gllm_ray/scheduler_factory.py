@@ -12,7 +12,8 @@ from gllm_ray.predictor_config import (
     StatisticsPredictorConfig,
 )
 from gllm_ray.scheduling import QueueLimits, SchedulerSettings
-from gllm_ray.scheduling.cost_model import FixedCostModel, LearntCostModel
+from gllm_ray.scheduling.cost_model import FixedCostModel
+from gllm_ray.scheduling.learnt_cost_model import LearntCostModel
 from gllm_ray.scheduling.length_classifier import LengthClassifier, parse_classifier
 from gllm_ray.scheduling.length_predictor import HintPredictor, LengthPredictor, StatisticsPredictor
 from gllm_ray.scheduling.load import CostModel
@@ -35,14 +36,14 @@ def make_settings(
         num_blocks: KV blocks that every stage has.
         block_size: Tokens a block holds.
         max_model_len: Prompt and output tokens a sequence may have.
-        max_in_flight: Micro-batches in flight; None: as many as stages.
+        max_in_flight: Micro-batches in flight; None: as the policy wants.
     """
     return SchedulerSettings(
         num_stages=num_stages,
         num_blocks=num_blocks,
         block_size=block_size,
         max_model_len=max_model_len,
-        max_in_flight=max_in_flight or num_stages,
+        max_in_flight=max_in_flight,
         max_decodes=config.max_decodes,
         prefix_caching=config.prefix_caching,
         fair_share=config.fair_share,

@@ -6,7 +6,7 @@ from typing import Any
 from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult
 from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
 from gllm_ray.scheduling import QueueLimits, Scheduler, SchedulerSettings, make_policy
-from gllm_ray.scheduling.cost_model import LearntCostModel
+from gllm_ray.scheduling.learnt_cost_model import LearntCostModel
 from gllm_ray.scheduling.length_predictor import HintPredictor, LengthPredictor
 from gllm_ray.scheduling.load import CostModel
 

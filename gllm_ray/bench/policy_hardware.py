@@ -11,6 +11,7 @@ from gllm_ray.scheduling.cost_model import FixedCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.simulation.cost_model import PipelineCost
+from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.devices import find_device
 from gllm_ray.simulation.hosts import find_host
 from gllm_ray.simulation.linear_fit import linear_fit
@@ -19,7 +20,6 @@ from gllm_ray.simulation.measured import MeasuredCost
 from gllm_ray.simulation.model_config import parse_model_shape
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.roofline import RooflineCost
-from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.virtual_pipeline import Timing, mixed_links
 
 _BLOCK_SIZE = 16
@@ -115,7 +115,6 @@ def deployment(hardware: Hardware, policy: PolicyConfig) -> Deployment:
         num_blocks=hardware.num_blocks or _num_blocks(hardware, cost.layout),
         block_size=_BLOCK_SIZE,
         max_model_len=_MAX_MODEL_LEN,
-        max_in_flight=hardware.num_stages,
         max_decodes=hardware.max_decodes,
     )
     fit = _calibration(hardware)

@@ -10,7 +10,7 @@ from gllm_ray.engine.garbage import relax_garbage_collector
 from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult, StageTime
 from gllm_ray.policy_config import PolicyConfig
 from gllm_ray.scheduling import Scheduler, SchedulerSettings, make_policy
-from gllm_ray.scheduling.cost_model import LearntCostModel
+from gllm_ray.scheduling.learnt_cost_model import LearntCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
 
 _BLOCK_SIZE = 16
@@ -128,7 +128,6 @@ class _SteadyLoad:
                 num_blocks=num_blocks,
                 block_size=_BLOCK_SIZE,
                 max_model_len=8192,
-                max_in_flight=num_stages,
                 max_decodes=num_requests,
             ),
             cost=LearntCostModel(),

@@ -102,7 +102,6 @@ def bench_simulator(
         num_blocks=num_running * _HELD_TOKENS // _BLOCK_SIZE,
         block_size=_BLOCK_SIZE,
         max_model_len=_MAX_MODEL_LEN,
-        max_in_flight=num_stages,
         max_decodes=num_running,
     )
     deployment = Deployment(

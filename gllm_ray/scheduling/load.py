@@ -69,6 +69,8 @@ class LoadView:
         now_s: The driver's clock, from any origin; stands still if the driver has none.
         batch_id: Id the next micro-batch will have; counts up by one.
         num_stages: Depth of the pipeline.
+        num_in_flight: Micro-batches submitted and not yet committed.
+        max_in_flight: How many there may be.
         num_waiting_tokens: Prompt tokens not yet scheduled, of waiting and prefilling sequences.
         num_prefilling: Sequences that hold blocks for a prompt that is not wholly scheduled.
         prefill_start: Position at which the next prefill chunk starts, prefix hits aside.
@@ -98,6 +100,8 @@ class LoadView:
     now_s: float
     batch_id: int
     num_stages: int
+    num_in_flight: int
+    max_in_flight: int
     num_waiting_tokens: int
     num_prefilling: int
     prefill_start: int

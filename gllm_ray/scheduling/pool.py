@@ -32,10 +32,10 @@ class SequencePool:
         num_preemptions: Preemptions so far.
     """
 
-    def __init__(self, settings: SchedulerSettings) -> None:
+    def __init__(self, settings: SchedulerSettings, *, overtaking: float = 0.0) -> None:
         self.allocator = BlockAllocator(settings.num_blocks, settings.block_size)
         self.prefix_cache = PrefixCache(self.allocator, is_enabled=settings.prefix_caching)
-        self.waiting = WaitingQueue(fair_share=settings.fair_share)
+        self.waiting = WaitingQueue(fair_share=settings.fair_share, overtaking=overtaking)
         self.live: dict[int, Sequence] = {}
         self.prefilling: dict[int, Sequence] = {}
         self.ready: dict[int, Sequence] = {}
@@ -61,11 +61,14 @@ class SequencePool:
         self._sequences[sequence.seq_id] = sequence
         self.waiting.add(sequence, deadline_s)
 
+    def under_way(self) -> Sequence | None:
+        """The sequence that goes on first of those that hold blocks for a prompt."""
+        return min(self.prefilling.values(), key=attrgetter("rank"), default=None)
+
     def schedule_prefills(self, step: Step, max_tokens: int, reserved_blocks: int) -> None:
-        """Put the next chunks of prompts in flight: of those under way, then of those admitted."""
-        under_way = iter(list(self.prefilling.values()))
+        """Put the next chunks of prompts in flight, by rank; of equals, those under way first."""
         while max_tokens > 0:
-            sequence = next(under_way, None) or self._admit_head(reserved_blocks)
+            sequence = self._next_prefill(reserved_blocks)
             if sequence is None:
                 return
             num_tokens = min(sequence.num_uncomputed_tokens, max_tokens)
@@ -136,6 +139,13 @@ class SequencePool:
         """Drop a sequence that no queue and no micro-batch holds, and free its blocks."""
         self._release(sequence)
         del self._sequences[sequence.seq_id]
+
+    def _next_prefill(self, reserved_blocks: int) -> Sequence | None:
+        """The prompt under way of the lowest rank, unless one is admitted that ranks lower."""
+        under_way, head = self.under_way(), self.waiting.head()
+        if head is None or (under_way is not None and under_way.rank < head.rank):
+            return under_way
+        return self._admit_head(reserved_blocks) or under_way
 
     def _admit_head(self, reserved_blocks: int) -> Sequence | None:
         """Take blocks for the whole prompt that is next; None if it has to wait."""

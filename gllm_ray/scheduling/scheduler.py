@@ -56,8 +56,9 @@ class Scheduler:
         self._cost = cost
         self._predictor = predictor
         self._admission = AdmissionControl(settings)
-        self._pool = SequencePool(settings)
-        self._stage_times = StageTimes(cost, settings.num_stages, settings.max_in_flight)
+        self._pool = SequencePool(settings, overtaking=policy.overtaking)
+        self._max_in_flight = settings.max_in_flight or settings.num_stages + policy.num_ahead
+        self._stage_times = StageTimes(cost, settings.num_stages, self._max_in_flight)
         self._seq_ids: dict[str, int] = {}
         self._in_flight: deque[InFlight] = deque()
         self._next_seq_id = 0
@@ -179,7 +180,7 @@ class Scheduler:
         Decodes go first, the one that waits longest before the others; then prompts under way;
         then waiting ones.
         """
-        if len(self._in_flight) >= self._settings.max_in_flight or not self._pool:
+        if len(self._in_flight) >= self._max_in_flight or not self._pool:
             return None
         step = self._select(self._policy.budget(self._view(now_s)))
         if not (step.items or self._in_flight):
@@ -246,12 +247,14 @@ class Scheduler:
         num_in_flight = sum([len(step.items) for step in steps])
         num_ending_tokens = sum([step.num_ending_tokens for step in steps])
         num_unwritten_blocks = pool.num_prefilling_tokens // allocator.block_size
-        next_prefill = next(iter(pool.prefilling.values()), None)
+        next_prefill = pool.under_way()
         oldest_ready = next(iter(pool.ready.values()), None)
         return LoadView(
             now_s=now_s,
             batch_id=self._next_batch_id,
             num_stages=self._settings.num_stages,
+            num_in_flight=len(steps),
+            max_in_flight=self._max_in_flight,
             num_waiting_tokens=self.num_waiting_tokens,
             num_prefilling=len(pool.prefilling),
             prefill_start=next_prefill.num_computed_tokens if next_prefill else 0,

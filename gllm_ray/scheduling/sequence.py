@@ -76,7 +76,7 @@ class Sequence:
         self.epoch = 0
         self.state = SequenceState.WAITING
         self.is_aborted = False
-        self.rank: Rank | None = None
+        self.rank: Rank = (0.0, 0.0, seq_id)
         self.predicted_output_tokens: int | None = None
         self.token_s = 0.0
 

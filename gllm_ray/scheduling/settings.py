@@ -27,8 +27,9 @@ class SchedulerSettings:
         num_blocks: KV blocks that every stage has.
         block_size: Tokens a block holds.
         max_model_len: Prompt and output tokens a sequence may have.
-        max_in_flight: Micro-batches submitted and not yet committed, at most.
         max_decodes: Decodes in one micro-batch, at most.
+        max_in_flight: Micro-batches submitted and not yet committed, at most; None: as many as
+            stages, and those that the policy wants ahead.
         prefix_caching: Whether sequences share the blocks of a common prefix.
         fair_share: Whether tenants take turns at prefill.
         queue: How much may wait, and for how long.
@@ -38,8 +39,8 @@ class SchedulerSettings:
     num_blocks: int
     block_size: int
     max_model_len: int
-    max_in_flight: int
     max_decodes: int
+    max_in_flight: int | None = None
     prefix_caching: bool = True
     fair_share: bool = False
     queue: QueueLimits = field(default_factory=QueueLimits)

@@ -20,10 +20,12 @@ Key = TypeVar("Key", bound=tuple[Any, ...])
 class WaitingQueue:
     """Sequences that hold no block; the one of the lowest rank is admitted first.
 
-    A rank is given when a sequence first waits, and kept when it is preempted: `priority`, then
-    the tenant's virtual token counter (0 without `fair_share`), then arrival. The counter counts
-    the tenant's prompt tokens, from at least the virtual time, so it can neither save up nor owe
-    for long. Virtual time is what a tenant with a backlog has been served.
+    A rank is given when a sequence first waits, and kept when it is preempted: `priority`, then a
+    virtual deadline, then arrival. The deadline is the virtual time, with `fair_share` the tenant's
+    virtual token counter, and `overtaking` times the tokens of the prompt. So short prompts pass
+    long ones, but none is passed by prompts that come after it was due. The counter counts the
+    tenant's prompt tokens, from at least the virtual time, so it can neither save up nor owe for
+    long. Virtual time is the prompt tokens admitted, with `fair_share` of a tenant with a backlog.
 
     No priority starves: one admission in eight is made without regard to them, and who is admitted
     so ranks before all others, so that it is not preempted either.
@@ -34,12 +36,15 @@ class WaitingQueue:
         service given, as in weighted fair queueing, lest ever new tenants hold it.
 
     Args:
-        fair_share: Whether tenants take turns; else only priority and arrival count.
+        fair_share: Whether tenants take turns.
+        overtaking: Tokens that may be admitted before a prompt though they came later, for each of
+            its own; 0: the order of arrival, of a tenant with `fair_share`.
     """
 
-    def __init__(self, *, fair_share: bool = False) -> None:
+    def __init__(self, *, fair_share: bool = False, overtaking: float = 0.0) -> None:
         self.num_tokens = 0  # uncomputed tokens of all members
         self._fair_share = fair_share
+        self._overtaking = overtaking
         self._members: dict[int, Sequence] = {}
         self._ranks = _LazyHeap[Rank](self._members)
         self._ages = _LazyHeap[tuple[float, int]](self._members)  # ranks without their priority
@@ -75,9 +80,8 @@ class WaitingQueue:
         self._members[sequence.seq_id] = sequence
         self._num_waiting[sequence.request.tenant] += 1
         self.num_tokens += sequence.num_uncomputed_tokens
-        if sequence.rank is None:
-            counter = self._charge(sequence) if self._fair_share else 0.0
-            sequence.rank = (sequence.request.priority, counter, sequence.seq_id)
+        if not sequence.epoch:
+            sequence.rank = (sequence.request.priority, self._deadline(sequence), sequence.seq_id)
         self._ranks.push(sequence.rank)
         self._ages.push(sequence.rank[1:])
         if deadline_s is not None:
@@ -93,12 +97,12 @@ class WaitingQueue:
         """Take the head out: it is admitted."""
         sequence, first = self.head(), self._ranks.first()
         assert sequence is not None
-        assert sequence.rank is not None
-        _, counter, seq_id = sequence.rank
-        served = sequence.num_tokens / len(self._num_waiting)
-        self._virtual_time = max(self._virtual_time + served, counter)
+        _, deadline, seq_id = sequence.rank
+        num_tenants = len(self._num_waiting) if self._fair_share else 1
+        start = deadline - self._overtaking * sequence.num_prompt_tokens
+        self._virtual_time = max(self._virtual_time + sequence.num_tokens / num_tenants, start)
         if sequence.rank != first:
-            sequence.rank = (_AGED_PRIORITY, counter, seq_id)
+            sequence.rank = (_AGED_PRIORITY, deadline, seq_id)
         self._num_pops += 1
         self._forget(sequence)
         return sequence
@@ -126,6 +130,13 @@ class WaitingQueue:
         self._num_waiting[tenant] -= 1
         if not self._num_waiting[tenant]:
             del self._num_waiting[tenant]
+
+    def _deadline(self, sequence: Sequence) -> float:
+        """The virtual time at which a sequence that first waits is due."""
+        if not (self._fair_share or self._overtaking):
+            return 0.0
+        start = self._charge(sequence) if self._fair_share else self._virtual_time
+        return start + self._overtaking * sequence.num_prompt_tokens
 
     def _charge(self, sequence: Sequence) -> float:
         """Add a prompt to its tenant's counter; returns what the counter was."""

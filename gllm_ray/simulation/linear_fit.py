@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from itertools import chain, combinations, product
 from math import fsum, inf, sqrt
 
+from gllm_ray.scheduling.cost_model import priced_rows
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.simulation.cost_model import PipelineCost
 
 _TILES = (1, 16, 32, 64, 128, 256)
+_MIN_ROWS = (1, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384)
 _NUM_DECODES = (0, 1, 8, 32, 100, 256)
 _CONTEXTS = (200, 1000, 4000)
 _CHUNKS = (0, 50, 128, 250, 512, 900, 2048)
@@ -18,20 +20,21 @@ def linear_fit(cost: PipelineCost) -> dict[str, float]:
     """The coefficients of the scheduler's linear cost model that come nearest to a pipeline's cost.
 
     They minimise the relative error of the slowest stage's time over loads of up to 256 decodes of
-    up to 4,000 tokens and a chunk of up to 2,048 tokens; `tile` is the candidate that fits best.
+    up to 4,000 tokens and a chunk of up to 2,048 tokens; `tile` and `min_rows` are the candidates
+    that fit best.
 
     Returns:
-        `floor_s`, `token_s`, `context_token_s`, `attention_pair_s` and `tile`.
+        `floor_s`, `token_s`, `context_token_s`, `attention_pair_s`, `tile` and `min_rows`.
     """
     loads = _grid()
     stages = range(cost.layout.num_stages)
     times_s = [max(cost.stage_time_s(stage, load) for stage in stages) for load in loads]
-    best: tuple[float, int, list[float]] = (inf, 1, [])
-    for tile in _TILES:
+    best: tuple[float, int, int, list[float]] = (inf, 1, 1, [])
+    for tile, min_rows in product(_TILES, _MIN_ROWS):
         rows = [
             (
                 1,
-                -(-load.num_tokens // tile) * tile,
+                priced_rows(load.num_tokens, tile, min_rows),
                 load.num_context_tokens,
                 load.num_attention_pairs,
             )
@@ -41,14 +44,15 @@ def linear_fit(cost: PipelineCost) -> dict[str, float]:
         errors = (
             _dot(weights, row) / time_s - 1 for row, time_s in zip(rows, times_s, strict=True)
         )
-        best = min(best, (fsum(error * error for error in errors), tile, weights))
-    _, tile, (floor_s, token_s, context_token_s, attention_pair_s) = best
+        best = min(best, (fsum(error * error for error in errors), tile, min_rows, weights))
+    _, tile, min_rows, (floor_s, token_s, context_token_s, attention_pair_s) = best
     return {
         "floor_s": floor_s,
         "token_s": token_s,
         "context_token_s": context_token_s,
         "attention_pair_s": attention_pair_s,
         "tile": tile,
+        "min_rows": min_rows,
     }
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from gllm_ray.partition import size_kv_cache
 from gllm_ray.scheduling import Scheduler, SchedulerSettings, make_policy
-from gllm_ray.scheduling.cost_model import LearntCostModel
+from gllm_ray.scheduling.learnt_cost_model import LearntCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
 from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.devices import find_device
@@ -139,7 +139,6 @@ def _deployment(config: PlanConfig, choice: Choice, num_replicas: int) -> Deploy
         num_blocks=size_kv_cache(infos, config.block_size, config.model.max_model_len),
         block_size=config.block_size,
         max_model_len=config.model.max_model_len,
-        max_in_flight=cut.num_stages,
         max_decodes=config.max_decodes,
     )
 

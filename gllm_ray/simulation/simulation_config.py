@@ -61,7 +61,10 @@ class SimulatedPipelineConfig(StrictModel):
     )
     tensor_parallel: int = Field(default=1, ge=1, description="Devices that share each stage.")
     max_in_flight: int | None = Field(
-        default=None, ge=1, description="Micro-batches in flight; null: as many as stages."
+        default=None,
+        ge=1,
+        description="Micro-batches in flight; null: as many as stages, and one "
+        "more for balanced while prompts queue.",
     )
 
     @model_validator(mode="after")

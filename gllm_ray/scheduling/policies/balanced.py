@@ -1,5 +1,6 @@
 """Our own policy: every micro-batch takes the same predicted time."""
 
+from bisect import bisect_left
 from math import ceil
 
 from gllm_ray.policy_config import BalancedConfig
@@ -12,14 +13,17 @@ from gllm_ray.scheduling.policies.base import TokenBudget
 # slowest micro-batch sets its pace, so a faster move would be a bubble in every stage.
 _MAX_RISE = 2.0
 _MAX_FALL = 0.9
-# What a micro-batch costs whatever it holds is at most this share of what its rows cost, where
-# token_budget lets it be; the rows are two tiles or more.
-_MAX_FLOOR_RATIO = 0.2
+# A row costs at most this many times what one more row of a large micro-batch costs, where
+# token_budget lets it; the rows are two tiles or more.
+_MAX_ROW_COST = 1.2
 _UNCALIBRATED_ROWS = 512  # where the floor is not known
 # So many rounds at least take the KV cache from empty to full: near full, prefill takes up what
 # ended sequences release, evenly.
 _KV_ROUNDS = 4
 _NUM_SIZES = 4  # of chunks that are compared
+# The pipeline takes one more micro-batch than it has stages from so many rounds of backlog on, and
+# until half of them are left.
+_DEEP_ROUNDS = 8
 # Over so many rows, a multiple of every tile, and so much context a marginal cost is taken.
 _STEP_ROWS = 256
 _STEP_CONTEXT = 65_536
@@ -50,6 +54,7 @@ class BalancedPolicy:
     def __init__(self, config: BalancedConfig) -> None:
         self._config = config
         self._reserve = AdaptiveReserve()
+        self._is_deep = False
         self._batch_id = -1
         # Targets of this micro-batch and the one before, over the time of one full of prefill.
         self._level = self._level_before = 0.0
@@ -59,13 +64,26 @@ class BalancedPolicy:
         """The token budget: all of it, where no decode is ready."""
         return self._config.token_budget
 
+    @property
+    def num_ahead(self) -> int:
+        """One, while the backlog is deep."""
+        return 1
+
+    @property
+    def overtaking(self) -> float:
+        """As configured."""
+        return self._config.overtaking
+
     def budget(self, view: LoadView) -> TokenBudget:
         """Fill up to the target, after a cost-balanced share of the decodes."""
         config, max_rows = self._config, self._max_rows(view)
+        num_groups = self._num_groups(view, max_rows)
+        if view.num_in_flight >= num_groups:
+            return TokenBudget(prefill_tokens=0, decodes=0)
         reserved_blocks = self._reserve.blocks(view)
         weight = _decode_weight(view)
-        decodes = _decodes(view, min(view.num_ready, view.num_decoding / view.num_stages))
-        target = self._target_time(view, reserved_blocks, max_rows)
+        decodes = _decodes(view, min(view.num_ready, view.num_decoding / num_groups))
+        target = self._target_time(view, reserved_blocks, max_rows, num_groups)
         max_chunk = max(max_rows - decodes.num_decodes, config.min_prefill_tokens)
         prefill_tokens = max(
             config.min_prefill_tokens,
@@ -79,7 +97,7 @@ class BalancedPolicy:
             is_shared=is_within,
             decodes=view.num_ready,
             reserved_blocks=reserved_blocks,
-            decode_load=_decode_load(view, weight),
+            decode_load=_decode_load(view, weight, num_groups),
             decode_weight=weight,
         )
 
@@ -88,25 +106,44 @@ class BalancedPolicy:
         cost, most = view.cost, self._config.token_budget
         if not cost.is_calibrated:
             return min(most, _UNCALIBRATED_ROWS)
-        floor = cost.stage_time(StepLoad())
-        rows_time = cost.stage_time(StepLoad(num_prefill_tokens=most)) - floor
-        if rows_time <= 0:
-            return most
-        num_tiles = round(floor * most / (_MAX_FLOOR_RATIO * rows_time * cost.tile))
-        return min(most, max(2, num_tiles) * cost.tile)
 
-    def _target_time(self, view: LoadView, reserved_blocks: int, max_rows: int) -> float:
+        def time(rows: int) -> float:
+            return cost.stage_time(StepLoad(num_prefill_tokens=rows))
+
+        row_cost = (time(2 * most) - time(most)) / most
+        if row_cost <= 0:
+            return most
+        tiles = range(2, max(2, most // cost.tile))
+        cheap = bisect_left(
+            tiles, -_MAX_ROW_COST * row_cost, key=lambda n: -time(n * cost.tile) / (n * cost.tile)
+        )
+        return min(most, (tiles.start + cheap) * cost.tile)
+
+    def _num_groups(self, view: LoadView, max_rows: int) -> int:
+        """Micro-batches in flight, over which the decodes are spread: as many as stages.
+
+        One more waits at the first stage, so that the time from a result to the next micro-batch
+        is no bubble. The decodes wait for it, too, so it takes a deep backlog to pay.
+        """
+        rounds = view.num_waiting_tokens / (max_rows * view.num_stages)
+        self._is_deep = rounds > (_DEEP_ROUNDS / 2 if self._is_deep else _DEEP_ROUNDS)
+        most = view.max_in_flight
+        return most if self._is_deep else min(view.num_stages, most)
+
+    def _target_time(
+        self, view: LoadView, reserved_blocks: int, max_rows: int, num_groups: int
+    ) -> float:
         free_blocks = view.kv_free_ratio * view.num_blocks - reserved_blocks
         room = max(0.0, free_blocks * view.block_size)
-        target = self._bounded(view, self._wanted_time(view, room, max_rows))
+        target = self._bounded(view, self._wanted_time(view, room, max_rows, num_groups))
         if self._config.tbt_target_s is not None and view.cost.is_calibrated:
-            target = min(target, self._config.tbt_target_s / view.num_stages)
+            target = min(target, self._config.tbt_target_s / num_groups)
         return target
 
-    def _wanted_time(self, view: LoadView, room: float, max_rows: int) -> float:
+    def _wanted_time(self, view: LoadView, room: float, max_rows: int, num_groups: int) -> float:
         """The time of micro-batches that bring the backlog through the pipeline soonest."""
         cost, num_stages = view.cost, view.num_stages
-        share = _decodes(view, view.num_decoding / num_stages)
+        share = _decodes(view, view.num_decoding / num_groups)
         backlog = min(view.num_waiting_tokens, room)
 
         def time(chunk: int) -> float:
@@ -166,8 +203,8 @@ def _decode_weight(view: LoadView) -> float:
     return min(row_time / context_time, _MAX_WEIGHT) if context_time > 0 else _MAX_WEIGHT
 
 
-def _decode_load(view: LoadView, weight: float) -> float:
-    """An S-th of all decodes; one decode more or less, so that a round takes them all."""
+def _decode_load(view: LoadView, weight: float, num_groups: int) -> float:
+    """A group of all decodes; one decode more or less, so that a round takes them all."""
     mean = view.num_context_tokens / max(1, view.num_decoding) + weight
-    remainder = (view.batch_id % view.num_stages + 0.5) / view.num_stages
-    return max(1.0, mean * (view.num_decoding / view.num_stages - remainder))
+    remainder = (view.batch_id % num_groups + 0.5) / num_groups
+    return max(1.0, mean * (view.num_decoding / num_groups - remainder))

@@ -40,12 +40,27 @@ class Policy(Protocol):
     def max_prefill_tokens(self) -> int:
         """Most prompt tokens that `budget` ever allows."""
 
+    @property
+    def num_ahead(self) -> int:
+        """Micro-batches that it may want in flight beyond the stages."""
+
+    @property
+    def overtaking(self) -> float:
+        """Tokens of later prompts that may pass a prompt, for each of its own; 0: none pass."""
+
     def budget(self, view: LoadView) -> TokenBudget:
         """Decide what the next micro-batch may hold.
 
         Called at each `schedule` that may still submit, whether or not a micro-batch comes of it;
         `view.batch_id` tells which views did lead to one.
         """
+
+
+class InOrder:
+    """Of policies that serve prompts as they come, with as many micro-batches as stages."""
+
+    num_ahead = 0
+    overtaking = 0.0
 
 
 def head_fits(view: LoadView, reserved_blocks: int) -> bool:

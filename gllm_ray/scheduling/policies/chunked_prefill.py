@@ -5,14 +5,14 @@ from math import ceil
 from gllm_ray.policy_config import ChunkedPrefillConfig
 from gllm_ray.scheduling.cost_model import most_prefill_tokens
 from gllm_ray.scheduling.load import LoadView, StepLoad
-from gllm_ray.scheduling.policies.base import TokenBudget
+from gllm_ray.scheduling.policies.base import InOrder, TokenBudget
 
 _SAFETY = 1.2  # on predicted times, as the successor's code has it
 # What a deadline that cannot be kept leaves to prefill: waiting for ever would not keep it either.
 _LATE_PREFILL_TOKENS = 32
 
 
-class ChunkedPrefillPolicy:
+class ChunkedPrefillPolicy(InOrder):
     """Fills each micro-batch up to one token budget that decodes and prefill share.
 
     ```

@@ -4,10 +4,10 @@ from math import ceil
 
 from gllm_ray.policy_config import PrefillFirstConfig
 from gllm_ray.scheduling.load import LoadView
-from gllm_ray.scheduling.policies.base import TokenBudget, head_fits
+from gllm_ray.scheduling.policies.base import InOrder, TokenBudget, head_fits
 
 
-class PrefillFirstPolicy:
+class PrefillFirstPolicy(InOrder):
     """Prefills whatever waits and fits, and decodes where nothing does.
 
     ```

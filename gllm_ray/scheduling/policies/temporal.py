@@ -6,7 +6,7 @@ from math import ceil
 from gllm_ray.policy_config import TemporalConfig
 from gllm_ray.scheduling.kv_forecast import KvForecast
 from gllm_ray.scheduling.load import LoadView, StepLoad
-from gllm_ray.scheduling.policies.base import TokenBudget, head_fits
+from gllm_ray.scheduling.policies.base import InOrder, TokenBudget, head_fits
 
 # The forecast of the live sequences holds until their number has changed by more than one in so
 # many; until then newcomers count as much as the others do on average.
@@ -19,7 +19,7 @@ _MIN_SAMPLE = 1024
 _MIN_TIME = 1e-9  # no stage is faster; it keeps the ratios finite
 
 
-class TemporalPolicy:
+class TemporalPolicy(InOrder):
     """Fills the KV cache with prompts, then decodes until filling it again pays.
 
     ```

@@ -5,13 +5,13 @@ from math import ceil
 from gllm_ray.policy_config import TokenThrottlingConfig
 from gllm_ray.scheduling.load import LoadView
 from gllm_ray.scheduling.policies.adaptive_reserve import AdaptiveReserve
-from gllm_ray.scheduling.policies.base import TokenBudget
+from gllm_ray.scheduling.policies.base import InOrder, TokenBudget
 
 # A reserve of the whole cache would leave no scale for the KV term; the authors' limit.
 _MAX_THRESHOLD = 0.99
 
 
-class TokenThrottlingPolicy:
+class TokenThrottlingPolicy(InOrder):
     """Spreads waiting prompt tokens and running decodes evenly over micro-batches.
 
     ```

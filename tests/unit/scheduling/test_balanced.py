@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gllm_ray.policy_config import BalancedConfig
-from gllm_ray.scheduling.cost_model import FixedCostModel, LearntCostModel, with_chunk
+from gllm_ray.scheduling.cost_model import FixedCostModel, with_chunk
+from gllm_ray.scheduling.learnt_cost_model import LearntCostModel
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.scheduling.policies import make_policy
 from tests.unit.scheduling.views import view

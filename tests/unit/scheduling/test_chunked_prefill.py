@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gllm_ray.policy_config import ChunkedPrefillConfig
-from gllm_ray.scheduling.cost_model import FixedCostModel, LearntCostModel, with_chunk
+from gllm_ray.scheduling.cost_model import FixedCostModel, with_chunk
+from gllm_ray.scheduling.learnt_cost_model import LearntCostModel
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.scheduling.policies import make_policy
 from tests.factories import make_request, make_scheduler, result_of

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gllm_ray.errors import ConfigError
-from gllm_ray.scheduling.cost_model import FixedCostModel, LearntCostModel, most_prefill_tokens
+from gllm_ray.scheduling.cost_model import FixedCostModel, most_prefill_tokens
+from gllm_ray.scheduling.learnt_cost_model import LearntCostModel
 from gllm_ray.scheduling.load import StepLoad
 
 TRUTH = FixedCostModel(

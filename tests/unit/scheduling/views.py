@@ -30,6 +30,8 @@ def view(**changes: Any) -> LoadView:
         "now_s": 0.0,
         "batch_id": 0,
         "num_stages": 4,
+        "num_in_flight": 0,
+        "max_in_flight": changes.get("num_stages", 4),
         "num_waiting_tokens": 6144,
         "num_prefilling": 0,
         "prefill_start": 0,
