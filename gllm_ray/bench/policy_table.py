@@ -28,19 +28,18 @@ from gllm_ray.bench.reproduction_table import reproduction_table
 
 def policy_table(results: Mapping[str, Any]) -> str:
     """The verdicts, the tables of all scenarios, and the reproduction."""
-    scenarios = results["scenarios"]
+    scenarios, reproduction = results["scenarios"], results["reproduction"]
     parts = [
         "# Scheduling policies on the same simulated traffic",
         _effort(results),
-        _summary(scenarios),
-        _reproduction_summary(results["reproduction"]),
-        "## SLO capacity",
-        _capacities(scenarios),
-        "## Loads",
-        *map(_scenario, scenarios),
-        "## Reproduction",
-        reproduction_table(results["reproduction"]),
+        *([_summary(scenarios)] if scenarios else []),
+        *([_reproduction_summary(reproduction)] if reproduction else []),
     ]
+    if scenarios:
+        parts += ["## SLO capacity", _capacities(scenarios), "## Loads"]
+        parts += map(_scenario, scenarios)
+    if reproduction:
+        parts += ["## Reproduction", reproduction_table(reproduction)]
     return "\n\n".join(parts) + "\n"
 
 
