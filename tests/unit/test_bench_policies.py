@@ -77,16 +77,16 @@ def test_measured_prefills_are_met_by_the_cost_of_the_l20():
 
 
 def test_one_stage_of_four_l20_takes_a_quarter_of_the_measured_time_and_its_all_reduces():
-    """The roofline misses single points by some per cent; one row pays for all launches."""
+    """Launches, norms and sums are not shared out, so it takes somewhat more than that."""
     hardware = SCENARIOS[0].hardware
     cost, one_stage = pipeline_cost(hardware), pipeline_cost(hardware.as_one_stage())
-    for rows, tolerance in ((1, 0.15), (256, 0.08), (2048, 0.08)):
+    for rows in (1, 256, 2048):
         load = StepLoad(num_prefill_tokens=rows, num_attention_pairs=rows * rows)
         whole_s = sum(cost.stage_time_s(stage, load) for stage in range(4))
         # Two rings a layer: 6 transfers of a quarter of the rows, over 25 GB/s in 20 us each.
         ring_s = 6 * (2e-5 + rows * 5120 * 2 / 4 / 25e9)
         time_s = one_stage.stage_time_s(0, load)
-        assert time_s == pytest.approx(whole_s / 4 + 2 * 64 * ring_s, rel=tolerance)
+        assert 1 <= time_s / (whole_s / 4 + 2 * 64 * ring_s) < 1.15
 
 
 def test_a_round_trip_is_all_stages_the_hops_between_them_and_the_scheduler():
