@@ -21,6 +21,7 @@ from gllm_ray.policy_config import POLICY_CONFIGS
 from gllm_ray.serve_file import load_only_service
 from gllm_ray.simulation.length_config import LengthsConfig
 
+_REPRODUCTION = "reproduction"
 # Short, so that a run takes minutes on a CPU.
 _FIDELITY_LENGTHS = LengthsConfig.model_validate(
     {
@@ -196,7 +197,11 @@ def _add_policies(benchmarks: Any) -> None:  # noqa: ANN401
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of the requests")
-    parser.add_argument("--only", default="", help="scenarios whose name holds this text")
+    parser.add_argument(
+        "--only",
+        default="",
+        help=f"scenarios whose name holds this text; {_REPRODUCTION}: published comparisons alone",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
     parser.add_argument("--processes", type=int, help="at a time; default: one a processor")
     parser.add_argument(
@@ -217,6 +222,7 @@ def _bench_policies(options: argparse.Namespace) -> int:
         effort,
         options.processes,
         progress=lambda name: print(f"done: {name}", file=sys.stderr, flush=True),
+        with_reproduction=options.only in _REPRODUCTION,
     )
     table = policy_table(results)
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,8 @@ def bench_policies(
     effort: Effort,
     num_processes: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    *,
+    with_reproduction: bool = True,
 ) -> dict[str, Any]:
     """Run every policy on every scenario, at every rate, offline and for its SLO capacity.
 
@@ -37,6 +39,7 @@ def bench_policies(
         effort: How much of it.
         num_processes: Simulations at a time; None: as many as there are processors.
         progress: Told of each part that is done.
+        with_reproduction: Whether to run published comparisons, too.
 
     Returns:
         The results with what they were obtained with, in JSON's types.
@@ -46,8 +49,7 @@ def bench_policies(
         for scenario in scenarios:
             results.append(_bench_scenario(scenario, effort, pool))
             progress(scenario.name)
-        reproduction = reproduce(effort, pool)
-        progress("reproduction")
+        reproduction = reproduce(effort, pool) if with_reproduction else []
     return {
         "gllm_ray": version("gllm_ray"),
         "commit": _commit(),

@@ -102,15 +102,24 @@ def capacity_goal(scenario: Results) -> CapacityGoal:
     )
 
 
-def fixed_goal(scenarios: Sequence[Results]) -> tuple[str, float]:
-    """Goal (a) over all: the best single setting, and ours to it, as geometric means."""
+def fixed_goal(scenarios: Sequence[Results]) -> CapacityGoal:
+    """Goal (a) over all scenarios, of geometric means: against the best single setting."""
 
     def mean(name: str) -> float:
-        values = [scenario["slo_capacity_per_s"][name] for scenario in scenarios]
-        return float(prod(values) ** (1 / len(values)))
+        return geometric_mean([each["slo_capacity_per_s"][name] for each in scenarios])
 
     best = max(filter(is_rival, scenarios[0]["slo_capacity_per_s"]), key=mean)
-    return best, _ratio(mean(OURS), mean(best))
+    bound = geometric_mean([each["bounds"]["max_rate_per_s"] for each in scenarios])
+    return CapacityGoal(
+        best=best,
+        ratio=_ratio(mean(OURS), mean(best)),
+        bound_ratio=_ratio(bound, mean(best)),
+    )
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of numbers that may be 0."""
+    return float(prod(values) ** (1 / len(values)))
 
 
 def frontier_goals(scenario: Results) -> list[FrontierGoal]:

@@ -5,9 +5,11 @@ import pytest
 
 from gllm_ray.bench.policies import bench_policies
 from gllm_ray.bench.policy_hardware import pipeline_cost, round_trip_s
+from gllm_ray.bench.policy_reproduction import claims
 from gllm_ray.bench.policy_runs import Case, Effort, at_rate, simulate
 from gllm_ray.bench.policy_scenarios import OURS, SCENARIOS, Contender, contenders
 from gllm_ray.bench.policy_table import policy_table
+from gllm_ray.bench.sarathi_setups import SETUPS
 from gllm_ray.cli import main
 from gllm_ray.policy_config import BalancedConfig
 from gllm_ray.scheduling.load import StepLoad
@@ -75,7 +77,7 @@ def test_measured_prefills_are_met_by_the_cost_of_the_l20():
 
 
 def test_one_stage_of_four_l20_takes_a_quarter_of_the_measured_time_and_its_all_reduces():
-    """The measured times and the roofline's differ by up to 5 % in single points."""
+    """Launches, norms and sums are not shared out, so it takes somewhat more than that."""
     hardware = SCENARIOS[0].hardware
     cost, one_stage = pipeline_cost(hardware), pipeline_cost(hardware.as_one_stage())
     for rows in (1, 256, 2048):
@@ -84,7 +86,7 @@ def test_one_stage_of_four_l20_takes_a_quarter_of_the_measured_time_and_its_all_
         # Two rings a layer: 6 transfers of a quarter of the rows, over 25 GB/s in 20 us each.
         ring_s = 6 * (2e-5 + rows * 5120 * 2 / 4 / 25e9)
         time_s = one_stage.stage_time_s(0, load)
-        assert time_s == pytest.approx(whole_s / 4 + 2 * 64 * ring_s, rel=0.08)
+        assert 1 <= time_s / (whole_s / 4 + 2 * 64 * ring_s) < 1.15
 
 
 def test_a_round_trip_is_all_stages_the_hops_between_them_and_the_scheduler():
@@ -105,6 +107,15 @@ def test_every_scenario_serves_as_a_pipeline_and_as_one_stage(scenario):
         assert simulate(case)["tokens_per_s"] > 0
 
 
+def test_every_published_comparison_has_a_verdict_and_a_reason_where_it_is_not_reproduced(results):
+    rows = json.loads(json.dumps(results["reproduction"]))
+    assert len(rows) == len(claims()) + 4 * len(SETUPS)
+    for row in rows:
+        assert bool(row["why"]) == (row["verdict"] != "reproduced")
+    table = policy_table(results | {"scenarios": []})
+    assert all(f"| {row['what']} |" in table for row in rows)
+
+
 def test_the_command_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("gllm_ray.bench.command.SCENARIOS", (TINY, SCENARIOS[2]))
     monkeypatch.setattr("gllm_ray.bench.command.Effort", lambda seeds: replace(EFFORT, seeds=seeds))
@@ -114,4 +125,5 @@ def test_the_command_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
     written = json.loads(path.read_text())
     assert written["seeds"] == [7]
     assert [scenario["name"] for scenario in written["scenarios"]] == [TINY.name]
+    assert written["reproduction"] == []
     assert path.with_suffix(".md").read_text() == capsys.readouterr().out

@@ -180,7 +180,9 @@ def test_over_all_scenarios_one_setting_is_the_best_by_its_geometric_mean():
         scenario_of({OURS: 4.0, "a": 8.0, "b": 3.0, TP: 99.0}, {}),
         scenario_of({OURS: 4.0, "a": 0.5, "b": 3.0, TP: 99.0}, {}),
     ]
-    assert fixed_goal(scenarios) == ("b", pytest.approx(4 / 3))
+    goal = fixed_goal(scenarios)
+    assert goal.best == "b"
+    assert (goal.ratio, goal.bound_ratio) == (pytest.approx(4 / 3), pytest.approx(10 / 3))
 
 
 def test_the_offline_bound_is_the_time_of_the_best_over_the_least_time():
