@@ -1,28 +1,23 @@
 """`gllm-ray bench fidelity`: how far the simulator is from the engine that it simulates."""
 
-import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from statistics import median
+from dataclasses import asdict, dataclass, fields
+from math import exp, fsum
+from statistics import fmean
 from typing import Any
 
 from gllm_ray.assembly.engines import build_scheduler
-from gllm_ray.assembly.replica import PipelineReplica
-from gllm_ray.bench.host_costs import HostCosts, measure_host_costs, stage_intervals
-from gllm_ray.bench.profile_grid import profile_grid
-from gllm_ray.bench.replay import Replay, replay
-from gllm_ray.bench.service_profile import describe_service, pipeline_limits, service_layout
-from gllm_ray.bench.stage_profiler import StageProfiler
+from gllm_ray.bench.recorded_service import RecordedReplay, RecordedService
+from gllm_ray.bench.replay import Replay
+from gllm_ray.bench.service_costs import ServiceCosts, fit_service_costs
+from gllm_ray.bench.service_profile import describe_service, service_layout
 from gllm_ray.config import ServiceConfig
-from gllm_ray.engine.client import EngineClient
 from gllm_ray.errors import ConfigError
 from gllm_ray.simulation.length_config import LengthsConfig
 from gllm_ray.simulation.measured import MeasuredCost
-from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.report import Report
-from gllm_ray.simulation.simulated_request import SimulatedRequest
 from gllm_ray.simulation.simulator import Deployment, Simulation
-from gllm_ray.simulation.stage_profile import StageProfile, StageSample
 from gllm_ray.simulation.workload import Workload
 from gllm_ray.simulation.workload_config import (
     ArrivalsConfig,
@@ -30,9 +25,8 @@ from gllm_ray.simulation.workload_config import (
     PoissonArrivalsConfig,
     SyntheticWorkloadConfig,
 )
-from gllm_ray.stages.ray_pipeline import RayPipeline, start_stage_group, stop_stages
 
-_NUM_PROBES = 20
+_CALIBRATION_SHARE = 0.65  # of the capacity; the other calibration is all at once
 
 # Told what is done next.
 OnStep = Callable[[str], None]
@@ -50,28 +44,60 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FigureError:
+    """A figure of the engine and of the simulator.
+
+    Attributes:
+        name: That of the figure.
+        measured: Its mean over the repeats on the engine.
+        simulated: Its mean over those in the simulator.
+        error: What the simulator is off, as a share of what was measured.
+        noise: What the repeats on the engine are apart, as such a share; an error below it is none.
+    """
+
+    name: str
+    measured: float
+    simulated: float
+    error: float
+    noise: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """One load on the engine and in the simulator.
 
     Attributes:
         load: Its name.
         rate_per_s: Requests a second; None: all at once.
-        measured: What clients of the engine saw.
-        simulated: What those of the simulator saw.
-        load_average: Of the machine over the last minute, at the end.
+        measured: What clients of the engine saw in each repeat of the same requests.
+        simulated: What those of the simulator saw, with another jitter each time.
+        stage_slowdown: The time of the stages for what they computed in these repeats, over that
+            for the same in the calibration: how much the machine itself has changed. Not an input
+            of the simulation.
     """
 
     load: str
     rate_per_s: float | None
-    measured: Figures
-    simulated: Figures
-    load_average: float
+    measured: tuple[Figures, ...]
+    simulated: tuple[Figures, ...]
+    stage_slowdown: float
 
     @property
-    def errors(self) -> dict[str, float]:
-        """Of each figure, as a share of what was measured."""
-        simulated = asdict(self.simulated)
-        return {name: simulated[name] / value - 1 for name, value in asdict(self.measured).items()}
+    def errors(self) -> list[FigureError]:
+        """Of each figure."""
+        return [_compare(field.name, self.measured, self.simulated) for field in fields(Figures)]
+
+
+def _compare(name: str, measured: Sequence[Figures], simulated: Sequence[Figures]) -> FigureError:
+    engine = [getattr(figures, name) for figures in measured]
+    mean, simulator = fmean(engine), fmean(getattr(figures, name) for figures in simulated)
+    return FigureError(
+        name=name,
+        measured=mean,
+        simulated=simulator,
+        error=simulator / mean - 1,
+        noise=(max(engine) - min(engine)) / mean,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,29 +106,36 @@ class FidelityResult:
 
     Attributes:
         provenance: Model, hardware, versions.
-        host: What was measured beside the stages.
-        client_s: From a client to the scheduler and back.
-        comparisons: By load; the first one is saturated and tells the capacity.
+        costs: What a micro-batch costs beside the computing of its stages.
+        client_s: How much longer clients wait for a first token than the scheduler takes.
+        comparisons: By load; the first one is saturated.
     """
 
     provenance: str
-    host: HostCosts
+    costs: ServiceCosts
     client_s: float
     comparisons: tuple[Comparison, ...]
 
     def to_json(self) -> dict[str, Any]:
         """All of it in JSON's types."""
-        comparisons = [asdict(c) | {"errors": c.errors} for c in self.comparisons]
+        comparisons = [
+            asdict(each) | {"errors": [asdict(error) for error in each.errors]}
+            for each in self.comparisons
+        ]
         return asdict(self) | {"comparisons": comparisons}
 
     def table(self) -> str:
-        """A line for each load and figure."""
-        lines = [f"{'load':<12}{'figure':<16}{'engine':>12}{'simulator':>12}{'error':>9}"]
+        """A line for each load and figure, and one for what the machine changed."""
+        lines = [
+            f"{'load':<13}{'figure':<16}{'engine':>9}{'simulator':>11}{'error':>8}{'noise':>8}"
+        ]
         for each in self.comparisons:
-            measured, simulated = asdict(each.measured), asdict(each.simulated)
-            for name, error in each.errors.items():
-                cells = f"{measured[name]:>12.4g}{simulated[name]:>12.4g}{error:>+9.1%}"
-                lines.append(f"{each.load:<12}{name:<16}{cells}")
+            for line in each.errors:
+                numbers = f"{line.measured:>9.4g}{line.simulated:>11.4g}"
+                shares = f"{line.error:>+8.1%}{line.noise:>8.1%}"
+                lines.append(f"{each.load:<13}{line.name:<16}{numbers}{shares}")
+            slowdown = f"{each.stage_slowdown - 1:>+8.1%}"
+            lines.append(f"{each.load:<13}{'stages slower than when calibrated':<36}{slowdown}")
         return "\n".join(lines)
 
 
@@ -111,21 +144,23 @@ async def bench_fidelity(
     lengths: LengthsConfig,
     *,
     num_requests: int,
-    profile_s: float = 60.0,
+    num_repeats: int = 2,
     loads: Sequence[float] = (0.5, 0.85),
     seed: int = 0,
     on_step: OnStep,
 ) -> FidelityResult:
-    """Profile the stages, then send the same requests to the engine and to the simulator.
+    """Send requests to the engine, learn its costs from some, and simulate the others.
 
-    All requests at once tell the capacity; then they come as Poisson processes at shares of it.
+    Each repeat is a calibration, of requests all at once and as a Poisson process, and then the
+    requests to compare, at loads of their own. What is calibrated with has other arrivals and
+    lengths each time; what is compared has the same. So nothing is fitted to what is compared.
 
     Args:
         config: What is served; Ray is connected to a cluster of this machine.
         lengths: Of prompts and outputs.
         num_requests: Of each load.
-        profile_s: Seconds after which the profile's grid is cut short.
-        loads: Shares of the capacity.
+        num_repeats: Of everything.
+        loads: Shares of the capacity, which is that of the first requests all at once.
         seed: Of arrivals and lengths.
         on_step: Told what is done next.
 
@@ -138,109 +173,89 @@ async def bench_fidelity(
         raise ConfigError(
             f"requests={num_requests}: must be <= {most}, because the vocabulary tells them apart"
         )
-    profile, host = await _measure_parts(config, layout, profile_s, on_step)
+
+    def workload(arrivals: ArrivalsConfig, seed: int) -> Workload:
+        return Workload(
+            SyntheticWorkloadConfig(arrivals=arrivals, lengths=lengths, num_requests=num_requests),
+            seed,
+        )
+
     on_step("starting the engine")
-    replica = await PipelineReplica.start(config)
-    client = EngineClient(replica)
-    await client.start()
+    service = await RecordedService.start(config)
     try:
-        client_s = await _measure_client(client, replica, host)
-        deployment = Deployment(
-            cost=_pipeline_cost(layout, profile, host),
-            make_scheduler=lambda: build_scheduler(
-                config,
-                num_blocks=replica.group.num_blocks,
-                max_model_len=replica.group.max_model_len,
-            ),
-            timing=host.timing(layout.num_stages),
-        )
-
-        async def compare(load: str, arrivals: ArrivalsConfig) -> Comparison:
-            on_step(f"load: {load}")
-            workload = Workload(
-                SyntheticWorkloadConfig(
-                    arrivals=arrivals, lengths=lengths, num_requests=num_requests
-                ),
-                seed,
-            )
-            measured = await replay(client, workload, cache_salt=load)
-            report = Simulation(deployment, workload).run().report
-            return Comparison(
-                load=load,
-                rate_per_s=getattr(arrivals, "rate_per_s", None),
-                measured=_measured_figures(measured),
-                simulated=_simulated_figures(report, client_s),
-                load_average=os.getloadavg()[0],
-            )
-
-        await compare("warm-up", AtOnceArrivalsConfig())
-        comparisons = [await compare("all at once", AtOnceArrivalsConfig())]
-        capacity_per_s = comparisons[0].measured.requests_per_s
-        for share in loads:
-            arrivals = PoissonArrivalsConfig(rate_per_s=share * capacity_per_s)
-            comparisons.append(await compare(f"{share:.0%}", arrivals))
+        on_step("warm-up")
+        await service.replay(workload(AtOnceArrivalsConfig(), seed + 1))
+        calibrations: list[RecordedReplay] = []
+        compared: defaultdict[str, list[RecordedReplay]] = defaultdict(list)
+        for repeat in range(num_repeats):
+            on_step(f"calibration {repeat + 1}")
+            other = seed + 1 + repeat
+            calibrations.append(await service.replay(workload(AtOnceArrivalsConfig(), other)))
+            capacity_per_s = num_requests / calibrations[0].seen.wall_s
+            poisson = PoissonArrivalsConfig(rate_per_s=_CALIBRATION_SHARE * capacity_per_s)
+            calibrations.append(await service.replay(workload(poisson, other)))
+            arrivals = _arrivals(loads, capacity_per_s)
+            for load, each in arrivals.items():
+                on_step(f"load {repeat + 1}: {load}")
+                compared[load].append(await service.replay(workload(each, seed)))
     finally:
-        await client.close()
-        await replica.close()
-    return FidelityResult(
-        provenance=profile.provenance,
-        host=host,
-        client_s=client_s,
-        comparisons=tuple(comparisons),
+        await service.close()
+    on_step("simulating")
+    cost, costs = fit_service_costs(layout, [each.served for each in calibrations])
+    client_s = fmean(each.client_s for each in calibrations[1::2])  # not those all at once
+    deployment = Deployment(
+        cost=cost,
+        make_scheduler=lambda: build_scheduler(
+            config,
+            num_blocks=service.group.num_blocks,
+            max_model_len=service.group.max_model_len,
+        ),
+        timing=costs.timing(layout.num_stages),
     )
-
-
-async def _measure_parts(
-    config: ServiceConfig, layout: PipelineLayout, profile_s: float, on_step: OnStep
-) -> tuple[StageProfile, HostCosts]:
-    """The stages' times, with all of them computing side by side, and what comes on top."""
-    on_step("starting the stages")
-    group = await start_stage_group(config)
-    try:
-        on_step("profiling the stages")
-        profiler = StageProfiler(RayPipeline(group), block_size=config.kv_cache.block_size)
-        profile = await profiler.profile(
-            profile_grid(pipeline_limits(config, group.num_blocks)),
-            max_s=profile_s,
-            provenance=describe_service(config, group.infos),
-        )
-        on_step("measuring the host")
-        cost = MeasuredCost.from_profile(layout, profile)
-        return profile, await measure_host_costs(config, group, cost)
-    finally:
-        await stop_stages(group.stages)
-
-
-async def _measure_client(client: EngineClient, replica: PipelineReplica, host: HostCosts) -> float:
-    """How much longer clients wait for a token than scheduler, stages and links take."""
-    request = SimulatedRequest(arrival_s=0.0, num_prompt_tokens=1, num_output_tokens=1)
-    waits_s = [
-        (await replay(client, [request], cache_salt=f"probe {i}")).wall_s
-        for i in range(_NUM_PROBES)
-    ]
-    stages = await stage_intervals(replica.group.stages)
-    engine_s = host.schedule_s + host.schedule_sequence_s + host.dispatch_s + host.result_s
-    return max(
-        0.0,
-        median(
-            wait_s - (last.end_s - first.start_s) - engine_s
-            for wait_s, first, last in zip(waits_s, stages[0], stages[-1], strict=True)
+    return FidelityResult(
+        provenance=describe_service(config, service.group.infos),
+        costs=costs,
+        client_s=client_s,
+        comparisons=tuple(
+            Comparison(
+                load=load,
+                rate_per_s=getattr(each, "rate_per_s", None),
+                measured=tuple(_measured_figures(one.seen) for one in compared[load]),
+                simulated=tuple(
+                    _simulated_figures(
+                        Simulation(deployment, workload(each, seed), seed=repeat).run().report,
+                        client_s,
+                    )
+                    for repeat in range(num_repeats)
+                ),
+                stage_slowdown=_stage_slowdown(cost, costs, compared[load]),
+            )
+            for load, each in arrivals.items()
         ),
     )
 
 
-def _pipeline_cost(layout: PipelineLayout, profile: StageProfile, host: HostCosts) -> MeasuredCost:
-    """What each micro-batch holds a stage for while the engine runs beside it."""
-    samples = [
-        StageSample(
-            **sample.load._asdict(),
-            stage_times_s=[
-                host.stage_slowdown * time_s + host.step_s for time_s in sample.stage_times_s
-            ],
-        )
-        for sample in profile.samples
-    ]
-    return MeasuredCost.from_profile(layout, profile.model_copy(update={"samples": samples}))
+def _arrivals(loads: Sequence[float], capacity_per_s: float) -> dict[str, ArrivalsConfig]:
+    """Those to compare, by name."""
+    arrivals: dict[str, ArrivalsConfig] = {"all at once": AtOnceArrivalsConfig()}
+    for share in loads:
+        arrivals[f"{share:.0%}"] = PoissonArrivalsConfig(rate_per_s=share * capacity_per_s)
+    return arrivals
+
+
+def _stage_slowdown(
+    cost: MeasuredCost, costs: ServiceCosts, replays: Sequence[RecordedReplay]
+) -> float:
+    """The stages' time for what they computed, over that which is predicted from its load."""
+    served = [each for replay in replays for each in replay.served]
+    num_stages = cost.layout.num_stages
+    time_s = fsum(stage.end_s - stage.start_s for each in served for stage in each.stages)
+    predicted_s = exp(costs.jitter**2 / 2) * fsum(
+        cost.stage_time_s(stage_id, each.step.load)
+        for each in served
+        for stage_id in range(num_stages)
+    )
+    return (time_s + costs.step_s * num_stages * len(served)) / predicted_s
 
 
 def _measured_figures(result: Replay) -> Figures:
