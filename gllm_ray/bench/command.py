@@ -85,8 +85,8 @@ def _add_fidelity(benchmarks: Any) -> None:  # noqa: ANN401
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", choices=MODELS, help="one alone instead of all")
-    parser.add_argument("--requests", type=_positive, default=100, help="of each load")
-    parser.add_argument("--repeats", type=_positive, default=2, help="of everything")
+    parser.add_argument("--requests", type=_positive, default=60, help="of each load")
+    parser.add_argument("--repeats", type=_positive, default=3, help="of everything")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and lengths")
     parser.add_argument("--output", type=Path, help="write the numbers to this file, as JSON")
     parser.set_defaults(run=_bench_fidelity)

@@ -144,7 +144,7 @@ async def bench_fidelity(
     lengths: LengthsConfig,
     *,
     num_requests: int,
-    num_repeats: int = 2,
+    num_repeats: int = 3,
     loads: Sequence[float] = (0.5, 0.85),
     seed: int = 0,
     on_step: OnStep,

@@ -84,7 +84,7 @@ def fit_service_costs(
         The stages' times with `step_s` in them, as `ServiceCosts.timing` expects, and the rest.
 
     Raises:
-        ConfigError: A stage never waited, or never had to, so that a part was not seen.
+        ConfigError: A stage was never free, so that delays cannot be told from queueing.
     """
     served = [each for replay in replays for each in replay]
     pairs = [pair for replay in replays for pair in pairwise(replay)]
@@ -98,7 +98,8 @@ def fit_service_costs(
         for each in served
         if each.step.free_s is not None
     )
-    step_s = fmean(delay_s for delays in (dispatch, *hops) for delay_s in delays.queued)
+    queued_s = [delay_s for delays in (dispatch, *hops) for delay_s in delays.queued]
+    step_s = fmean(queued_s) if queued_s else 0.0
     scales, jitter = _spread(_stage_cost(layout, served, 0.0, [1.0] * layout.num_stages), served)
     return _stage_cost(layout, served, step_s, scales), ServiceCosts(
         schedule_s=schedule_s,
@@ -179,8 +180,9 @@ def _stage_cost(
 
 def _line(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
     """The constant and the slope, neither negative, of the nearest line."""
-    points = list(points)
-    constant, slope = least_squares(
-        [(1.0, x) for x, _ in points], [y for _, y in points], [1.0] * len(points)
-    )
+    rows, targets = [], []
+    for x, y in points:
+        rows.append((1.0, x))
+        targets.append(y)
+    constant, slope = least_squares(rows, targets, [1.0] * len(rows)) if rows else (0.0, 0.0)
     return constant, slope
