@@ -76,11 +76,12 @@ class RecordingPipeline:
 
     async def next_result(self) -> MicroBatchResult:
         """See `Pipeline`."""
+        self._latest_result_s = None  # what is formed from here on follows a request instead
         result = await self._pipeline.next_result()
         self._latest_result_s = time.time()
         step = self._open.pop(result.batch_id)
         self.steps.append(step._replace(result_s=self._latest_result_s))
-        if not self._open:  # what is formed next may have waited for requests
+        if not self._open:  # the engine may not come back before there is a request
             self._latest_result_s = None
         return result
 
