@@ -1,13 +1,13 @@
 """`gllm-ray bench fidelity`: how far the simulator is from the engine that it simulates."""
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from math import exp, fsum
 from statistics import fmean
-from typing import Any
 
 from gllm_ray.assembly.engines import build_scheduler
+from gllm_ray.bench.fidelity_report import Comparison, FidelityResult, Figures
 from gllm_ray.bench.recorded_service import RecordedReplay, RecordedService
 from gllm_ray.bench.replay import Replay
 from gllm_ray.bench.service_costs import ServiceCosts, fit_service_costs
@@ -30,113 +30,6 @@ _CALIBRATION_SHARE = 0.65  # of the capacity; the other calibration is all at on
 
 # Told what is done next.
 OnStep = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """What is compared; requests all have the same lengths, so their rate is the throughput."""
-
-    requests_per_s: float
-    ttft_p50_s: float
-    ttft_p99_s: float
-    tpot_p50_s: float
-    tpot_p99_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FigureError:
-    """A figure of the engine and of the simulator.
-
-    Attributes:
-        name: That of the figure.
-        measured: Its mean over the repeats on the engine.
-        simulated: Its mean over those in the simulator.
-        error: What the simulator is off, as a share of what was measured.
-        noise: What the repeats on the engine are apart, as such a share; an error below it is none.
-    """
-
-    name: str
-    measured: float
-    simulated: float
-    error: float
-    noise: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """One load on the engine and in the simulator.
-
-    Attributes:
-        load: Its name.
-        rate_per_s: Requests a second; None: all at once.
-        measured: What clients of the engine saw in each repeat of the same requests.
-        simulated: What those of the simulator saw, with another jitter each time.
-        stage_slowdown: The time of the stages for what they computed in these repeats, over that
-            for the same in the calibration: how much the machine itself has changed. Not an input
-            of the simulation.
-    """
-
-    load: str
-    rate_per_s: float | None
-    measured: tuple[Figures, ...]
-    simulated: tuple[Figures, ...]
-    stage_slowdown: float
-
-    @property
-    def errors(self) -> list[FigureError]:
-        """Of each figure."""
-        return [_compare(field.name, self.measured, self.simulated) for field in fields(Figures)]
-
-
-def _compare(name: str, measured: Sequence[Figures], simulated: Sequence[Figures]) -> FigureError:
-    engine = [getattr(figures, name) for figures in measured]
-    mean, simulator = fmean(engine), fmean(getattr(figures, name) for figures in simulated)
-    return FigureError(
-        name=name,
-        measured=mean,
-        simulated=simulator,
-        error=simulator / mean - 1,
-        noise=(max(engine) - min(engine)) / mean,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FidelityResult:
-    """The comparisons of one model.
-
-    Attributes:
-        provenance: Model, hardware, versions.
-        costs: What a micro-batch costs beside the computing of its stages.
-        client_s: How much longer clients wait for a first token than the scheduler takes.
-        comparisons: By load; the first one is saturated.
-    """
-
-    provenance: str
-    costs: ServiceCosts
-    client_s: float
-    comparisons: tuple[Comparison, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it in JSON's types."""
-        comparisons = [
-            asdict(each) | {"errors": [asdict(error) for error in each.errors]}
-            for each in self.comparisons
-        ]
-        return asdict(self) | {"comparisons": comparisons}
-
-    def table(self) -> str:
-        """A line for each load and figure, and one for what the machine changed."""
-        lines = [
-            f"{'load':<13}{'figure':<16}{'engine':>9}{'simulator':>11}{'error':>8}{'noise':>8}"
-        ]
-        for each in self.comparisons:
-            for line in each.errors:
-                numbers = f"{line.measured:>9.4g}{line.simulated:>11.4g}"
-                shares = f"{line.error:>+8.1%}{line.noise:>8.1%}"
-                lines.append(f"{each.load:<13}{line.name:<16}{numbers}{shares}")
-            slowdown = f"{each.stage_slowdown - 1:>+8.1%}"
-            lines.append(f"{each.load:<13}{'stages slower than when calibrated':<36}{slowdown}")
-        return "\n".join(lines)
 
 
 async def bench_fidelity(
@@ -174,35 +67,15 @@ async def bench_fidelity(
             f"requests={num_requests}: must be <= {most}, because the vocabulary tells them apart"
         )
 
-    def workload(arrivals: ArrivalsConfig, seed: int) -> Workload:
-        return Workload(
-            SyntheticWorkloadConfig(arrivals=arrivals, lengths=lengths, num_requests=num_requests),
-            seed,
-        )
-
+    make_workload = partial(_workload, lengths, num_requests)
     on_step("starting the engine")
     service = await RecordedService.start(config)
     try:
-        on_step("warm-up")
-        await service.replay(workload(AtOnceArrivalsConfig(), seed + 1))
-        calibrations: list[RecordedReplay] = []
-        compared: defaultdict[str, list[RecordedReplay]] = defaultdict(list)
-        for repeat in range(num_repeats):
-            on_step(f"calibration {repeat + 1}")
-            other = seed + 1 + repeat
-            calibrations.append(await service.replay(workload(AtOnceArrivalsConfig(), other)))
-            capacity_per_s = num_requests / calibrations[0].seen.wall_s
-            poisson = PoissonArrivalsConfig(rate_per_s=_CALIBRATION_SHARE * capacity_per_s)
-            calibrations.append(await service.replay(workload(poisson, other)))
-            arrivals = _arrivals(loads, capacity_per_s)
-            for load, each in arrivals.items():
-                on_step(f"load {repeat + 1}: {load}")
-                compared[load].append(await service.replay(workload(each, seed)))
+        replays = await _serve(service, make_workload, loads, num_repeats, seed, on_step)
     finally:
         await service.close()
     on_step("simulating")
-    cost, costs = fit_service_costs(layout, [each.served for each in calibrations])
-    client_s = fmean(each.client_s for each in calibrations[1::2])  # not those all at once
+    cost, costs = fit_service_costs(layout, [each.served for each in replays.calibrations])
     deployment = Deployment(
         cost=cost,
         make_scheduler=lambda: build_scheduler(
@@ -212,35 +85,87 @@ async def bench_fidelity(
         ),
         timing=costs.timing(layout.num_stages),
     )
+
+    def simulate(arrivals: ArrivalsConfig, repeat: int) -> Figures:
+        simulation = Simulation(deployment, make_workload(arrivals, seed), seed=repeat)
+        return _simulated_figures(simulation.run().report, replays.client_s)
+
     return FidelityResult(
         provenance=describe_service(config, service.group.infos),
         costs=costs,
-        client_s=client_s,
+        client_s=replays.client_s,
         comparisons=tuple(
             Comparison(
                 load=load,
-                rate_per_s=getattr(each, "rate_per_s", None),
-                measured=tuple(_measured_figures(one.seen) for one in compared[load]),
-                simulated=tuple(
-                    _simulated_figures(
-                        Simulation(deployment, workload(each, seed), seed=repeat).run().report,
-                        client_s,
-                    )
-                    for repeat in range(num_repeats)
-                ),
-                stage_slowdown=_stage_slowdown(cost, costs, compared[load]),
+                rate_per_s=getattr(arrivals, "rate_per_s", None),
+                measured=tuple(_measured_figures(each.seen) for each in replays.compared[load]),
+                simulated=tuple(simulate(arrivals, repeat) for repeat in range(num_repeats)),
+                stage_slowdown=_stage_slowdown(cost, costs, replays.compared[load]),
             )
-            for load, each in arrivals.items()
+            for load, arrivals in replays.arrivals.items()
         ),
     )
 
 
-def _arrivals(loads: Sequence[float], capacity_per_s: float) -> dict[str, ArrivalsConfig]:
-    """Those to compare, by name."""
-    arrivals: dict[str, ArrivalsConfig] = {"all at once": AtOnceArrivalsConfig()}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Replays:
+    """What was served.
+
+    Attributes:
+        arrivals: Those compared, by load.
+        compared: All repeats of each load.
+        calibrations: Replays that costs are learnt from.
+        client_s: How much longer clients waited for a first token than the scheduler took, in those
+            calibrations whose requests did not come all at once.
+    """
+
+    arrivals: dict[str, ArrivalsConfig]
+    compared: dict[str, list[RecordedReplay]]
+    calibrations: list[RecordedReplay]
+    client_s: float
+
+
+async def _serve(
+    service: RecordedService,
+    make_workload: Callable[[ArrivalsConfig, int], Workload],
+    loads: Sequence[float],
+    num_repeats: int,
+    seed: int,
+    on_step: OnStep,
+) -> _Replays:
+    at_once = AtOnceArrivalsConfig()
+    on_step("warm-up")
+    await service.replay(make_workload(at_once, seed + 1))
+    on_step("capacity")
+    saturated = [await service.replay(make_workload(at_once, seed + 1))]
+    capacity_per_s = saturated[0].seen.ttft_s.count / saturated[0].seen.wall_s
+    poisson = PoissonArrivalsConfig(rate_per_s=_CALIBRATION_SHARE * capacity_per_s)
+    arrivals: dict[str, ArrivalsConfig] = {"all at once": at_once}
     for share in loads:
         arrivals[f"{share:.0%}"] = PoissonArrivalsConfig(rate_per_s=share * capacity_per_s)
-    return arrivals
+    steady: list[RecordedReplay] = []
+    compared: dict[str, list[RecordedReplay]] = {load: [] for load in arrivals}
+    for repeat in range(1, num_repeats + 1):
+        on_step(f"repeat {repeat}: calibration")
+        if repeat > 1:
+            saturated.append(await service.replay(make_workload(at_once, seed + repeat)))
+        steady.append(await service.replay(make_workload(poisson, seed + repeat)))
+        for load, each in arrivals.items():
+            on_step(f"repeat {repeat}: {load}")
+            compared[load].append(await service.replay(make_workload(each, seed)))
+    return _Replays(
+        arrivals=arrivals,
+        compared=compared,
+        calibrations=steady + saturated,
+        client_s=fmean(each.client_s for each in steady),
+    )
+
+
+def _workload(
+    lengths: LengthsConfig, num_requests: int, arrivals: ArrivalsConfig, seed: int
+) -> Workload:
+    config = SyntheticWorkloadConfig(arrivals=arrivals, lengths=lengths, num_requests=num_requests)
+    return Workload(config, seed)
 
 
 def _stage_slowdown(

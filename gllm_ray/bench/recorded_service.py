@@ -11,9 +11,10 @@ from gllm_ray.bench.replay import Replay, replay
 from gllm_ray.bench.service_costs import ServedStep
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
+from gllm_ray.errors import PipelineError
 from gllm_ray.simulation.workload import Workload
 from gllm_ray.stages.placement import SCHEDULER_CPUS
-from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group
+from gllm_ray.stages.ray_pipeline import StageGroup, ask, start_stage_group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ class RecordedService:
         scheduler = RecordingSchedulerActor.options(num_cpus=SCHEDULER_CPUS).remote(config, group)
         service = cls(group, scheduler)
         try:
-            await scheduler.start.remote()
+            await ask(scheduler.start.remote(), "the scheduler", lost=PipelineError)
             await service._client.start()
         except BaseException:
             await service.close()
