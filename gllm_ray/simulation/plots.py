@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.simulation.metrics import StageInterval
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _FORMATS = (".png", ".svg")
 _NUM_CDF_POINTS = 200
+_LIMITS_SHOWN = 3.0
+_LABEL_POINTS = 7
 
 
 def plot_pipeline(
@@ -152,7 +154,8 @@ def plot_throughput_latency(
         path: Ends in .png or .svg; overwritten.
         throughput: What the throughput is, with its unit.
         latency: What the latency is.
-        limit_s: The latency to stay below; None: there is none.
+        limit_s: The latency to stay below, of which the chart shows at most the triple; None:
+            there is none.
         title: Above the chart.
 
     Raises:
@@ -165,11 +168,12 @@ def plot_throughput_latency(
             everything = [point for points in curves.values() for point in points]
             best = frontier(everything, lambda point: -point[0], lambda point: point[1])
             axes.plot(*zip(*best, strict=True), color="gold", lw=8, zorder=0, label="frontier")
-        if limit_s is not None:
-            axes.axhline(limit_s, color="black", linestyle="--", label=f"limit {limit_s:g} s")
         axes.set_xlabel(throughput)
         axes.set_ylabel(f"{latency} (s)")
         axes.set_ylim(bottom=0)
+        if limit_s is not None:
+            axes.axhline(limit_s, color="black", linestyle="--", label=f"limit {limit_s:g} s")
+            axes.set_ylim(top=min(axes.get_ylim()[1], _LIMITS_SHOWN * limit_s))
         axes.legend()
 
 
@@ -232,14 +236,19 @@ def _label_rows(axes: "Axes", rows: Mapping[tuple[int, int], Sequence[StageInter
     """Write labels on those bars that are wide enough, where they are in the chart."""
     left_s, right_s = axes.get_xlim()
     pixels_per_s = axes.bbox.width / (right_s - left_s)
+    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": _LABEL_POINTS}
+    probe = axes.text(0, 0, "", **style)
+    widths: dict[str, float] = {}  # in pixels; the stages of a micro-batch share their label
     for row, intervals in enumerate(rows.values()):
         for interval in intervals:
+            label = interval.label
+            if label not in widths:
+                probe.set_text(label)
+                widths[label] = probe.get_window_extent().width
             start_s, end_s = max(interval.start_s, left_s), min(interval.end_s, right_s)
-            text = axes.text(
-                (start_s + end_s) / 2, row, interval.label, ha="center", va="center", fontsize=7
-            )
-            if text.get_window_extent().width > (end_s - start_s) * pixels_per_s:
-                text.remove()
+            if widths[label] <= (end_s - start_s) * pixels_per_s:
+                axes.text((start_s + end_s) / 2, row, label, **style)
+    probe.remove()
 
 
 @contextmanager

@@ -103,6 +103,17 @@ def test_the_frontier_is_that_of_several_curves_and_a_limit_is_named(tmp_path):
 
 
 @needs_matplotlib
+def test_a_chart_ends_at_the_triple_of_a_limit(tmp_path):
+    curve = [(100, 0.05), (200, 40.0)]
+    with_limit, without = tmp_path / "limit.svg", tmp_path / "none.svg"
+    plots.plot_throughput_latency({"a": curve}, with_limit, limit_s=0.5)
+    plots.plot_throughput_latency({"a": curve}, without)
+    assert "1.4" in texts_of(with_limit)
+    assert "40" not in texts_of(with_limit)
+    assert "40" in texts_of(without)
+
+
+@needs_matplotlib
 @pytest.mark.parametrize("chart", CHARTS)
 def test_a_chart_has_its_title(tmp_path, chart):
     path = tmp_path / "chart.svg"
