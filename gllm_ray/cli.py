@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--address", help="the Ray cluster to join; `local`: start one")
     serve.set_defaults(run=_serve)
     keys = commands.add_parser("keys", help="print every key of `args` as a Markdown table")
+    keys.add_argument(
+        "--simulation", action="store_true", help="those of the files of `simulate` instead"
+    )
     keys.set_defaults(run=_print_keys)
     _add_train_lengths(commands)
     add_profile_parser(commands)
@@ -108,8 +111,10 @@ def _serve(options: argparse.Namespace) -> int:
     return os.execv(serve, [serve, "run", str(options.file), *address])
 
 
-def _print_keys(_options: argparse.Namespace) -> int:
-    print(key_table(ServiceConfig))
+def _print_keys(options: argparse.Namespace) -> int:
+    from gllm_ray.simulation.simulation_config import SimulationConfig
+
+    print(key_table(SimulationConfig if options.simulation else ServiceConfig))
     return 0
 
 

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from gllm_ray.errors import ConfigError
 from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
 from gllm_ray.predictor_config import LengthPredictorConfig, StatisticsPredictorConfig
-from gllm_ray.strict_schema import StrictModel, find_mistakes
+from gllm_ray.strict_schema import StrictModel, parse_strictly
 
 PACKAGE_SCHEME = "package://"
 _PACKAGE_PATH = re.compile(r"package://[A-Za-z_]\w*/.+")
@@ -275,9 +275,7 @@ def parse_service_config(args: dict[str, Any]) -> ServiceConfig:
     Raises:
         ConfigError: One line for each mistake, naming the key, the value and what is allowed.
     """
-    if mistakes := find_mistakes(ServiceConfig, args):
-        raise ConfigError("\n".join(mistakes))
-    return ServiceConfig.model_validate(args)
+    return parse_strictly(ServiceConfig, args)
 
 
 def resolve_package_path(path: str) -> str:

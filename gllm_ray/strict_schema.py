@@ -10,11 +10,14 @@ import json
 import re
 import reprlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from gllm_ray.errors import ConfigError
+
 JsonSchema = dict[str, Any]
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _SECRET = re.compile(
     r"\benv_vars\b|(token|secret|passw(or)?d|credentials?|[_-]key|apikey)$", re.IGNORECASE
@@ -56,6 +59,17 @@ def find_mistakes(model: type[BaseModel], data: object, prefix: str = "") -> lis
         lines = [_describe(dict(item), data, schema, prefix) for item in error.errors()]
         return list(dict.fromkeys(lines))  # Each member of a union complains for itself.
     return []
+
+
+def parse_strictly(model: type[ModelT], data: object) -> ModelT:
+    """The value that `data` stands for.
+
+    Raises:
+        ConfigError: One line for each mistake, naming the key, the value and what is allowed.
+    """
+    if mistakes := find_mistakes(model, data):
+        raise ConfigError("\n".join(mistakes))
+    return model.model_validate(data)
 
 
 def key_table(model: type[BaseModel]) -> str:

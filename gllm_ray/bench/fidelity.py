@@ -14,10 +14,11 @@ from gllm_ray.bench.service_costs import ServiceCosts, fit_service_costs
 from gllm_ray.bench.service_profile import describe_service, service_layout
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError
+from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.length_config import LengthsConfig
 from gllm_ray.simulation.measured import MeasuredCost
 from gllm_ray.simulation.report import Report
-from gllm_ray.simulation.simulator import Deployment, Simulation
+from gllm_ray.simulation.simulator import Simulation
 from gllm_ray.simulation.workload import Workload
 from gllm_ray.simulation.workload_config import (
     ArrivalsConfig,

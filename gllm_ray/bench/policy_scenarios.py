@@ -19,6 +19,7 @@ from gllm_ray.scheduling.cost_model import FixedCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.simulation.cost_model import PipelineCost
+from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.devices import find_device
 from gllm_ray.simulation.hosts import find_host
 from gllm_ray.simulation.length_config import Dataset
@@ -28,7 +29,6 @@ from gllm_ray.simulation.measured import MeasuredCost
 from gllm_ray.simulation.model_config import parse_model_shape
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.roofline import RooflineCost
-from gllm_ray.simulation.simulator import Deployment
 from gllm_ray.simulation.virtual_pipeline import Timing, mixed_links
 
 _BLOCK_SIZE = 16

@@ -9,13 +9,14 @@ from gllm_ray.policy_config import PolicyConfig
 from gllm_ray.scheduling import Scheduler, SchedulerSettings, make_policy
 from gllm_ray.scheduling.cost_model import FixedCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
+from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.devices import find_device
 from gllm_ray.simulation.hosts import find_host
 from gllm_ray.simulation.linear_fit import linear_fit
 from gllm_ray.simulation.model_config import parse_model_shape
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.roofline import RooflineCost
-from gllm_ray.simulation.simulator import Deployment, Simulation
+from gllm_ray.simulation.simulator import Simulation
 from gllm_ray.simulation.virtual_pipeline import Timing
 from gllm_ray.simulation.workload import Workload
 from gllm_ray.simulation.workload_config import SyntheticWorkloadConfig

@@ -43,12 +43,7 @@ class BlockAllocator:
     def allocate(self, num_blocks: int) -> tuple[int, ...]:
         """Take blocks of void content; the caller has checked that as many are free."""
         assert num_blocks <= self.num_free_blocks, "allocated more blocks than are free"
-        blocks = tuple(
-            self._free.popleft() if self._free else self._evict() for _ in range(num_blocks)
-        )
-        for block in blocks:
-            self._num_references[block] = 1
-        return blocks
+        return tuple([self._take() for _ in range(num_blocks)])
 
     def share(self, blocks: Iterable[int]) -> None:
         """Add a reference to blocks that `find` returned."""
@@ -91,8 +86,12 @@ class BlockAllocator:
         self._hashes.clear()
         self._blocks.clear()
 
-    def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
-        for content in self._hashes.pop(block):
-            del self._blocks[content]
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.popleft()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            for content in self._hashes.pop(block):
+                del self._blocks[content]
+        self._num_references[block] = 1
         return block

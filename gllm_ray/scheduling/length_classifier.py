@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import GenerationRequest
 from gllm_ray.scheduling.length_predictor import own_hint
-from gllm_ray.strict_schema import StrictModel, find_mistakes
+from gllm_ray.strict_schema import StrictModel, parse_strictly
 
 NUM_LAST_TOKENS = 64
 NUM_TOKEN_BUCKETS = 1024
@@ -136,6 +136,4 @@ def parse_classifier(text: str) -> LengthClassifier:
         data = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"not JSON: {error}") from None
-    if mistakes := find_mistakes(LengthClassifier, data):
-        raise ConfigError("\n".join(mistakes))
-    return LengthClassifier.model_validate(data)
+    return parse_strictly(LengthClassifier, data)

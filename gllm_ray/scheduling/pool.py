@@ -74,8 +74,7 @@ class SequencePool:
             self.num_prefilling_tokens -= num_tokens
             if sequence.num_uncomputed_tokens == 0:
                 self._begin_decode(sequence)
-            step.items.append(item)
-            step.sequences.append(sequence)
+            step.add_chunk(sequence, item)
             max_tokens -= num_tokens
 
     def schedule_decodes(self, step: Step, budget: TokenBudget, *, may_wait: bool) -> None:
@@ -85,10 +84,12 @@ class SequencePool:
         that misses it, which then is preempted, or goes on waiting if it may.
         """
         ready, block_size = self.ready, self.allocator.block_size
-        items, sequences = step.items, step.sequences
+        items, sampling = step.items, step.sampling
+        max_decodes, weight = budget.decodes, budget.decode_weight
         load_left = float("inf") if budget.decode_load is None else budget.decode_load
+        num_context_tokens = 0
         for seq_id, sequence in list(ready.items()):
-            if len(items) == budget.decodes or load_left <= 0:
+            if len(items) == max_decodes or load_left <= 0:
                 break
             # Making room for one sequence may have preempted one that stood behind it.
             if seq_id not in ready:
@@ -102,9 +103,10 @@ class SequencePool:
                 self.prefix_cache.publish(sequence, item)
             del ready[seq_id]
             items.append(item)
-            sequences.append(sequence)
-            load_left -= budget.decode_weight + num_tokens
-        step.num_decodes = len(items)
+            sampling.append(sequence)
+            num_context_tokens += num_tokens
+            load_left -= weight + num_tokens
+        step.num_decodes, step.num_context_tokens = len(items), num_context_tokens
 
     def take_copies(self) -> tuple[tuple[int, int], ...]:
         """The blocks that the micro-batch now complete copies, source and target.

@@ -1,7 +1,7 @@
 """Prompts that begin alike share the KV blocks of their common prefix."""
 
 from hashlib import blake2b
-from struct import pack
+from struct import Struct, pack
 from typing import NamedTuple
 
 from gllm_ray.messages import ScheduledSequence
@@ -40,6 +40,7 @@ class PrefixCache:
         self.num_hit_tokens = 0
         self._allocator = allocator
         self._is_enabled = is_enabled
+        self._pack = Struct(f"<{allocator.block_size}q").pack
 
     def find(self, sequence: Sequence) -> PrefixHit:
         """What can be reused by a sequence that holds no block."""
@@ -94,8 +95,8 @@ class PrefixCache:
         index = (sequence.num_tokens - 1) // self._allocator.block_size
         if (index + 1) * self._allocator.block_size == sequence.num_tokens:
             return self._hash(sequence, index)
-        before = self._hash(sequence, index - 1)
-        return _digest(before, sequence.token_ids[index * self._allocator.block_size :])
+        tokens = sequence.token_ids[index * self._allocator.block_size :]
+        return _digest(self._hash(sequence, index - 1) + pack(f"<{len(tokens)}q", *tokens))
 
     def _hash(self, sequence: Sequence, index: int) -> bytes:
         """The hash of a full block, made once; that of block -1 is the salt's."""
@@ -107,11 +108,10 @@ class PrefixCache:
         size = self._allocator.block_size
         while len(hashes) < index + 2:
             start = (len(hashes) - 1) * size
-            hashes.append(_digest(hashes[-1], sequence.token_ids[start : start + size]))
+            tokens = sequence.token_ids[start : start + size]
+            hashes.append(_digest(hashes[-1] + self._pack(*tokens)))
         return hashes[index + 1]
 
 
-def _digest(before: bytes, token_ids: list[int]) -> bytes:
-    """A hash that is equal on every machine."""
-    tokens = pack(f"<{len(token_ids)}q", *token_ids)
-    return blake2b(before + tokens, digest_size=32).digest()
+def _digest(content: bytes) -> bytes:
+    return blake2b(content, digest_size=32).digest()

@@ -199,12 +199,12 @@ class Scheduler:
         self._stage_times.add(result.stage_times)
         ready = self._pool.ready
         events: list[TokenEvent] = []
-        for sequence in flight.others:
+        for sequence in flight.step.others:
             sequence.num_in_flight -= 1
             if sequence.is_aborted and not sequence.num_in_flight:
                 events.append(self._finish(sequence, FinishReason.ABORT))
         num_tokens = 0
-        for sequence, token_id in zip(flight.sampling, result.token_ids, strict=True):
+        for sequence, token_id in zip(flight.step.sampling, result.token_ids, strict=True):
             sequence.num_in_flight -= 1
             if sequence.is_aborted:
                 # The chunk that ends a prompt is its last in flight.
@@ -219,7 +219,9 @@ class Scheduler:
                 events.append(self._finish(sequence, FinishReason.LENGTH, token_id))
             else:
                 ready[sequence.seq_id] = sequence
-                events.append(TokenEvent(sequence.request_id, token_id))
+                events.append(
+                    tuple.__new__(TokenEvent, (sequence.request_id, token_id, None, None, None))
+                )
         self._pool.count_output(num_tokens)
         return events
 
@@ -239,9 +241,10 @@ class Scheduler:
 
     def _view(self, now_s: float) -> LoadView:
         pool, allocator = self._pool, self._pool.allocator
-        num_decodes_in_flight = sum(flight.load.num_decodes for flight in self._in_flight)
-        num_in_flight = sum(len(flight.batch.sequences) for flight in self._in_flight)
-        num_ending_tokens = sum(flight.num_ending_tokens for flight in self._in_flight)
+        steps = [flight.step for flight in self._in_flight]
+        num_decodes_in_flight = sum([step.num_decodes for step in steps])
+        num_in_flight = sum([len(step.items) for step in steps])
+        num_ending_tokens = sum([step.num_ending_tokens for step in steps])
         num_unwritten_blocks = pool.num_prefilling_tokens // allocator.block_size
         next_prefill = next(iter(pool.prefilling.values()), None)
         oldest_ready = next(iter(pool.ready.values()), None)
@@ -298,11 +301,11 @@ class Scheduler:
             block_copies=self._pool.take_copies(),
         )
         self._next_batch_id += 1
-        flight = InFlight.of(batch, step)
-        self._in_flight.append(flight)
-        self._stage_times.expect(batch.batch_id, flight.load)
+        load = step.load()
+        self._in_flight.append(InFlight(batch, step, load))
+        self._stage_times.expect(batch.batch_id, load)
         self._admission.note_scheduled(
-            flight.load.num_prefill_tokens, now_s, is_backlogged=bool(self._pool.waiting)
+            load.num_prefill_tokens, now_s, is_backlogged=bool(self._pool.waiting)
         )
         return batch
 
@@ -312,9 +315,9 @@ class Scheduler:
         if flight is None or flight.batch.batch_id != result.batch_id:
             due = "none" if flight is None else flight.batch.batch_id
             raise PipelineError(f"result of micro-batch {result.batch_id} came, {due} is due")
-        if len(flight.sampling) != len(result.token_ids):
+        if len(flight.step.sampling) != len(result.token_ids):
             raise PipelineError(
-                f"micro-batch {result.batch_id} samples {len(flight.sampling)} tokens, "
+                f"micro-batch {result.batch_id} samples {len(flight.step.sampling)} tokens, "
                 f"its result has {len(result.token_ids)}"
             )
         return self._in_flight.popleft()

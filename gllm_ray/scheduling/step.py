@@ -1,6 +1,7 @@
 """One micro-batch from its forming to its commit."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gllm_ray.messages import MicroBatch, ScheduledSequence
 from gllm_ray.scheduling.load import StepLoad
@@ -9,53 +10,59 @@ from gllm_ray.scheduling.sequence import Sequence
 
 @dataclass(slots=True)
 class Step:
-    """What goes into a micro-batch.
+    """What goes into a micro-batch; decodes are added first, then prefill chunks.
 
     Attributes:
-        items: Decodes first, then prefill chunks.
-        sequences: Those of the items, in their order.
-        num_decodes: How many of them are decodes.
+        items: The shares of the sequences, in the order of adding.
+        sampling: The sequences that get a token, in the order of their tokens.
+        others: Those whose chunk does not end their prompt.
+        num_decodes: See `StepLoad`.
+        num_context_tokens: See `StepLoad`.
+        num_prefill_tokens: See `StepLoad`.
+        num_attention_pairs: See `StepLoad`.
+        num_ending_tokens: Tokens of the sequences whose prompt ends in it, and that decode next.
     """
 
     items: list[ScheduledSequence] = field(default_factory=list)
-    sequences: list[Sequence] = field(default_factory=list)
+    sampling: list[Sequence] = field(default_factory=list)
+    others: list[Sequence] = field(default_factory=list)
     num_decodes: int = 0
+    num_context_tokens: int = 0
+    num_prefill_tokens: int = 0
+    num_attention_pairs: int = 0
+    num_ending_tokens: int = 0
+
+    def add_chunk(self, sequence: Sequence, item: ScheduledSequence) -> None:
+        """Put a prefill chunk of a sequence in."""
+        num_tokens = len(item.token_ids)
+        self.items.append(item)
+        self.num_prefill_tokens += num_tokens
+        self.num_attention_pairs += num_tokens * item.end
+        if item.sampling is None:
+            self.others.append(sequence)
+        else:
+            self.sampling.append(sequence)
+            self.num_ending_tokens += sequence.num_tokens
 
     def load(self) -> StepLoad:
         """What the micro-batch makes each stage compute."""
-        decodes, chunks = self.items[: self.num_decodes], self.items[self.num_decodes :]
         return StepLoad(
-            num_decodes=self.num_decodes,
-            num_context_tokens=sum([item.start for item in decodes]) + self.num_decodes,
-            num_prefill_tokens=sum([len(item.token_ids) for item in chunks]),
-            num_attention_pairs=sum([len(item.token_ids) * item.end for item in chunks]),
+            self.num_decodes,
+            self.num_context_tokens,
+            self.num_prefill_tokens,
+            self.num_attention_pairs,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class InFlight:
+class InFlight(NamedTuple):
     """A micro-batch that was submitted and not yet committed.
 
     Attributes:
         batch: As the stages got it.
+        step: What it was made of.
         load: What it makes each stage compute.
-        sampling: The sequences that get a token, in the order of their tokens.
-        others: Those whose chunk does not end their prompt.
-        num_ending_tokens: Tokens of the sequences whose prompt ends in it, and that decode next.
     """
 
     batch: MicroBatch
+    step: Step
     load: StepLoad
-    sampling: list[Sequence]
-    others: list[Sequence]
-    num_ending_tokens: int
-
-    @classmethod
-    def of(cls, batch: MicroBatch, step: Step) -> "InFlight":
-        """The micro-batch that was made of a step."""
-        chunks = list(zip(step.items, step.sequences, strict=True))[step.num_decodes :]
-        ending = [sequence for item, sequence in chunks if item.sampling is not None]
-        others = [sequence for item, sequence in chunks if item.sampling is None]
-        sampling = step.sequences[: step.num_decodes] + ending
-        num_ending_tokens = sum([sequence.num_tokens for sequence in ending])
-        return cls(batch, step.load(), sampling, others, num_ending_tokens)

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from gllm_ray.messages import FinishReason
+from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.simulation.quantile_sketch import QuantileSketch
 
 # How requests end that got all of their output.
@@ -134,6 +135,24 @@ class RequestMetrics:
         self.num_good += self.slo is None or self.slo.is_met(ttft_s, tpot_s, e2e_s)
 
 
+class BatchMetrics:
+    """Sizes of micro-batches, those of all replicas.
+
+    Attributes:
+        num_tokens: Tokens of each micro-batch.
+        num_decodes: Decodes of each micro-batch.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = QuantileSketch()
+        self.num_decodes = QuantileSketch()
+
+    def add(self, load: StepLoad) -> None:
+        """A micro-batch was submitted."""
+        self.num_tokens.add(load.num_tokens)
+        self.num_decodes.add(load.num_decodes)
+
+
 class IdleCause(StrEnum):
     """Why a stage computes nothing."""
 
@@ -213,20 +232,11 @@ class PipelineMetrics:
     Attributes:
         stages: The time of each stage.
         kv_utilization: Share of the KV blocks in use, 0 to 1.
-        batch_tokens: Tokens of each micro-batch.
-        batch_decodes: Decodes of each micro-batch.
     """
 
     def __init__(self, num_stages: int, start_s: float = 0.0) -> None:
         self.stages = [StageTimeUse() for _ in range(num_stages)]
         self.kv_utilization = TimeWeightedMean(start_s)
-        self.batch_tokens = QuantileSketch()
-        self.batch_decodes = QuantileSketch()
-
-    def on_batch(self, num_tokens: int, num_decodes: int) -> None:
-        """A micro-batch was submitted."""
-        self.batch_tokens.add(num_tokens)
-        self.batch_decodes.add(num_decodes)
 
 
 class StageInterval(NamedTuple):

@@ -13,7 +13,7 @@ from gllm_ray.simulation.model_config import parse_model_shape
 from gllm_ray.simulation.model_shape import ModelShape
 from gllm_ray.simulation.routing import RoutingName
 from gllm_ray.simulation.workload_config import TraceWorkloadConfig, WorkloadConfig
-from gllm_ray.strict_schema import StrictModel, find_mistakes
+from gllm_ray.strict_schema import StrictModel, parse_strictly
 
 Counts = Annotated[
     tuple[Annotated[int, Field(ge=1, le=256)], ...], Field(strict=False, min_length=1)
@@ -170,9 +170,7 @@ def parse_plan_config(data: object) -> PlanConfig:
     Raises:
         ConfigError: One line for each mistake, naming the key, the value and what is allowed.
     """
-    if mistakes := find_mistakes(PlanConfig, data):
-        raise ConfigError("\n".join(mistakes))
-    return PlanConfig.model_validate(data)
+    return parse_strictly(PlanConfig, data)
 
 
 def load_plan_config(path: Path) -> PlanConfig:

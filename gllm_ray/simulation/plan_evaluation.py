@@ -11,6 +11,7 @@ from gllm_ray.partition import size_kv_cache
 from gllm_ray.scheduling import Scheduler, SchedulerSettings, make_policy
 from gllm_ray.scheduling.cost_model import LearntCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
+from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.devices import find_device
 from gllm_ray.simulation.hosts import find_host
 from gllm_ray.simulation.links import Link, find_link
@@ -20,7 +21,7 @@ from gllm_ray.simulation.plan_ranking import Outcome, violations
 from gllm_ray.simulation.planner import Choice, Cut, stage_infos, stages_per_node
 from gllm_ray.simulation.report import Report, Summary
 from gllm_ray.simulation.roofline import RooflineCost
-from gllm_ray.simulation.simulator import Deployment, Simulation
+from gllm_ray.simulation.simulator import Simulation
 from gllm_ray.simulation.virtual_pipeline import Timing, mixed_links, uniform_links
 from gllm_ray.simulation.workload import Workload
 from gllm_ray.simulation.workload_config import SyntheticWorkloadConfig, TraceWorkloadConfig

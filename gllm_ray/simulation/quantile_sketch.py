@@ -1,7 +1,7 @@
 """Quantiles of any number of values in bounded memory."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 _RELATIVE_ERROR = 0.005
 _LOG_RATIO = math.log((1 + _RELATIVE_ERROR) / (1 - _RELATIVE_ERROR))
@@ -16,7 +16,7 @@ class QuantileSketch:
     Up to `max_exact` values are kept, and quantiles interpolate between them, as those of
     `statistics.quantiles(method="inclusive")` do. Then all values go to buckets whose bounds grow
     by 1 %, and a quantile is within 0.5 % of the value of its rank. Count, mean and extremes stay
-    exact. Sketches of the same values, in whatever order added or merged, tell the same quantiles.
+    exact. Sketches of the same values, in whatever order, tell the same quantiles.
 
     Source: Masson, Rim and Lee, "DDSketch: A Fast and Fully-Mergeable Quantile Sketch with
         Relative-Error Guarantees", PVLDB 12(12), 2019. Deviations: values are kept at first, and
@@ -69,15 +69,6 @@ class QuantileSketch:
             self._values = []
             self._add_to_bucket(value, count)
 
-    def merge(self, other: "QuantileSketch") -> None:
-        """Count all values that another sketch has counted."""
-        total = self._total + other.mean * other.count
-        for value, count in other.items():
-            self.add(value, count)
-        self._total = total
-        self.min = min(self.min, other.min)
-        self.max = max(self.max, other.max)
-
     def items(self) -> Iterator[tuple[float, int]]:
         """The values in ascending order, or the middles of buckets, each with its count."""
         if not self._buckets:
@@ -106,11 +97,3 @@ class QuantileSketch:
     def _add_to_bucket(self, value: float, count: int) -> None:
         bucket = math.ceil(math.log(max(value, _SMALLEST)) / _LOG_RATIO)
         self._buckets[bucket] = self._buckets.get(bucket, 0) + count
-
-
-def merged(sketches: Iterable[QuantileSketch]) -> QuantileSketch:
-    """A sketch of the values of several."""
-    total = QuantileSketch()
-    for sketch in sketches:
-        total.merge(sketch)
-    return total

@@ -15,11 +15,7 @@ from gllm_ray.messages import (
 )
 from gllm_ray.scheduling import Scheduler
 from gllm_ray.simulation.ideal import IdealWork
-from gllm_ray.simulation.metrics import (
-    IdleCause,
-    RequestMetrics,
-    RequestProgress,
-)
+from gllm_ray.simulation.metrics import BatchMetrics, IdleCause, RequestMetrics, RequestProgress
 from gllm_ray.simulation.simulated_request import (
     FILLER_TOKEN_ID,
     SimulatedRequest,
@@ -59,6 +55,7 @@ class SimulatedReplica:
         scheduler: The one that serves.
         pipeline: Its stages.
         requests: What becomes of requests, those of all replicas.
+        batches: Told of every micro-batch, those of all replicas.
         ideal: Told of the work of every micro-batch.
         expect_result: Has `on_result` called when a micro-batch is through.
         ready_s: When the replica takes its first request.
@@ -80,6 +77,7 @@ class SimulatedReplica:
         scheduler: Scheduler,
         pipeline: VirtualPipeline,
         requests: RequestMetrics,
+        batches: BatchMetrics,
         ideal: IdealWork,
         expect_result: ExpectResult,
         ready_s: float = 0.0,
@@ -96,11 +94,12 @@ class SimulatedReplica:
         self._scheduler = scheduler
         self._pipeline = pipeline
         self._requests = requests
+        self._batches = batches
         self._ideal = ideal
         self._expect_result = expect_result
-        self._progress: dict[str, tuple[SimulatedRequest, RequestProgress]] = {}
+        self._progress: dict[str, RequestProgress] = {}
+        self._open_ended: dict[str, SimulatedRequest] = {}  # whose output ends by itself
         self._start_s = ready_s
-        self._num_open_ended = 0  # requests whose output ends by itself
         self._idle_since_s: float | None = ready_s
 
     @property
@@ -129,8 +128,9 @@ class SimulatedReplica:
         except OverloadedError:
             self._end(progress, FinishReason.EXPIRED, now_s)
         else:
-            self._progress[str(index)] = (request, progress)
-            self._num_open_ended += request.max_tokens is not None
+            self._progress[str(index)] = progress
+            if request.max_tokens is not None:
+                self._open_ended[str(index)] = request
             if self._idle_since_s is not None:
                 self._pipeline.note_idle(self._idle_since_s, now_s, IdleCause.NO_WORK)
                 self._idle_since_s = None
@@ -148,6 +148,7 @@ class SimulatedReplica:
             formed_s += timing.schedule_s + timing.schedule_sequence_s * len(batch.sequences)
             self._pipeline.note_idle(begun_s, formed_s, IdleCause.SCHEDULER)
             self._note_chunks(batch.sequences[load.num_decodes :], formed_s)
+            self._batches.add(load)
             self._ideal.add(load)
             result_s, times = self._pipeline.submit(batch.batch_id, load, formed_s)
             self._expect_result(result_s, FlyingBatch(batch, load.num_decodes, times, self.epoch))
@@ -190,39 +191,41 @@ class SimulatedReplica:
 
     def _note_chunks(self, chunks: Iterable[ScheduledSequence], now_s: float) -> None:
         for chunk in chunks:
-            _, progress = self._progress_of(chunk)
+            progress = self._progress[self._scheduler.request_of(chunk.seq_id).request_id]
             progress.num_preemptions = chunk.epoch
             if progress.first_scheduled_s is None:
                 progress.first_scheduled_s = now_s
 
-    def _progress_of(self, item: ScheduledSequence) -> tuple[SimulatedRequest, RequestProgress]:
-        return self._progress[self._scheduler.request_of(item.seq_id).request_id]
-
     def _sample(self, flying: FlyingBatch) -> tuple[int, ...]:
         sequences = flying.batch.sequences
-        if not self._num_open_ended:  # no token means anything
+        if not self._open_ended:  # no token means anything
             chunks = sequences[flying.num_decodes :]
             num_last_chunks = sum(chunk.sampling is not None for chunk in chunks)
             return (FILLER_TOKEN_ID,) * (flying.num_decodes + num_last_chunks)
-        token_ids = []
-        for item in sequences:
-            if item.sampling is not None:
-                request, progress = self._progress_of(item)
-                token_ids.append(output_token_id(request, progress.num_output_tokens))
-        return tuple(token_ids)
+        request_of = self._scheduler.request_of
+        return tuple(
+            self._token_id(request_of(item.seq_id).request_id)
+            for item in sequences
+            if item.sampling is not None
+        )
+
+    def _token_id(self, request_id: str) -> int:
+        request = self._open_ended.get(request_id)
+        if request is None:
+            return FILLER_TOKEN_ID
+        return output_token_id(request, self._progress[request_id].num_output_tokens)
 
     def _take(self, events: Sequence[TokenEvent], now_s: float) -> None:
         """Note what became of requests."""
         progress_of = self._progress
         self._requests.on_tokens(
-            [progress_of[event.request_id][1] for event in events if event.token_id is not None],
+            [progress_of[event.request_id] for event in events if event.token_id is not None],
             now_s,
         )
         for event in events:
             if event.finish_reason is not None:
-                request, progress = progress_of.pop(event.request_id)
-                self._num_open_ended -= request.max_tokens is not None
-                self._end(progress, event.finish_reason, now_s)
+                self._open_ended.pop(event.request_id, None)
+                self._end(progress_of.pop(event.request_id), event.finish_reason, now_s)
         if not progress_of and self._idle_since_s is None:
             self._idle_since_s = now_s
 

@@ -7,13 +7,14 @@ from typing import Any, Self
 from gllm_ray.messages import FinishReason
 from gllm_ray.simulation.metrics import (
     FINISHED,
+    BatchMetrics,
     IdleCause,
     PipelineMetrics,
     RequestMetrics,
     Slo,
     StageTimeUse,
 )
-from gllm_ray.simulation.quantile_sketch import QuantileSketch, merged
+from gllm_ray.simulation.quantile_sketch import QuantileSketch
 
 # Raised whenever a key of `to_json` changes its name, its place or its meaning.
 SCHEMA_VERSION = 1
@@ -125,6 +126,7 @@ class Report:
 
 def make_report(
     requests: RequestMetrics,
+    batches: BatchMetrics,
     pipelines: Sequence[PipelineMetrics],
     *,
     wall_s: float,
@@ -134,6 +136,7 @@ def make_report(
 
     Args:
         requests: Of all replicas.
+        batches: Of all replicas.
         pipelines: One for each replica, all of one depth.
         wall_s: See `Report`.
         ideal_ratio: See `Report`.
@@ -148,7 +151,6 @@ def make_report(
     stages = [_total_use(uses) for uses in zip(*(each.stages for each in pipelines), strict=True)]
     kv = [each.kv_utilization for each in pipelines]
     kv_duration_s = sum(each.duration_s for each in kv)
-    batch_tokens = merged(each.batch_tokens for each in pipelines)
     return Report(
         wall_s=wall_s,
         num_ended=dict(requests.num_ended),
@@ -166,9 +168,9 @@ def make_report(
         e2e_s=Summary.of(requests.e2e_s),
         queue_s=Summary.of(requests.queue_s),
         num_preemptions=requests.num_preemptions,
-        num_micro_batches=batch_tokens.count,
-        batch_tokens=Summary.of(batch_tokens),
-        batch_decodes=Summary.of(merged(each.batch_decodes for each in pipelines)),
+        num_micro_batches=batches.num_tokens.count,
+        batch_tokens=Summary.of(batches.num_tokens),
+        batch_decodes=Summary.of(batches.num_decodes),
         pipeline=StageReport.of(_total_use(stages)),
         stages=tuple(StageReport.of(stage) for stage in stages),
         kv_utilization_mean=sum(each.integral for each in kv) / (kv_duration_s or 1.0),

@@ -47,9 +47,13 @@ class RooflineCost:
             )
         device.flops(layout.model.dtype)
         self._layout = layout
-        self._stages = [
-            _Stage(layout, stage_id, device, host, link) for stage_id in range(layout.num_stages)
-        ]
+        alike: dict[object, _Stage] = {}
+        self._stages = []
+        for stage_id in range(layout.num_stages):
+            kind = (layout.layers(stage_id), stage_id == 0, layout.is_last(stage_id))
+            if kind not in alike:
+                alike[kind] = _Stage(layout, stage_id, device, host, link)
+            self._stages.append(alike[kind])
 
     @property
     def layout(self) -> PipelineLayout:
@@ -62,7 +66,7 @@ class RooflineCost:
 
 
 class _Stage:
-    """One stage, with what depends on rows alone kept for each number of rows seen."""
+    """Stages that are alike, with what depends on rows alone kept for each number of rows seen."""
 
     def __init__(
         self,
@@ -83,8 +87,15 @@ class _Stage:
         self._attention = attention_costs(layout, stage_id, device)
         self._rows_s: dict[int, float] = {}
         self._head_s: dict[int, float] = {}
+        self._load: StepLoad | None = None  # the latest, of which stages alike ask in turn
+        self._time_s = 0.0
 
     def time_s(self, load: StepLoad) -> float:
+        if load is not self._load:
+            self._load, self._time_s = load, self._price(load)
+        return self._time_s
+
+    def _price(self, load: StepLoad) -> float:
         num_decodes, num_prefill_tokens = load.num_decodes, load.num_prefill_tokens
         num_rows = num_decodes + num_prefill_tokens
         num_sequences = num_decodes + (num_prefill_tokens > 0)

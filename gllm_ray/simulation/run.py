@@ -9,6 +9,7 @@ from gllm_ray.scheduler_factory import make_cost_model, make_length_predictor, m
 from gllm_ray.scheduling import Scheduler, make_policy
 from gllm_ray.scheduling.cost_model import FixedCostModel
 from gllm_ray.simulation.autoscaling import Autoscaler
+from gllm_ray.simulation.deployment import Deployment, StageLoss
 from gllm_ray.simulation.hardware import Hardware, build_hardware
 from gllm_ray.simulation.linear_fit import linear_fit
 from gllm_ray.simulation.metrics import Slo
@@ -18,7 +19,7 @@ from gllm_ray.simulation.simulation_config import (
     load_simulation_config,
     parse_simulation_config,
 )
-from gllm_ray.simulation.simulator import Deployment, Simulation, SimulationResult, StageLoss
+from gllm_ray.simulation.simulator import Simulation, SimulationResult
 from gllm_ray.simulation.virtual_pipeline import Slowdown, Timing
 from gllm_ray.simulation.workload import Workload
 

@@ -12,9 +12,10 @@ from gllm_ray.config import KvCacheConfig, LayerSplit, SchedulerConfig, resolve_
 from gllm_ray.errors import ConfigError
 from gllm_ray.predictor_config import ClassifierPredictorConfig
 from gllm_ray.simulation.hardware_config import HardwareConfig
+from gllm_ray.simulation.replica_config import AutoscalingConfig, StageLossConfig
 from gllm_ray.simulation.routing import RoutingName
 from gllm_ray.simulation.workload_config import TraceWorkloadConfig, WorkloadConfig
-from gllm_ray.strict_schema import StrictModel, find_mistakes
+from gllm_ray.strict_schema import StrictModel, parse_strictly
 from gllm_ray.strict_yaml import read_yaml
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
@@ -138,44 +139,6 @@ class SloConfig(StrictModel):
     e2e_s: float | None = Field(default=None, gt=0, description="Most seconds to the last token.")
 
 
-class AutoscalingConfig(StrictModel):
-    """Ray Serve's rule for the number of replicas."""
-
-    min_replicas: int = Field(default=1, ge=1, description="Fewest.")
-    max_replicas: int = Field(ge=1, description="Most.")
-    target_ongoing_requests: float = Field(
-        default=64, gt=0, description="Requests a replica should hold on average."
-    )
-    upscale_delay_s: float = Field(
-        default=30.0, ge=0, description="How long more must have been wanted."
-    )
-    downscale_delay_s: float = Field(
-        default=600.0, ge=0, description="How long fewer must have been wanted."
-    )
-    interval_s: float = Field(default=10.0, gt=0, description="Seconds between two looks.")
-    startup_s: float = Field(
-        default=60.0, ge=0, description="Seconds until a new replica takes requests."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"min_replicas={self.min_replicas}: must be <= max_replicas={self.max_replicas}"
-            )
-        return self
-
-
-class StageLossConfig(StrictModel):
-    """A stage that dies, and its replica with it."""
-
-    time_s: float = Field(ge=0, description="When.")
-    replica_id: int = Field(default=0, ge=0, description="Whose stage, of those at the start.")
-    recovery_s: float = Field(
-        default=30.0, ge=0, description="Seconds until the replica takes requests again."
-    )
-
-
 class SimulationConfig(StrictModel):
     """All of a simulation: what serves, and whom."""
 
@@ -274,9 +237,7 @@ def parse_simulation_config(data: object) -> SimulationConfig:
     Raises:
         ConfigError: One line for each mistake, naming the key, the value and what is allowed.
     """
-    if mistakes := find_mistakes(SimulationConfig, data):
-        raise ConfigError("\n".join(mistakes))
-    return SimulationConfig.model_validate(data)
+    return parse_strictly(SimulationConfig, data)
 
 
 def load_simulation_config(path: Path) -> SimulationConfig:

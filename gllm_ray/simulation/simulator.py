@@ -1,72 +1,28 @@
 """The event loop of virtual time: requests come, results come, and schedulers decide."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
 from random import Random
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import MicroBatch
-from gllm_ray.scheduling import Scheduler
-from gllm_ray.simulation.autoscaling import Autoscaler, ReplicaCount
-from gllm_ray.simulation.cost_model import PipelineCost
+from gllm_ray.simulation.autoscaling import ReplicaCount
+from gllm_ray.simulation.deployment import Deployment, StageLoss
 from gllm_ray.simulation.events import Event, EventKind, EventQueue
 from gllm_ray.simulation.ideal import IdealWork
-from gllm_ray.simulation.metrics import PipelineMetrics, RequestMetrics, Slo, StageInterval
+from gllm_ray.simulation.metrics import (
+    BatchMetrics,
+    PipelineMetrics,
+    RequestMetrics,
+    Slo,
+    StageInterval,
+)
 from gllm_ray.simulation.replica import FlyingBatch, SimulatedReplica
 from gllm_ray.simulation.report import Report, make_report
-from gllm_ray.simulation.routing import Router, RoutingName
+from gllm_ray.simulation.routing import Router
 from gllm_ray.simulation.simulated_request import SimulatedRequest
-from gllm_ray.simulation.virtual_pipeline import Timing, VirtualPipeline
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageLoss:
-    """A stage dies.
-
-    Attributes:
-        time_s: When.
-        replica_id: Whose stage.
-        recovery_s: Seconds until the replica takes requests again.
-
-    To a replica that is not running at that time nothing happens.
-    """
-
-    time_s: float
-    replica_id: int = 0
-    recovery_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
-    """What serves the workload.
-
-    Attributes:
-        cost: The time of each stage, the same for all replicas.
-        make_scheduler: A new scheduler for each replica.
-        timing: Of everything else.
-        num_replicas: At the start.
-        routing: Which replica a request goes to.
-        autoscaler: Changes the number of replicas; None: it stays.
-        losses: Stages that die.
-
-    Raises:
-        ConfigError: There is never a replica.
-    """
-
-    cost: PipelineCost
-    make_scheduler: Callable[[], Scheduler]
-    timing: Timing = field(default_factory=Timing)
-    num_replicas: int = 1
-    routing: RoutingName = "power_of_two"
-    autoscaler: Autoscaler | None = None
-    losses: tuple[StageLoss, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.num_replicas < 1 and self.autoscaler is None:
-            raise ConfigError(
-                f"num_replicas={self.num_replicas}: must be at least 1 without an autoscaler"
-            )
+from gllm_ray.simulation.virtual_pipeline import VirtualPipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +85,7 @@ class Simulation:
         self._arrivals = enumerate(workload)
         self._seed = seed
         self._requests = RequestMetrics(slo)
+        self._batches = BatchMetrics()
         self._intervals: list[StageInterval] | None = [] if keep_intervals else None
         self._keep_decisions = keep_decisions
         self._events = EventQueue[_Payload]()
@@ -275,6 +232,7 @@ class Simulation:
             deployment.make_scheduler(),
             pipeline,
             self._requests,
+            self._batches,
             self._ideal,
             expect_result,
             ready_s,
@@ -295,6 +253,7 @@ class Simulation:
         replica_s = sum(replica.close(end_s) for replica in self._replicas)
         report = make_report(
             self._requests,
+            self._batches,
             [replica.metrics for replica in self._replicas],
             wall_s=end_s,
             ideal_ratio=self._ideal.time_s / replica_s,

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.scheduling.load import StepLoad
-from gllm_ray.strict_schema import StrictModel, find_mistakes
+from gllm_ray.strict_schema import StrictModel, parse_strictly
 
 PREFILL_HEADER = ["Total Length", "Execute Time"]
 
@@ -73,9 +73,7 @@ def parse_stage_profile(text: str) -> StageProfile:
         data = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"not JSON: {error}") from None
-    if mistakes := find_mistakes(StageProfile, data):
-        raise ConfigError("\n".join(mistakes))
-    return StageProfile.model_validate(data)
+    return parse_strictly(StageProfile, data)
 
 
 def parse_prefill_times(text: str) -> list[tuple[int, float]]:

@@ -28,7 +28,8 @@ def at_rate(config: SimulationConfig, rate_per_s: float) -> SimulationConfig:
     workload = config.workload
     if not isinstance(workload.arrivals, PoissonArrivalsConfig | GammaArrivalsConfig):
         raise ConfigError(
-            f"workload.arrivals={workload.arrivals.name}: must be poisson or gamma for a sweep"
+            f"workload.arrivals={workload.arrivals.name}: must be poisson or gamma for a sweep; "
+            "give a rate, such as `arrivals: 2`, or name: gamma"
         )
     arrivals = workload.arrivals.model_copy(update={"rate_per_s": rate_per_s})
     workload = workload.model_copy(update={"arrivals": arrivals, "rate_scale": 1.0})

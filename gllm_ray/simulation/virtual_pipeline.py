@@ -131,7 +131,6 @@ class VirtualPipeline:
             When its result reaches the scheduler, and how long each stage computes.
         """
         timing, num_stages = self.timing, len(self._free_s)
-        self.metrics.on_batch(load.num_tokens, load.num_decodes)
         num_bytes = self._cost.layout.hop_bytes(load) if timing.links else 0
         is_kept = self._intervals is not None
         label = f"{load.num_decodes}+{load.num_prefill_tokens}" if is_kept else ""
@@ -139,7 +138,9 @@ class VirtualPipeline:
         times = []
         for stage_id in range(num_stages):
             start_s = max(ready_s, self._free_s[stage_id])
-            time_s = self._stage_time_s(stage_id, load, start_s)
+            time_s = self._cost.stage_time_s(stage_id, load)
+            if timing.jitter or timing.slowdowns:
+                time_s = self._disturbed_s(time_s, stage_id, start_s)
             ready_s = self._free_s[stage_id] = start_s + time_s
             self._planned[stage_id].append(
                 StageInterval(stage_id, batch_id, start_s, ready_s, label, self._replica_id)
@@ -165,8 +166,8 @@ class VirtualPipeline:
                 self._count(planned.popleft()._replace(end_s=now_s))
             self._count_idle(stage_id, now_s)
 
-    def _stage_time_s(self, stage_id: int, load: StepLoad, start_s: float) -> float:
-        time_s = self._cost.stage_time_s(stage_id, load)
+    def _disturbed_s(self, time_s: float, stage_id: int, start_s: float) -> float:
+        """What jitter and slowdowns make of the time of a stage that begins now."""
         if self.timing.jitter:
             time_s *= exp(self._rng.gauss(0, self.timing.jitter))
         for slowdown in self.timing.slowdowns:
@@ -188,7 +189,8 @@ class VirtualPipeline:
 
     def _count(self, interval: StageInterval) -> None:
         stage_id, end_s = interval.stage_id, interval.end_s
-        self._count_idle(stage_id, interval.start_s)
+        if interval.start_s > self._counted_s[stage_id]:
+            self._count_idle(stage_id, interval.start_s)
         self.metrics.stages[stage_id].busy_s += end_s - interval.start_s
         self._counted_s[stage_id] = end_s
         if self._intervals is not None:

@@ -1,7 +1,9 @@
 """A small run of two replicas of two stages, written down by hand."""
 
 from gllm_ray.messages import FinishReason
+from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.simulation.metrics import (
+    BatchMetrics,
     IdleCause,
     PipelineMetrics,
     RequestMetrics,
@@ -39,6 +41,7 @@ def small_run(slo: Slo | None = None) -> Report:
         pipeline.kv_utilization.set(0.0, 10.0 - time_s)
         pipeline.kv_utilization.set(0.25, 10.0 - time_s / 2)
         pipeline.kv_utilization.set(0.75, 10.0)
-        pipeline.on_batch(12, 2)
-        pipeline.on_batch(4, 4)
-    return make_report(requests, pipelines, wall_s=10.0, ideal_ratio=0.5)
+    batches = BatchMetrics()
+    for load in 2 * (StepLoad(2, 0, 10), StepLoad(4)):
+        batches.add(load)
+    return make_report(requests, batches, pipelines, wall_s=10.0, ideal_ratio=0.5)

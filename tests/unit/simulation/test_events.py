@@ -4,8 +4,8 @@ from itertools import permutations
 
 from gllm_ray.messages import FinishReason
 from gllm_ray.scheduling import QueueLimits
+from gllm_ray.simulation.deployment import StageLoss
 from gllm_ray.simulation.events import EventKind, EventQueue
-from gllm_ray.simulation.simulator import StageLoss
 from tests.unit.simulation.tiny import deployment, request, serial_scheduler, simulate
 
 

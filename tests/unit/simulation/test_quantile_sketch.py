@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gllm_ray.simulation.quantile_sketch import QuantileSketch, merged
+from gllm_ray.simulation.quantile_sketch import QuantileSketch
 
 ERROR = 0.005
 values = st.floats(min_value=0, max_value=1e9).filter(lambda value: value == 0 or value > 1e-9)
@@ -32,16 +32,6 @@ def test_a_quantile_of_many_values_is_close_to_the_value_of_its_rank(numbers, pe
     sketch = sketch_of(numbers, max_exact=0)
     exact = sorted(numbers)[int(percent / 100 * (len(numbers) - 1))]
     assert sketch.quantile(percent / 100) == pytest.approx(exact, rel=ERROR * 1.001, abs=1e-9)
-
-
-@given(st.lists(values), st.lists(values), st.sampled_from([0, 3, 16_384]))
-def test_merging_is_as_good_as_adding_one_by_one(some, others, max_exact):
-    together = sketch_of([*some, *others], max_exact)
-    sketch = sketch_of(some, max_exact)
-    sketch.merge(sketch_of(others, max_exact))
-    assert list(sketch.items()) == list(together.items())
-    assert (sketch.count, sketch.min, sketch.max) == (together.count, together.min, together.max)
-    assert sketch.mean == pytest.approx(together.mean)
 
 
 def test_the_order_of_values_does_not_matter():
@@ -73,7 +63,7 @@ def test_memory_is_bounded_and_mean_and_extremes_stay_exact():
 
 
 def test_no_values_tell_nothing():
-    sketch = merged([])
+    sketch = QuantileSketch()
     assert (sketch.count, sketch.mean, sketch.max, sketch.quantile(0.5)) == (0, 0, 0, 0)
 
 

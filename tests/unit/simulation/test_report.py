@@ -4,7 +4,13 @@ import json
 
 import pytest
 
-from gllm_ray.simulation.metrics import IdleCause, PipelineMetrics, RequestMetrics, Slo
+from gllm_ray.simulation.metrics import (
+    BatchMetrics,
+    IdleCause,
+    PipelineMetrics,
+    RequestMetrics,
+    Slo,
+)
 from gllm_ray.simulation.report import make_report
 from gllm_ray.simulation.report_table import format_report
 from tests.unit.simulation.runs import small_run
@@ -88,7 +94,9 @@ def test_the_table_of_a_run_is_golden():
 
 
 def test_what_nobody_asked_for_is_not_in_the_table():
-    text = format_report(make_report(RequestMetrics(), [PipelineMetrics(1)], wall_s=1.0))
+    text = format_report(
+        make_report(RequestMetrics(), BatchMetrics(), [PipelineMetrics(1)], wall_s=1.0)
+    )
     assert "goodput" not in text
     assert "ideal" not in text
     assert "requests         none" in text
@@ -103,17 +111,17 @@ def test_a_replica_that_ran_longer_weighs_more():
     short, long = PipelineMetrics(1), PipelineMetrics(1)
     short.stages[0].busy_s = 1.0
     long.stages[0].idle_s[IdleCause.SCHEDULER] = 3.0
-    report = make_report(RequestMetrics(), [short, long], wall_s=4.0)
+    report = make_report(RequestMetrics(), BatchMetrics(), [short, long], wall_s=4.0)
     assert report.stages[0].utilization == 0.25
     assert report.pipeline.bubble_ratio[IdleCause.SCHEDULER] == 0.75
 
 
 def test_a_run_in_which_nothing_happened_is_all_0():
-    report = make_report(RequestMetrics(), [], wall_s=1.0)
+    report = make_report(RequestMetrics(), BatchMetrics(), [], wall_s=1.0)
     assert (report.requests_per_s, report.goodput_ratio, report.kv_utilization_mean) == (0, 0, 0)
     assert (report.stages, report.ttft_s.p99, report.pipeline.utilization) == ((), 0, 0)
 
 
 def test_a_run_without_time_is_refused():
     with pytest.raises(ValueError, match="wall_s=0: must be > 0"):
-        make_report(RequestMetrics(), [], wall_s=0)
+        make_report(RequestMetrics(), BatchMetrics(), [], wall_s=0)

@@ -118,7 +118,10 @@ def test_a_sweep_needs_arrivals_with_a_rate(tmp_path, capsys):
     path.write_text(yaml.safe_dump(changed({"workload.arrivals": "at_once"})))
     assert run(path, "--sweep", "5") == 1
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "workload.arrivals=at_once: must be poisson or gamma for a sweep\n")
+    must = (
+        "must be poisson or gamma for a sweep; give a rate, such as `arrivals: 2`, or name: gamma"
+    )
+    assert (out, err) == ("", f"workload.arrivals=at_once: {must}\n")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gllm_ray.cli import main
 from gllm_ray.config import SchedulerConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.simulation.simulation_config import (
@@ -204,3 +205,9 @@ def test_every_key_says_what_it_means():
 def test_the_readme_names_every_example():
     text = EXAMPLES[0].with_name("README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\]\((\S+\.yaml)\)", text)) == {path.name for path in EXAMPLES}
+
+
+def test_the_documentation_lists_exactly_the_keys_of_the_schema(capsys):
+    assert main(["keys", "--simulation"]) == 0
+    readme = Path(__file__).parents[3] / "configs" / "simulation" / "README.md"
+    assert capsys.readouterr().out in readme.read_text(encoding="utf-8")

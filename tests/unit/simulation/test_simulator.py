@@ -11,9 +11,10 @@ from gllm_ray.errors import ConfigError
 from gllm_ray.messages import FinishReason
 from gllm_ray.policy_config import POLICY_CONFIGS, ChunkedPrefillConfig
 from gllm_ray.scheduling import QueueLimits
+from gllm_ray.simulation.deployment import StageLoss
 from gllm_ray.simulation.events import EventQueue
 from gllm_ray.simulation.metrics import IdleCause
-from gllm_ray.simulation.simulator import Simulation, StageLoss
+from gllm_ray.simulation.simulator import Simulation
 from gllm_ray.simulation.virtual_pipeline import Timing
 from tests.unit.simulation.tiny import deployment, linear_cost, request, serial_scheduler, simulate
 

@@ -14,7 +14,8 @@ from gllm_ray.policy_config import (
 )
 from gllm_ray.scheduling import QueueLimits
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
-from gllm_ray.simulation.simulator import Deployment, Simulation
+from gllm_ray.simulation.deployment import Deployment
+from gllm_ray.simulation.simulator import Simulation
 from gllm_ray.simulation.virtual_pipeline import Slowdown, Timing, uniform_links
 from tests.factories import make_scheduler
 from tests.unit.simulation.tiny import linear_cost, link, request

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from gllm_ray.policy_config import ChunkedPrefillConfig
 from gllm_ray.scheduling import Scheduler
 from gllm_ray.scheduling.load import StepLoad
+from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.links import Link
 from gllm_ray.simulation.model_config import parse_model_shape
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.simulated_request import SimulatedRequest
-from gllm_ray.simulation.simulator import Deployment, Simulation, SimulationResult
+from gllm_ray.simulation.simulator import Simulation, SimulationResult
 from tests.factories import make_scheduler
 
 SHAPE = parse_model_shape(
