@@ -112,6 +112,35 @@ class ChunkedPrefillConfig(StrictModel):
         return max(self.token_budget, max_decodes)
 
 
+class PrefillFirstConfig(StrictModel):
+    """Separate batching: prompts go first, and a micro-batch holds whole prompts or decodes.
+
+    It is a baseline. Decodes stand still whenever a prompt waits and fits.
+
+    Source: vLLM 0; the budget is that of its comparison with "TD-Pipe", ICPP '25
+        (arXiv:2506.10470).
+    """
+
+    name: Literal["prefill_first"] = Field(
+        default="prefill_first", description="The scheduling policy."
+    )
+    token_budget: int = Field(
+        default=4096,
+        ge=1,
+        description="Prompt tokens of a micro-batch, of whole prompts; a longer prompt is cut.",
+    )
+    watermark: float = Field(
+        default=0.01,
+        ge=0,
+        lt=1,
+        description="Share of the KV cache that admitting a prompt leaves free.",
+    )
+
+    def max_batch_tokens(self, max_decodes: int) -> int:
+        """Most tokens of a micro-batch that holds at most `max_decodes` decodes."""
+        return max(self.token_budget, max_decodes)
+
+
 class TemporalConfig(StrictModel):
     """TD-Pipe's temporal disaggregation: phases of prefill alone and of decode alone.
 
@@ -204,19 +233,22 @@ def _expand_name(value: object) -> object:
     return {"name": "token_throttling"} | value if isinstance(value, dict) else value
 
 
+AnyPolicyConfig = (
+    TokenThrottlingConfig
+    | ChunkedPrefillConfig
+    | PrefillFirstConfig
+    | TemporalConfig
+    | BalancedConfig
+)
 PolicyConfig = Annotated[
-    TokenThrottlingConfig | ChunkedPrefillConfig | TemporalConfig | BalancedConfig,
-    Field(discriminator="name"),
-    BeforeValidator(_expand_name),
+    AnyPolicyConfig, Field(discriminator="name"), BeforeValidator(_expand_name)
 ]
 
 # By the name that selects each.
-POLICY_CONFIGS: dict[
-    str,
-    type[TokenThrottlingConfig | ChunkedPrefillConfig | TemporalConfig | BalancedConfig],
-] = {
+POLICY_CONFIGS: dict[str, type[AnyPolicyConfig]] = {
     "token_throttling": TokenThrottlingConfig,
     "chunked_prefill": ChunkedPrefillConfig,
+    "prefill_first": PrefillFirstConfig,
     "temporal": TemporalConfig,
     "balanced": BalancedConfig,
 }

@@ -6,12 +6,12 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gllm_ray.bench.fidelity_models import MODELS, fidelity_service
-from gllm_ray.bench.policies import Effort, bench_policies
+from gllm_ray.bench.policies import bench_policies
+from gllm_ray.bench.policy_runs import Effort
 from gllm_ray.bench.policy_scenarios import SCENARIOS
 from gllm_ray.bench.policy_table import policy_table
 from gllm_ray.bench.scheduler import SchedulerBenchResult, bench_scheduler
@@ -21,6 +21,7 @@ from gllm_ray.policy_config import POLICY_CONFIGS
 from gllm_ray.serve_file import load_only_service
 from gllm_ray.simulation.length_config import LengthsConfig
 
+_REPRODUCTION = "reproduction"
 # Short, so that a run takes minutes on a CPU.
 _FIDELITY_LENGTHS = LengthsConfig.model_validate(
     {
@@ -197,7 +198,11 @@ def _add_policies(benchmarks: Any) -> None:  # noqa: ANN401
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of the requests")
-    parser.add_argument("--only", default="", help="scenarios whose name holds this text")
+    parser.add_argument(
+        "--only",
+        default="",
+        help=f"scenarios whose name holds this text; {_REPRODUCTION}: published comparisons alone",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
     parser.add_argument("--processes", type=int, help="at a time; default: one a processor")
     parser.add_argument(
@@ -210,12 +215,15 @@ def _add_policies(benchmarks: Any) -> None:  # noqa: ANN401
 
 
 def _bench_policies(options: argparse.Namespace) -> int:
-    full, share = Effort(seeds=tuple(options.seeds)), 4 if options.quick else 1
+    effort = Effort(seeds=tuple(options.seeds))
+    if options.quick:
+        effort = effort.quarter()
     results = bench_policies(
         [scenario for scenario in SCENARIOS if options.only in scenario.name],
-        replace(full, duration_s=full.duration_s / share, num_offline=full.num_offline // share),
+        effort,
         options.processes,
         progress=lambda name: print(f"done: {name}", file=sys.stderr, flush=True),
+        with_reproduction=options.only in _REPRODUCTION,
     )
     table = policy_table(results)
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from gllm_ray.policy_config import (
     BalancedConfig,
     ChunkedPrefillConfig,
     PolicyConfig,
+    PrefillFirstConfig,
     TemporalConfig,
     TokenThrottlingConfig,
 )
@@ -97,6 +98,11 @@ chunked_prefill = st.builds(
     watermark=st.sampled_from([0.0, 0.01, 0.3, 0.9, 0.99]),
     tbt_target_s=st.none() | st.floats(0.001, 0.1),
 )
+prefill_first = st.builds(
+    PrefillFirstConfig,
+    token_budget=st.integers(1, 64),
+    watermark=st.sampled_from([0.0, 0.01, 0.3, 0.99]),
+)
 temporal = st.builds(
     TemporalConfig,
     prefill_tokens=st.integers(1, 64),
@@ -115,7 +121,7 @@ settings_of_pipelines = st.builds(
     num_blocks=st.integers(MAX_MODEL_LEN // BLOCK_SIZE, 40),
     extra_in_flight=st.integers(0, 1),
     max_decodes=st.integers(1, 8),
-    policy=token_throttling | chunked_prefill | temporal | balanced,
+    policy=token_throttling | chunked_prefill | prefill_first | temporal | balanced,
     fair_share=st.booleans(),
     queue=st.builds(
         QueueLimits,

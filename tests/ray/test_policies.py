@@ -15,7 +15,7 @@ from gllm_ray.messages import FinishReason, GenerationRequest
 from gllm_ray.model.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
-POLICIES = ["token_throttling", "chunked_prefill", "temporal", "balanced"]
+POLICIES = ["token_throttling", "chunked_prefill", "prefill_first", "temporal", "balanced"]
 PROMPTS = [
     "The pipeline has two stages.",
     "def fibonacci(n):",

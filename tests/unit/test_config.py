@@ -17,7 +17,12 @@ from gllm_ray.config import (
     resolve_package_path,
 )
 from gllm_ray.errors import ConfigError
-from gllm_ray.policy_config import ChunkedPrefillConfig, TemporalConfig, TokenThrottlingConfig
+from gllm_ray.policy_config import (
+    ChunkedPrefillConfig,
+    PrefillFirstConfig,
+    TemporalConfig,
+    TokenThrottlingConfig,
+)
 from gllm_ray.predictor_config import (
     ClassifierPredictorConfig,
     HintPredictorConfig,
@@ -25,7 +30,7 @@ from gllm_ray.predictor_config import (
 )
 from gllm_ray.strict_schema import find_mistakes, key_table
 
-POLICIES = "token_throttling, chunked_prefill, temporal or balanced"
+POLICIES = "token_throttling, chunked_prefill, prefill_first, temporal or balanced"
 CPU_ARGS: dict[str, Any] = {
     "model": {"path": "org/model"},
     "pipeline": {"num_stages": 2, "device": "cpu"},
@@ -205,6 +210,7 @@ def test_a_floor_of_the_waiting_term_is_refused_where_that_term_is_off():
     [
         ("token_throttling", TokenThrottlingConfig()),
         ("chunked_prefill", ChunkedPrefillConfig()),
+        ("prefill_first", PrefillFirstConfig()),
         ("temporal", TemporalConfig()),
         ({}, TokenThrottlingConfig()),
         ({"kv_threshold": "adaptive"}, TokenThrottlingConfig(kv_threshold="adaptive")),

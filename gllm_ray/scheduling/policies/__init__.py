@@ -4,6 +4,7 @@ from gllm_ray.policy_config import (
     BalancedConfig,
     ChunkedPrefillConfig,
     PolicyConfig,
+    PrefillFirstConfig,
     TemporalConfig,
     TokenThrottlingConfig,
 )
@@ -11,6 +12,7 @@ from gllm_ray.scheduling.load import LoadView
 from gllm_ray.scheduling.policies.balanced import BalancedPolicy
 from gllm_ray.scheduling.policies.base import Policy, TokenBudget
 from gllm_ray.scheduling.policies.chunked_prefill import ChunkedPrefillPolicy
+from gllm_ray.scheduling.policies.prefill_first import PrefillFirstPolicy
 from gllm_ray.scheduling.policies.temporal import TemporalPolicy
 from gllm_ray.scheduling.policies.token_throttling import TokenThrottlingPolicy
 
@@ -24,6 +26,8 @@ def make_policy(config: PolicyConfig) -> Policy:
             return TokenThrottlingPolicy(config)
         case ChunkedPrefillConfig():
             return ChunkedPrefillPolicy(config)
+        case PrefillFirstConfig():
+            return PrefillFirstPolicy(config)
         case TemporalConfig():
             return TemporalPolicy(config)
         case BalancedConfig():

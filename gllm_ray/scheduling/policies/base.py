@@ -1,6 +1,7 @@
 """What a policy decides."""
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Protocol
 
 from gllm_ray.scheduling.load import LoadView
@@ -45,3 +46,11 @@ class Policy(Protocol):
         Called at each `schedule` that may still submit, whether or not a micro-batch comes of it;
         `view.batch_id` tells which views did lead to one.
         """
+
+
+def head_fits(view: LoadView, reserved_blocks: int) -> bool:
+    """Whether a prompt waits and would be admitted, whatever the prefix cache knows of it."""
+    if view.head is None:
+        return False
+    num_blocks = ceil(view.head.num_tokens / view.block_size) + reserved_blocks
+    return num_blocks <= view.num_free_blocks or view.num_free_blocks == view.num_blocks

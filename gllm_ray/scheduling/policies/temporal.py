@@ -6,7 +6,7 @@ from math import ceil
 from gllm_ray.policy_config import TemporalConfig
 from gllm_ray.scheduling.kv_forecast import KvForecast
 from gllm_ray.scheduling.load import LoadView, StepLoad
-from gllm_ray.scheduling.policies.base import TokenBudget
+from gllm_ray.scheduling.policies.base import TokenBudget, head_fits
 
 # The forecast of the live sequences holds until their number has changed by more than one in so
 # many; until then newcomers count as much as the others do on average.
@@ -76,7 +76,7 @@ class TemporalPolicy:
         """Go on with the phase, or change it first."""
         if self._goes_on_decoding(view):
             return self._decode_budget(view)
-        has_room = self._head_fits(view) and not self._is_filled(view)
+        has_room = head_fits(view, self._watermark(view)) and not self._is_filled(view)
         if has_room or view.num_prefilling:
             self._is_decode_phase = False
             return TokenBudget(
@@ -144,13 +144,6 @@ class TemporalPolicy:
     def _watermark(self, view: LoadView) -> int:
         return ceil(self._config.watermark * view.num_blocks)
 
-    def _head_fits(self, view: LoadView) -> bool:
-        """Whether a prompt waits and would be admitted, whatever the prefix cache knows of it."""
-        if view.head is None:
-            return False
-        num_blocks = ceil(view.head.num_tokens / view.block_size) + self._watermark(view)
-        return num_blocks <= view.num_free_blocks or view.num_free_blocks == view.num_blocks
-
     def _is_filled(self, view: LoadView) -> bool:
         """Whether the live sequences are expected to need the limit at their peak."""
         limit = self._config.kv_limit * view.num_blocks
@@ -182,7 +175,7 @@ class TemporalPolicy:
         if num_ended < self._config.min_finished_ratio * self._num_started:
             return False
         spatial = self._spatial_intensity(view, num_live)
-        if spatial >= 1 or not self._head_fits(view):
+        if spatial >= 1 or not head_fits(view, self._watermark(view)):
             return False
         forecast, stride = self._forecast(view)
         limit = self._config.kv_limit * view.num_blocks / stride
