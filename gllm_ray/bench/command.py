@@ -80,13 +80,14 @@ def _add_fidelity(benchmarks: Any) -> None:  # noqa: ANN401
     parser = benchmarks.add_parser(
         "fidelity",
         help="the simulator against the engine",
-        description="Serve a model in two stages on the CPU of this machine, simulate the same "
-        "requests from a profile of these stages, and compare. Nothing else should run meanwhile.",
+        description="Serve a model in two stages on the CPU of this machine, learn the costs of "
+        "micro-batches from some requests, simulate others, and compare. Nothing else should run "
+        "meanwhile.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", choices=MODELS, help="one alone instead of all")
-    parser.add_argument("--requests", type=_positive, default=200, help="of each load")
-    parser.add_argument("--seconds", type=float, default=60, help="at most for the profile")
+    parser.add_argument("--requests", type=_positive, default=60, help="of each load")
+    parser.add_argument("--repeats", type=_positive, default=3, help="of everything")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and lengths")
     parser.add_argument("--output", type=Path, help="write the numbers to this file, as JSON")
     parser.set_defaults(run=_bench_fidelity)
@@ -110,7 +111,7 @@ def _bench_fidelity(options: argparse.Namespace) -> int:
                         fidelity_service(model, Path(directory)),
                         _FIDELITY_LENGTHS,
                         num_requests=options.requests,
-                        profile_s=options.seconds,
+                        num_repeats=options.repeats,
                         seed=options.seed,
                         on_step=_show_step,
                     )

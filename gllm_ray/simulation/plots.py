@@ -2,52 +2,86 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.simulation.metrics import StageInterval
+from gllm_ray.simulation.plan_ranking import frontier
 from gllm_ray.simulation.quantile_sketch import QuantileSketch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _FORMATS = (".png", ".svg")
-_NUM_COLORS = 10  # of matplotlib's cycle, C0 to C9
 _NUM_CDF_POINTS = 200
+_LIMITS_SHOWN = 3.0
+_LABEL_POINTS = 7
 
 
-def plot_pipeline(intervals: Iterable[StageInterval], path: Path) -> None:
-    """Draw a Gantt chart: a row for each stage, a bar for each micro-batch, with its label.
+def plot_pipeline(
+    intervals: Iterable[StageInterval],
+    path: Path,
+    *,
+    window_s: tuple[float, float] | None = None,
+    title: str = "",
+) -> None:
+    """Draw a Gantt chart: a row for each stage, a bar for each micro-batch.
+
+    A bar has its label where that fits; what is left between bars are bubbles.
 
     Args:
-        intervals: At best some hundred; what fills the chart's width.
+        intervals: At best some hundred in the window, so that labels fit.
         path: Ends in .png or .svg; overwritten.
+        window_s: From when until when; None: all of the intervals.
+        title: Above the chart.
 
     Raises:
         ConfigError: matplotlib is not installed, or `path` is neither.
     """
-    rows: dict[tuple[int, int], list[StageInterval]] = {}
-    for interval in intervals:
-        rows.setdefault((interval.replica_id, interval.stage_id), []).append(interval)
-    with _chart(path, height=1 + 0.4 * len(rows)) as axes:
-        for row, place in enumerate(sorted(rows)):
-            axes.broken_barh(
-                [(interval.start_s, interval.end_s - interval.start_s) for interval in rows[place]],
-                (row - 0.4, 0.8),
-                facecolors=[f"C{interval.batch_id % _NUM_COLORS}" for interval in rows[place]],
-            )
-            for interval in rows[place]:
-                middle_s = (interval.start_s + interval.end_s) / 2
-                axes.text(middle_s, row, interval.label, ha="center", va="center", clip_on=True)
-        names = [f"replica {replica}, stage {stage}" for replica, stage in sorted(rows)]
-        axes.set_yticks(range(len(rows)), names)
-        axes.invert_yaxis()
-        axes.set_xlabel("time (s)")
+    plot_pipelines({title: intervals}, path, window_s=window_s)
+
+
+def plot_pipelines(
+    runs: Mapping[str, Iterable[StageInterval]],
+    path: Path,
+    *,
+    window_s: tuple[float, float] | None = None,
+) -> None:
+    """Draw the Gantt charts of several simulations, one below the other, over the same time.
+
+    Args:
+        runs: The intervals under the title of each chart; at best some hundred in the window.
+        path: Ends in .png or .svg; overwritten.
+        window_s: From when until when; None: all of the intervals.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or `path` is neither.
+    """
+    charts = [_rows(intervals, window_s) for intervals in runs.values()]
+    height = sum(0.7 + 0.35 * len(rows) for rows in charts)
+    with _charts(path, height=height, num_charts=len(charts)) as (figure, all_axes):
+        for axes, rows, title in zip(all_axes, charts, runs, strict=True):
+            _draw_rows(axes, rows)
+            axes.set_title(title)
+        all_axes[-1].set_xlabel("time (s)")
+        if window_s is not None:
+            all_axes[-1].set_xlim(window_s)
+        # How wide a bar is on paper is known once everything around the charts has its place.
+        figure.draw_without_rendering()
+        for axes, rows in zip(all_axes, charts, strict=True):
+            _label_rows(axes, rows)
 
 
 def plot_utilization(
-    intervals: Iterable[StageInterval], path: Path, *, end_s: float, num_bins: int = 100
+    intervals: Iterable[StageInterval],
+    path: Path,
+    *,
+    end_s: float,
+    num_bins: int = 100,
+    title: str = "",
 ) -> None:
     """Draw how busy the stages are over time: the mean over all, and the least and most busy.
 
@@ -56,12 +90,13 @@ def plot_utilization(
         path: Ends in .png or .svg; overwritten.
         end_s: The chart's right edge.
         num_bins: Points along the chart.
+        title: Above the chart.
 
     Raises:
         ConfigError: matplotlib is not installed, or `path` is neither.
     """
     curves = list(utilization_over_time(intervals, end_s=end_s, num_bins=num_bins).values())
-    with _chart(path) as axes:
+    with _chart(path, title) as axes:
         times_s = [(index + 0.5) * end_s / num_bins for index in range(num_bins)]
         columns = list(zip(*curves, strict=True)) or [(0.0,)] * num_bins
         axes.fill_between(
@@ -75,7 +110,11 @@ def plot_utilization(
 
 
 def plot_latency_cdf(
-    latencies_s: Mapping[str, QuantileSketch], path: Path, *, quantity: str = "latency"
+    latencies_s: Mapping[str, QuantileSketch],
+    path: Path,
+    *,
+    quantity: str = "latency",
+    title: str = "",
 ) -> None:
     """Draw which share of the latencies is at most how long.
 
@@ -83,11 +122,12 @@ def plot_latency_cdf(
         latencies_s: A curve for each label, in seconds.
         path: Ends in .png or .svg; overwritten.
         quantity: What the latencies are.
+        title: Above the chart.
 
     Raises:
         ConfigError: matplotlib is not installed, or `path` is neither.
     """
-    with _chart(path) as axes:
+    with _chart(path, title) as axes:
         shares = [index / _NUM_CDF_POINTS for index in range(_NUM_CDF_POINTS + 1)]
         for label, sketch in latencies_s.items():
             axes.plot([sketch.quantile(share) for share in shares], shares, label=label)
@@ -102,24 +142,38 @@ def plot_throughput_latency(
     *,
     throughput: str = "output tokens/s",
     latency: str = "p99 TPOT",
+    limit_s: float | None = None,
+    title: str = "",
 ) -> None:
-    """Draw how latency grows with throughput.
+    """Draw how latency grows with throughput, and the frontier of several curves.
+
+    A point is on the frontier if no other has a higher throughput at no higher latency.
 
     Args:
         curves: For each label, throughput and latency in seconds at each load.
         path: Ends in .png or .svg; overwritten.
         throughput: What the throughput is, with its unit.
         latency: What the latency is.
+        limit_s: The latency to stay below, of which the chart shows at most the triple; None:
+            there is none.
+        title: Above the chart.
 
     Raises:
         ConfigError: matplotlib is not installed, or `path` is neither.
     """
-    with _chart(path) as axes:
+    with _chart(path, title) as axes:
         for label, points in curves.items():
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
+        if len(curves) > 1:
+            everything = [point for points in curves.values() for point in points]
+            best = frontier(everything, lambda point: -point[0], lambda point: point[1])
+            axes.plot(*zip(*best, strict=True), color="gold", lw=8, zorder=0, label="frontier")
         axes.set_xlabel(throughput)
         axes.set_ylabel(f"{latency} (s)")
         axes.set_ylim(bottom=0)
+        if limit_s is not None:
+            axes.axhline(limit_s, color="black", linestyle="--", label=f"limit {limit_s:g} s")
+            axes.set_ylim(top=min(axes.get_ylim()[1], _LIMITS_SHOWN * limit_s))
         axes.legend()
 
 
@@ -144,9 +198,72 @@ def utilization_over_time(
     return busy
 
 
+def _rows(
+    intervals: Iterable[StageInterval], window_s: tuple[float, float] | None
+) -> dict[tuple[int, int], list[StageInterval]]:
+    """What each replica's stages do, of which some is in the window."""
+    first_s, last_s = window_s or (-inf, inf)
+    rows: dict[tuple[int, int], list[StageInterval]] = {}
+    for interval in intervals:
+        row = rows.setdefault((interval.replica_id, interval.stage_id), [])
+        if interval.end_s > first_s and interval.start_s < last_s:
+            row.append(interval)
+    return dict(sorted(rows.items()))
+
+
+def _draw_rows(axes: "Axes", rows: Mapping[tuple[int, int], Sequence[StageInterval]]) -> None:
+    from matplotlib import colormaps
+
+    # Every other of these colors is light, so that text on it can be read.
+    colors = [colormaps["tab20"](index) for index in range(1, 20, 2)]
+    for row, intervals in enumerate(rows.values()):
+        axes.broken_barh(
+            [(interval.start_s, interval.end_s - interval.start_s) for interval in intervals],
+            (row - 0.4, 0.8),
+            facecolors=[colors[interval.batch_id % len(colors)] for interval in intervals],
+        )
+    has_one_replica = len({replica_id for replica_id, _ in rows}) == 1
+    names = [
+        f"stage {stage_id}" if has_one_replica else f"replica {replica_id}, stage {stage_id}"
+        for replica_id, stage_id in rows
+    ]
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0)
+
+
+def _label_rows(axes: "Axes", rows: Mapping[tuple[int, int], Sequence[StageInterval]]) -> None:
+    """Write labels on those bars that are wide enough, where they are in the chart."""
+    left_s, right_s = axes.get_xlim()
+    pixels_per_s = axes.bbox.width / (right_s - left_s)
+    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": _LABEL_POINTS}
+    probe = axes.text(0, 0, "", **style)
+    widths: dict[str, float] = {}  # in pixels; the stages of a micro-batch share their label
+    for row, intervals in enumerate(rows.values()):
+        for interval in intervals:
+            label = interval.label
+            if label not in widths:
+                probe.set_text(label)
+                widths[label] = probe.get_window_extent().width
+            start_s, end_s = max(interval.start_s, left_s), min(interval.end_s, right_s)
+            if widths[label] <= (end_s - start_s) * pixels_per_s:
+                axes.text((start_s + end_s) / 2, row, label, **style)
+    probe.remove()
+
+
 @contextmanager
-def _chart(path: Path, height: float = 4.0) -> Iterator["Axes"]:
+def _chart(path: Path, title: str) -> Iterator["Axes"]:
     """What to draw on; it is written to `path` at the end."""
+    with _charts(path) as (_, (axes,)):
+        axes.set_title(title)
+        yield axes
+
+
+@contextmanager
+def _charts(
+    path: Path, height: float = 4.0, num_charts: int = 1
+) -> Iterator[tuple["Figure", Sequence["Axes"]]]:
+    """Charts below each other, of the same times; written to `path` at the end."""
     if path.suffix not in _FORMATS:
         raise ConfigError(f"{path}: must end in {' or '.join(_FORMATS)}")
     try:
@@ -155,6 +272,6 @@ def _chart(path: Path, height: float = 4.0) -> Iterator["Axes"]:
         raise ConfigError(
             "matplotlib is not installed, and charts need it: pip install 'gllm_ray[plots]'"
         ) from error
-    figure = Figure(figsize=(8, height), layout="constrained")
-    yield figure.add_subplot()
+    figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
+    yield figure, list(figure.subplots(num_charts, sharex=True, squeeze=False)[:, 0])
     figure.savefig(path)

@@ -22,7 +22,7 @@ def bench(tmp_path, num_requests, steps):
             fidelity_service("demo", tmp_path),
             LENGTHS,
             num_requests=num_requests,
-            profile_s=3,
+            num_repeats=2,
             loads=(0.5,),
             on_step=steps.append,
         )
@@ -36,21 +36,23 @@ def test_engine_and_simulator_are_compared_at_each_load(ray_cluster, tmp_path):
         ("all at once", True),
         ("50%", False),
     ]
-    saturated, half = result.comparisons
-    assert half.rate_per_s == 0.5 * saturated.measured.requests_per_s
     for each in result.comparisons:
-        for figures in (each.measured, each.simulated):
+        assert len(each.measured) == len(each.simulated) == 2
+        for figures in (*each.measured, *each.simulated):
             assert figures.requests_per_s > 0
             assert 0 < figures.ttft_p50_s <= figures.ttft_p99_s < 60
             assert 0 < figures.tpot_p50_s <= figures.tpot_p99_s < 60
-        assert all(isfinite(error) and error > -1 for error in each.errors.values())
+        assert all(isfinite(line.error) and line.error > -1 for line in each.errors)
+        assert all(0 <= line.noise < 2 for line in each.errors)
+        assert each.stage_slowdown > 0
     assert "demo/model" in result.provenance
-    assert result.host.step_s > 0
-    assert result.host.stage_slowdown > 0
-    assert json.loads(json.dumps(result.to_json()))["comparisons"][1]["load"] == "50%"
-    assert len(result.table().splitlines()) == 1 + 2 * len(half.errors)
-    assert steps[0] == "starting the stages"
-    assert steps[-1] == "load: 50%"
+    assert min(result.costs.dispatch_s, result.costs.hop_s, result.costs.result_s) > 0
+    half = json.loads(json.dumps(result.to_json()))["comparisons"][1]
+    assert half["load"] == "50%"
+    assert [error["name"] for error in half["errors"]] == list(half["measured"][0])
+    assert len(result.table().splitlines()) == 1 + 2 * (1 + len(half["errors"]))
+    assert steps[0] == "starting the engine"
+    assert steps[-1] == "simulating"
 
 
 def test_more_requests_than_the_vocabulary_tells_apart_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Charts: what they show, that they are drawn, and what is said where they cannot be."""
 
+import re
 import sys
 from importlib.util import find_spec
 
@@ -7,6 +8,7 @@ import pytest
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.simulation import plots
+from gllm_ray.simulation.metrics import StageInterval
 from gllm_ray.simulation.quantile_sketch import QuantileSketch
 from tests.unit.simulation.runs import INTERVALS
 
@@ -22,12 +24,14 @@ def latencies():
     return sketch
 
 
+TITLE = "what it shows"
 CHARTS = {
-    "pipeline": lambda path: plots.plot_pipeline(INTERVALS, path),
-    "utilization": lambda path: plots.plot_utilization(INTERVALS, path, end_s=4.0),
-    "cdf": lambda path: plots.plot_latency_cdf({"balanced": latencies()}, path),
+    "pipeline": lambda path: plots.plot_pipeline(INTERVALS, path, title=TITLE),
+    "pipelines": lambda path: plots.plot_pipelines({TITLE: INTERVALS, "nothing": []}, path),
+    "utilization": lambda path: plots.plot_utilization(INTERVALS, path, end_s=4.0, title=TITLE),
+    "cdf": lambda path: plots.plot_latency_cdf({"balanced": latencies()}, path, title=TITLE),
     "curve": lambda path: plots.plot_throughput_latency(
-        {"balanced": [(100, 0.05), (200, 0.4)]}, path
+        {"balanced": [(100, 0.05), (200, 0.4)]}, path, title=TITLE
     ),
 }
 
@@ -52,6 +56,69 @@ def test_a_missing_matplotlib_is_told_with_the_extra_that_brings_it(tmp_path, mo
     with pytest.raises(ConfigError, match=r"pip install 'gllm_ray\[plots\]'"):
         CHARTS["pipeline"](tmp_path / "chart.png")
     assert not (tmp_path / "chart.png").exists()
+
+
+def texts_of(svg):
+    """What is written in a chart; the letters themselves are shapes."""
+    return re.findall("<!-- (.+) -->", svg.read_text(encoding="utf-8"))
+
+
+@needs_matplotlib
+def test_a_bar_has_its_label_only_where_that_fits(tmp_path):
+    path = tmp_path / "chart.svg"
+    bars = [StageInterval(0, 0, 0.0, 9.9, "wide"), StageInterval(0, 1, 9.9, 10.0, "narrow")]
+    plots.plot_pipeline(bars, path)
+    assert "wide" in texts_of(path)
+    assert "narrow" not in texts_of(path)
+
+
+@needs_matplotlib
+@pytest.mark.parametrize(
+    ("window_s", "labels"), [((0.0, 4.0), {"a"}), ((2.0, 6.0), {"a", "b"}), ((3.99, 9.0), {"b"})]
+)
+def test_a_window_shows_the_labels_that_fit_what_it_shows_of_their_bars(tmp_path, window_s, labels):
+    path = tmp_path / "chart.svg"
+    bars = [StageInterval(0, 0, 0.0, 4.0, "a"), StageInterval(0, 1, 4.0, 8.0, "b")]
+    plots.plot_pipeline(bars, path, window_s=window_s)
+    assert {"a", "b"} & set(texts_of(path)) == labels
+
+
+@needs_matplotlib
+def test_only_several_replicas_are_named(tmp_path):
+    path = tmp_path / "chart.svg"
+    plots.plot_pipelines({"two": INTERVALS, "one": INTERVALS[:2]}, path)
+    texts = texts_of(path)
+    assert {"replica 0, stage 0", "replica 0, stage 1", "replica 1, stage 0"} <= set(texts)
+    assert {"stage 0", "stage 1"} <= set(texts)
+
+
+@needs_matplotlib
+def test_the_frontier_is_that_of_several_curves_and_a_limit_is_named(tmp_path):
+    curve = [(100, 0.05), (200, 0.4)]
+    one, two = tmp_path / "one.svg", tmp_path / "two.svg"
+    plots.plot_throughput_latency({"a": curve}, one)
+    plots.plot_throughput_latency({"a": curve, "b": [(150, 0.5)]}, two, limit_s=0.3)
+    assert not {"frontier", "limit 0.3 s"} & set(texts_of(one))
+    assert {"frontier", "limit 0.3 s"} <= set(texts_of(two))
+
+
+@needs_matplotlib
+def test_a_chart_ends_at_the_triple_of_a_limit(tmp_path):
+    curve = [(100, 0.05), (200, 40.0)]
+    with_limit, without = tmp_path / "limit.svg", tmp_path / "none.svg"
+    plots.plot_throughput_latency({"a": curve}, with_limit, limit_s=0.5)
+    plots.plot_throughput_latency({"a": curve}, without)
+    assert "1.4" in texts_of(with_limit)
+    assert "40" not in texts_of(with_limit)
+    assert "40" in texts_of(without)
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("chart", CHARTS)
+def test_a_chart_has_its_title(tmp_path, chart):
+    path = tmp_path / "chart.svg"
+    CHARTS[chart](path)
+    assert TITLE in texts_of(path)
 
 
 def test_utilization_over_time_is_the_share_of_each_span_that_was_busy():
