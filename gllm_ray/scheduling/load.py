@@ -70,6 +70,7 @@ class LoadView:
         batch_id: Id the next micro-batch will have; counts up by one.
         num_stages: Depth of the pipeline.
         num_in_flight: Micro-batches submitted and not yet committed.
+        num_tokens_in_flight: Their rows.
         max_in_flight: How many there may be.
         num_waiting_tokens: Prompt tokens not yet scheduled, of waiting and prefilling sequences.
         num_prefilling: Sequences that hold blocks for a prompt that is not wholly scheduled.
@@ -101,6 +102,7 @@ class LoadView:
     batch_id: int
     num_stages: int
     num_in_flight: int
+    num_tokens_in_flight: int
     max_in_flight: int
     num_waiting_tokens: int
     num_prefilling: int

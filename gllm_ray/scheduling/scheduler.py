@@ -243,8 +243,8 @@ class Scheduler:
     def _view(self, now_s: float) -> LoadView:
         pool, allocator = self._pool, self._pool.allocator
         steps = [flight.step for flight in self._in_flight]
-        num_decodes_in_flight = sum([step.num_decodes for step in steps])
-        num_in_flight = sum([len(step.items) for step in steps])
+        num_decodes = sum([step.num_decodes for step in steps])
+        num_items = sum([len(step.items) for step in steps])
         num_ending_tokens = sum([step.num_ending_tokens for step in steps])
         num_unwritten_blocks = pool.num_prefilling_tokens // allocator.block_size
         next_prefill = pool.under_way()
@@ -254,15 +254,16 @@ class Scheduler:
             batch_id=self._next_batch_id,
             num_stages=self._settings.num_stages,
             num_in_flight=len(steps),
+            num_tokens_in_flight=num_decodes + sum([step.num_prefill_tokens for step in steps]),
             max_in_flight=self._max_in_flight,
             num_waiting_tokens=self.num_waiting_tokens,
             num_prefilling=len(pool.prefilling),
             prefill_start=next_prefill.num_computed_tokens if next_prefill else 0,
-            num_decoding=len(pool.ready) + num_decodes_in_flight,
+            num_decoding=len(pool.ready) + num_decodes,
             num_ready=len(pool.ready),
             num_context_tokens=pool.num_context_tokens - num_ending_tokens,
             num_live=len(pool.live),
-            num_prefills_in_flight=num_in_flight - num_decodes_in_flight,
+            num_prefills_in_flight=num_items - num_decodes,
             num_remaining_tokens=pool.num_remaining_tokens,
             oldest_token_s=oldest_ready.token_s if oldest_ready else None,
             num_preemptions=pool.num_preemptions,

@@ -2,10 +2,11 @@
 
 from bisect import bisect_left
 from math import ceil
+from typing import NamedTuple
 
 from gllm_ray.policy_config import BalancedConfig
 from gllm_ray.scheduling.cost_model import most_prefill_tokens, with_chunk
-from gllm_ray.scheduling.load import LoadView, StepLoad
+from gllm_ray.scheduling.load import CostModel, LoadView, StepLoad
 from gllm_ray.scheduling.policies.adaptive_reserve import AdaptiveReserve
 from gllm_ray.scheduling.policies.base import TokenBudget
 
@@ -16,10 +17,14 @@ _MAX_FALL = 0.9
 # A row costs at most this many times what one more row of a large micro-batch costs, where
 # token_budget lets it; the rows are two tiles or more.
 _MAX_ROW_COST = 1.2
-_UNCALIBRATED_ROWS = 512  # where the floor is not known
+_MAX_DEEP_ROW_COST = 1.05
+_NEARLY = 1.1  # micro-batches nine tenths full count as full
+_UNCALIBRATED_ROWS = 512  # where that is not known
+# A backlog is deep from so many rounds on, and until half of them are left.
+_DEEP_ROUNDS = 8
 # So many rounds at least take the KV cache from empty to full: near full, prefill takes up what
 # ended sequences release, evenly.
-_KV_ROUNDS = 4
+_KV_ROUNDS = 12
 _NUM_SIZES = 4  # of chunks that are compared
 # The pipeline takes one more micro-batch than it has stages from so many rounds of backlog on, and
 # until half of them are left.
@@ -30,23 +35,41 @@ _STEP_CONTEXT = 65_536
 _MAX_WEIGHT = 1e6  # contexts then do not matter
 
 
+class _Frame(NamedTuple):
+    """What bounds every micro-batch.
+
+    Attributes:
+        max_rows: Decodes and prefill tokens together.
+        num_groups: Micro-batches in flight, over which the decodes are spread.
+    """
+
+    max_rows: int
+    num_groups: int
+
+
 class BalancedPolicy:
     """Brings each micro-batch to one target time, which follows the backlog.
 
     ```
-    rows      at which floor / (time - floor) of prefill is 0.2; from two tiles to token_budget
-    share     an S-th of the live decodes, by predicted cost: rows and the context they read
+    rows      the fewest at which time(rows) of prefill is 1.2 times rows at the marginal cost of
+              large micro-batches; from two tiles to token_budget
+    groups    S micro-batches in flight
+    share     a group's part of the live decodes, by predicted cost: rows and the context they read
     room      tokens that the KV cache can take above the reserve
     backlog   waiting tokens, at most room
     chunk     backlog / n with the n for which n * (time - time of the decodes' rows and reads)
               + (S - 1) * time is least, where time = time(share + backlog / n): n micro-batches
               have then brought the backlog through the pipeline, and decodes are no cost to it;
-              at most room / 4S, and what the share leaves of the rows
+              at most room / 12S, and what the share leaves of the rows
     target    time(share + chunk), a bounded change from the micro-batch before, and at most
-              tbt_target_s / S
+              tbt_target_s / groups
     prefill   as many tokens as bring the decodes that are ready to the target; at least
               min_prefill_tokens, which prompts under way can use however full the KV cache is
     ```
+
+    A backlog of 8 rounds or more is deep. Throughput then counts: groups is max_in_flight, S + 1 if
+    nothing else is configured, and rows rise to those at 1.05 times the marginal cost, half their
+    number above what the micro-batches in flight hold.
 
     It also holds before the cost model is calibrated; time is then a token count, and rows are 512.
     """
@@ -76,74 +99,75 @@ class BalancedPolicy:
 
     def budget(self, view: LoadView) -> TokenBudget:
         """Fill up to the target, after a cost-balanced share of the decodes."""
-        config, max_rows = self._config, self._max_rows(view)
-        num_groups = self._num_groups(view, max_rows)
-        if view.num_in_flight >= num_groups:
+        config, frame = self._config, self._frame(view)
+        if view.num_in_flight >= frame.num_groups:
             return TokenBudget(prefill_tokens=0, decodes=0)
         reserved_blocks = self._reserve.blocks(view)
         weight = _decode_weight(view)
-        decodes = _decodes(view, min(view.num_ready, view.num_decoding / num_groups))
-        target = self._target_time(view, reserved_blocks, max_rows, num_groups)
-        max_chunk = max(max_rows - decodes.num_decodes, config.min_prefill_tokens)
+        decodes = _decodes(view, min(view.num_ready, view.num_decoding / frame.num_groups))
+        target = self._target_time(view, frame, reserved_blocks)
+        max_chunk = max(frame.max_rows - decodes.num_decodes, config.min_prefill_tokens)
         prefill_tokens = max(
             config.min_prefill_tokens,
             most_prefill_tokens(view.cost, decodes, view.prefill_start, target, max_chunk),
         )
         total = decodes.num_decodes + prefill_tokens
-        is_within = total <= max_rows
+        is_within = total <= frame.max_rows
         return TokenBudget(
             # Shared, so that the total is exact whichever decodes it turns out to be.
             prefill_tokens=total if is_within else config.min_prefill_tokens,
             is_shared=is_within,
             decodes=view.num_ready,
             reserved_blocks=reserved_blocks,
-            decode_load=_decode_load(view, weight, num_groups),
+            decode_load=_decode_load(view, weight, frame.num_groups),
             decode_weight=weight,
         )
 
-    def _max_rows(self, view: LoadView) -> int:
+    def _frame(self, view: LoadView) -> _Frame:
+        """Small micro-batches for latency, or for throughput where the backlog is deep.
+
+        One micro-batch more than stages waits at the first stage, so that the time from a result to
+        the next micro-batch is no bubble. The decodes wait for it, too: it takes a backlog to pay.
+        """
+        rows = self._efficient_rows(view.cost, _MAX_ROW_COST)
+        num_rounds = view.num_waiting_tokens / (rows * view.num_stages)
+        self._is_deep = num_rounds > (_DEEP_ROUNDS / 2 if self._is_deep else _DEEP_ROUNDS)
+        if not self._is_deep:
+            return _Frame(rows, min(view.num_stages, view.max_in_flight))
+        # Where the KV cache holds micro-batches down, larger ones would only be fewer.
+        step = max(view.cost.tile, rows // 2)
+        mean_rows = view.num_tokens_in_flight / max(1, view.num_in_flight)
+        next_rows = max(rows, int(mean_rows / step + _NEARLY) * step)
+        return _Frame(
+            min(self._efficient_rows(view.cost, _MAX_DEEP_ROW_COST), next_rows), view.max_in_flight
+        )
+
+    def _efficient_rows(self, cost: CostModel, max_row_cost: float) -> int:
         """The rows from which on larger micro-batches would hardly be cheaper for each."""
-        cost, most = view.cost, self._config.token_budget
+        most, tile = self._config.token_budget, cost.tile
         if not cost.is_calibrated:
             return min(most, _UNCALIBRATED_ROWS)
 
         def time(rows: int) -> float:
             return cost.stage_time(StepLoad(num_prefill_tokens=rows))
 
-        row_cost = (time(2 * most) - time(most)) / most
-        if row_cost <= 0:
-            return most
-        tiles = range(2, max(2, most // cost.tile))
-        cheap = bisect_left(
-            tiles, -_MAX_ROW_COST * row_cost, key=lambda n: -time(n * cost.tile) / (n * cost.tile)
-        )
-        return min(most, (tiles.start + cheap) * cost.tile)
+        limit = max_row_cost * (time(2 * most) - time(most)) / most
+        tiles = range(2, max(2, most // tile))
+        num_tiles = 2 + bisect_left(tiles, -limit, key=lambda n: -time(n * tile) / (n * tile))
+        return min(most, num_tiles * tile)
 
-    def _num_groups(self, view: LoadView, max_rows: int) -> int:
-        """Micro-batches in flight, over which the decodes are spread: as many as stages.
-
-        One more waits at the first stage, so that the time from a result to the next micro-batch
-        is no bubble. The decodes wait for it, too, so it takes a deep backlog to pay.
-        """
-        rounds = view.num_waiting_tokens / (max_rows * view.num_stages)
-        self._is_deep = rounds > (_DEEP_ROUNDS / 2 if self._is_deep else _DEEP_ROUNDS)
-        most = view.max_in_flight
-        return most if self._is_deep else min(view.num_stages, most)
-
-    def _target_time(
-        self, view: LoadView, reserved_blocks: int, max_rows: int, num_groups: int
-    ) -> float:
+    def _target_time(self, view: LoadView, frame: _Frame, reserved_blocks: int) -> float:
         free_blocks = view.kv_free_ratio * view.num_blocks - reserved_blocks
         room = max(0.0, free_blocks * view.block_size)
-        target = self._bounded(view, self._wanted_time(view, room, max_rows, num_groups))
+        target = self._bounded(view, self._wanted_time(view, frame, room))
         if self._config.tbt_target_s is not None and view.cost.is_calibrated:
-            target = min(target, self._config.tbt_target_s / num_groups)
+            target = min(target, self._config.tbt_target_s / frame.num_groups)
         return target
 
-    def _wanted_time(self, view: LoadView, room: float, max_rows: int, num_groups: int) -> float:
+    def _wanted_time(self, view: LoadView, frame: _Frame, room: float) -> float:
         """The time of micro-batches that bring the backlog through the pipeline soonest."""
         cost, num_stages = view.cost, view.num_stages
-        share = _decodes(view, view.num_decoding / num_groups)
+        share = _decodes(view, view.num_decoding / frame.num_groups)
         backlog = min(view.num_waiting_tokens, room)
 
         def time(chunk: int) -> float:
@@ -157,7 +181,8 @@ class BalancedPolicy:
             return num_batches * (batch_time - decode_time) + (num_stages - 1) * batch_time
 
         decode_time = _decode_time(view, share)
-        most = max(1, min(max_rows - share.num_decodes, ceil(room / (_KV_ROUNDS * num_stages))))
+        kv_share = ceil(room / (_KV_ROUNDS * num_stages))
+        most = max(1, min(frame.max_rows - share.num_decodes, kv_share))
         if not backlog:
             return time(0)
         step = max(cost.tile, ceil(most / _NUM_SIZES))

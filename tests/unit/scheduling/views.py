@@ -31,6 +31,7 @@ def view(**changes: Any) -> LoadView:
         "batch_id": 0,
         "num_stages": 4,
         "num_in_flight": 0,
+        "num_tokens_in_flight": 0,
         "max_in_flight": changes.get("num_stages", 4),
         "num_waiting_tokens": 6144,
         "num_prefilling": 0,
