@@ -20,7 +20,7 @@ class _Calibration(StrictModel):
     context_token_s: float = Field(ge=0, description="A KV token that a decode reads.")
     attention_pair_s: float = Field(ge=0, description="A query-key pair of a prefill chunk.")
     tile: int = Field(ge=1, description="Rows are rounded up to a multiple of this.")
-    min_rows: int = Field(default=1, ge=0, description="Fewer rows cost as much as these.")
+    min_rows: int = Field(default=1, ge=1, description="Fewer rows cost as much as these.")
     provenance: str = Field(min_length=1, description="What was measured, where and how.")
 
 
@@ -80,7 +80,7 @@ class FixedCostModel:
         """Nothing: fixed coefficients do not follow measurements."""
 
 
-def priced_rows(num_tokens: int, tile: int, min_rows: int) -> int:
+def priced_rows(num_tokens: int, tile: int, min_rows: int = 1) -> int:
     """The rows that a micro-batch of so many tokens costs."""
     return max(-(-num_tokens // tile) * tile, min_rows)
 

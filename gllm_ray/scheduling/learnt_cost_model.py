@@ -17,29 +17,27 @@ _TOKEN_COUNTS = FixedCostModel(
     tile=1,
     provenance="token counts, in units of one row's time",
 )
-# Tile and `min_rows`; the first is in use until another proves better. On GPUs the reading of the
-# weights takes as long as 150 to 190 rows.
-_SHAPES = ((128, 160), (128, 1), (1, 1), (64, 1), (256, 1))
+_TILES = (128, 1, 64, 256)  # the first is in use until another proves better
 _FORGETTING = 0.998  # a memory of 500 micro-batches along each direction of the load
 _ERROR_RATE = 0.01
 _MAX_ERROR = 0.2  # to become calibrated
 _LOST_ERROR = 0.4  # to stay so
-_BETTER = 0.9  # one gives way to one that mispredicts less than this share of what it does
-_MIN_ROUNDS = 50  # samples after which one may give way
+_BETTER = 0.9  # a tile gives way to one that mispredicts less than this share of what it does
+_MIN_ROUNDS = 50  # samples after which a tile may give way
 _AGREEMENT = 0.05  # of two predictions so near each other, a sample does not tell which is right
 _SPREAD = 2  # the most rows seen, over the fewest
 
 
 class LearntCostModel:
-    """Learns the coefficients of `FixedCostModel` online, and which tile and `min_rows` fit best.
+    """Learns the coefficients of `FixedCostModel` online, and which tile fits best.
 
-    There is one regression for each candidate: the one in use learns from each sample, the
+    There is one regression for each candidate tile: the one in use learns from each sample, the
     others take turns, and one that is clearly better takes its place. Predictions are token counts
     until the running error is small and micro-batches of different sizes were seen.
     """
 
     def __init__(self) -> None:
-        self._fits = [_Regression(*shape) for shape in _SHAPES]
+        self._fits = [_Regression(tile) for tile in _TILES]
         self._fit = self._fits[0]
         self._turn = 0
         self._coefficients = _TOKEN_COUNTS
@@ -98,7 +96,7 @@ class LearntCostModel:
 
 
 class _Regression:
-    """Recursive least squares of the relative error, for one shape; weights are never negative.
+    """Recursive least squares of the relative error, for one tile; weights are never negative.
 
     A sample and its prediction are divided by the larger of the two. So a sample a hundred times
     too slow weighs a ten thousandth, and neither warm-up nor a busy machine does harm.
@@ -110,10 +108,6 @@ class _Regression:
     Source: Cao and Schwartz, "A directional forgetting algorithm based on the decomposition of the
         information matrix", Automatica 36 (2000). Deviations: relative error; b is kept, and
         coordinate descent under w >= 0 takes the place of the inverse of R.
-
-    Args:
-        tile: Rows are rounded up to a multiple of this.
-        min_rows: Fewer rows cost as much as these.
 
     Attributes:
         weights: Of 1, rows, context tokens and attention pairs.
@@ -128,7 +122,6 @@ class _Regression:
         "_information",
         "_moment",
         "error",
-        "min_rows",
         "missed",
         "missed_by_used",
         "num_rounds",
@@ -136,9 +129,8 @@ class _Regression:
         "weights",
     )
 
-    def __init__(self, tile: int, min_rows: int) -> None:
+    def __init__(self, tile: int) -> None:
         self.tile = tile
-        self.min_rows = min_rows
         self.weights = [0.0] * 4
         self.error = 1.0
         self.num_rounds = 0
@@ -154,7 +146,6 @@ class _Regression:
             context_token_s=context_token_s,
             attention_pair_s=attention_pair_s,
             tile=self.tile,
-            min_rows=self.min_rows,
             provenance="learnt while serving",
         )
 
@@ -174,7 +165,7 @@ class _Regression:
         return _dot(self._features(load), self.weights)
 
     def _features(self, load: StepLoad) -> tuple[int, int, int, int]:
-        rows = priced_rows(load.num_tokens, self.tile, self.min_rows)
+        rows = priced_rows(load.num_tokens, self.tile)
         return (1, rows, load.num_context_tokens, load.num_attention_pairs)
 
     def compare(self, missed_by_used: float, missed: float) -> None:

@@ -135,7 +135,8 @@ class BalancedPolicy:
         if not self._is_deep:
             return _Frame(rows, min(view.num_stages, view.max_in_flight))
         # Where the KV cache holds micro-batches down, larger ones would only be fewer.
-        step = max(view.cost.tile, rows // 2)
+        tile = view.cost.tile
+        step = max(tile, rows // 2 // tile * tile)
         mean_rows = view.num_tokens_in_flight / max(1, view.num_in_flight)
         next_rows = max(rows, int(mean_rows / step + _NEARLY) * step)
         return _Frame(
@@ -181,11 +182,11 @@ class BalancedPolicy:
             return num_batches * (batch_time - decode_time) + (num_stages - 1) * batch_time
 
         decode_time = _decode_time(view, share)
-        kv_share = ceil(room / (_KV_ROUNDS * num_stages))
-        most = max(1, min(frame.max_rows - share.num_decodes, kv_share))
         if not backlog:
             return time(0)
-        step = max(cost.tile, ceil(most / _NUM_SIZES))
+        full = max(1, frame.max_rows - share.num_decodes)
+        most = min(full, ceil(room / (_KV_ROUNDS * num_stages)))
+        step = max(cost.tile, ceil(full / _NUM_SIZES))
         chunk = min((*range(step, most, step), most), key=drain_time)
         return time(ceil(backlog / ceil(backlog / chunk)))
 

@@ -1,6 +1,7 @@
 from collections import deque
 from dataclasses import replace
 from itertools import pairwise
+from math import ceil
 
 import pytest
 from hypothesis import given
@@ -32,28 +33,45 @@ def decision(config=BalancedConfig(), **changes):  # noqa: B008
 
 
 class Pipeline:
-    """Runs a policy's budgets on sequences in decode and one endless prompt, as the scheduler does.
+    """Runs a policy's budgets on sequences in decode and prompts that never end, as the scheduler does.
 
     Every decode goes on for ever, and its context does not grow.
     """
 
     def __init__(self, contexts, *, cost=COST, num_stages=4, config=BalancedConfig()):  # noqa: B008
         self.policy = make_policy(config)
-        self.cost, self.num_stages = cost, num_stages
+        self.cost, self.num_stages, self.max_in_flight = cost, num_stages, num_stages
         self.contexts = contexts
         self.ready, self.in_flight = deque(contexts), deque()
-        self.num_waiting_tokens = 10**6
+        self.num_waiting_tokens = 6 * 256 * num_stages  # of a prompt, or a queue, without end
         self.batch_id = 0
 
     def step(self):
-        """The load of the next micro-batch; the oldest in flight comes back before it."""
-        if len(self.in_flight) == self.num_stages:
-            self.ready += self.in_flight.popleft()
-        budget = self.policy.budget(
+        """The load of the next micro-batch; those in flight that are in its way come back first."""
+        while (budget := self.budget()).decodes + budget.prefill_tokens == 0:
+            self.complete()
+        decodes, load = [], budget.decode_load
+        while self.ready and len(decodes) < budget.decodes and load > 0:
+            decodes.append(self.ready.popleft())
+            load -= decodes[-1] + budget.decode_weight
+        taken = len(decodes) if budget.is_shared else 0
+        chunk = min(max(0, budget.prefill_tokens - taken), self.num_waiting_tokens)
+        self.in_flight.append((decodes, len(decodes) + chunk))
+        self.batch_id += 1
+        return with_chunk(StepLoad(len(decodes), sum(decodes)), 0, chunk)
+
+    def complete(self):
+        self.ready += self.in_flight.popleft()[0]
+
+    def budget(self):
+        return self.policy.budget(
             view(
                 cost=self.cost,
                 batch_id=self.batch_id,
                 num_stages=self.num_stages,
+                num_in_flight=len(self.in_flight),
+                num_tokens_in_flight=sum(rows for _, rows in self.in_flight),
+                max_in_flight=self.max_in_flight,
                 num_decoding=len(self.contexts),
                 num_ready=len(self.ready),
                 num_context_tokens=sum(self.contexts),
@@ -62,16 +80,6 @@ class Pipeline:
                 num_blocks=10**6,
             )
         )
-        decodes, load = [], budget.decode_load
-        while self.ready and len(decodes) < budget.decodes and load > 0:
-            decodes.append(self.ready.popleft())
-            load -= decodes[-1] + budget.decode_weight
-        taken = len(decodes) if budget.is_shared else 0
-        chunk = min(max(0, budget.prefill_tokens - taken), self.num_waiting_tokens)
-        self.in_flight.append(decodes)
-        self.batch_id += 1
-        self.num_waiting_tokens -= chunk
-        return with_chunk(StepLoad(len(decodes), sum(decodes)), 0, chunk)
 
     def steps(self, count):
         return [self.step() for _ in range(count)]
@@ -127,13 +135,43 @@ def test_the_total_lands_on_a_tile_whatever_the_number_of_decodes():
 
 @pytest.mark.parametrize("floor_s", [0.0, 4e-3, 1e-2, 2e-2, 4e-2])
 @pytest.mark.parametrize("token_budget", [512, 2048])
-def test_micro_batches_grow_until_the_floor_is_a_small_part_of_their_time(floor_s, token_budget):
+@pytest.mark.parametrize(("num_rounds", "floor_ratio"), [(7.5, 0.2), (1000, 0.05)])
+def test_micro_batches_grow_until_the_floor_is_a_small_part_of_their_time(
+    num_rounds, floor_ratio, token_budget, floor_s
+):
     cost = replace(COST, floor_s=floor_s, context_token_s=0.0, attention_pair_s=0.0)
     pipeline = Pipeline([100] * 40, cost=cost, config=BalancedConfig(token_budget=token_budget))
+    wanted = [ceil(floor_s / (ratio * cost.token_s) / 128) * 128 for ratio in (0.2, floor_ratio)]
+    shallow, rows = (min(token_budget, max(256, each)) for each in wanted)
+    pipeline.num_waiting_tokens = round(num_rounds * 4 * shallow)
     pipeline.steps(80)
-    (rows,) = {load.num_tokens for load in pipeline.steps(40)}
-    wanted = floor_s / (0.2 * cost.token_s)
-    assert rows == pytest.approx(min(token_budget, max(2 * cost.tile, wanted)), abs=cost.tile / 2)
+    assert {load.num_tokens for load in pipeline.steps(40)} == {rows}
+
+
+def test_one_more_micro_batch_is_in_flight_from_eight_rounds_of_backlog_until_four():
+    pipeline = Pipeline([100] * 60)
+    pipeline.max_in_flight = 5
+    in_flight = {}
+    for num_rounds in (7, 9, 5, 3, 7):
+        pipeline.num_waiting_tokens = num_rounds * 256 * 4
+        pipeline.steps(40)
+        in_flight[num_rounds] = len(pipeline.in_flight)
+    assert in_flight == {7: 4, 9: 5, 5: 5, 3: 4}
+
+
+def test_the_decodes_are_spread_over_all_micro_batches_in_flight():
+    pipeline = Pipeline([100] * 60)
+    pipeline.max_in_flight, pipeline.num_waiting_tokens = 5, 10**6
+    pipeline.steps(40)
+    assert [load.num_decodes for load in pipeline.steps(10)] == [12] * 10
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 3, 4])
+def test_a_limit_in_flight_holds_before_any_backlog(max_in_flight):
+    pipeline = Pipeline([100] * 60)
+    pipeline.max_in_flight, pipeline.num_waiting_tokens = max_in_flight, 10**6
+    pipeline.steps(40)
+    assert len(pipeline.in_flight) == max_in_flight
 
 
 @pytest.mark.parametrize("tbt_target_s", [0.1, 0.15])

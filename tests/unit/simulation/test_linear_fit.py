@@ -29,7 +29,7 @@ class LinearCost:
 
 
 def linear_time_s(c, load):
-    rows = -(-load.num_tokens // c["tile"]) * c["tile"]
+    rows = max(-(-load.num_tokens // c["tile"]) * c["tile"], c["min_rows"])
     return (
         c["floor_s"]
         + c["token_s"] * rows
@@ -43,17 +43,18 @@ def linear_time_s(c, load):
     st.floats(1e-5, 1e-3),
     st.floats(1e-8, 1e-6),
     st.floats(1e-10, 1e-8),
-    st.sampled_from([1, 64, 128]),
+    st.sampled_from([(1, 1), (64, 1), (128, 1), (1, 96), (128, 192)]),
 )
 def test_a_linear_pipeline_gives_the_coefficients_of_its_slowest_stage(
-    floor_s, token_s, context_token_s, attention_pair_s, tile
+    floor_s, token_s, context_token_s, attention_pair_s, shape
 ):
     coefficients = {
         "floor_s": floor_s,
         "token_s": token_s,
         "context_token_s": context_token_s,
         "attention_pair_s": attention_pair_s,
-        "tile": tile,
+        "tile": shape[0],
+        "min_rows": shape[1],
     }
     assert linear_fit(LinearCost(coefficients)) == pytest.approx(coefficients, rel=1e-4)
 
