@@ -21,11 +21,12 @@ class WaitingQueue:
     """Sequences that hold no block; the one of the lowest rank is admitted first.
 
     A rank is given when a sequence first waits, and kept when it is preempted: `priority`, then a
-    virtual deadline, then arrival. The deadline is the virtual time, with `fair_share` the tenant's
-    virtual token counter, and `overtaking` times the tokens of the prompt. So short prompts pass
-    long ones, but none is passed by prompts that come after it was due. The counter counts the
-    tenant's prompt tokens, from at least the virtual time, so it can neither save up nor owe for
-    long. Virtual time is the prompt tokens admitted, with `fair_share` of a tenant with a backlog.
+    virtual deadline, then arrival. The deadline is `overtaking` times the tokens of the prompt
+    after those that came before it: all of them, or with `fair_share` its tenant's virtual token
+    counter. So short prompts pass long ones, but fewer tokens than the deadline leaves.
+
+    The counter counts the tenant's prompt tokens, from at least the virtual time, so it can neither
+    save up nor owe for long. Virtual time is what a tenant with a backlog has been served.
 
     No priority starves: one admission in eight is made without regard to them, and who is admitted
     so ranks before all others, so that it is not preempted either.
@@ -37,8 +38,8 @@ class WaitingQueue:
 
     Args:
         fair_share: Whether tenants take turns.
-        overtaking: Tokens that may be admitted before a prompt though they came later, for each of
-            its own; 0: the order of arrival, of a tenant with `fair_share`.
+        overtaking: Tokens that may come later than a prompt and yet be admitted before it, for each
+            of its own; 0: none.
     """
 
     def __init__(self, *, fair_share: bool = False, overtaking: float = 0.0) -> None:
@@ -52,6 +53,7 @@ class WaitingQueue:
         self._counters: dict[str, float] = {}
         self._num_waiting: Counter[str] = Counter()  # members of each tenant that waits
         self._virtual_time = 0.0  # tokens
+        self._num_tokens_before = 0  # of all prompts that ever came
         self._num_pops = 0
 
     def __len__(self) -> int:
@@ -98,9 +100,9 @@ class WaitingQueue:
         sequence, first = self.head(), self._ranks.first()
         assert sequence is not None
         _, deadline, seq_id = sequence.rank
-        num_tenants = len(self._num_waiting) if self._fair_share else 1
-        start = deadline - self._overtaking * sequence.num_prompt_tokens
-        self._virtual_time = max(self._virtual_time + sequence.num_tokens / num_tenants, start)
+        served = sequence.num_tokens / len(self._num_waiting)
+        counter = deadline - self._overtaking * sequence.num_prompt_tokens
+        self._virtual_time = max(self._virtual_time + served, counter)
         if sequence.rank != first:
             sequence.rank = (_AGED_PRIORITY, deadline, seq_id)
         self._num_pops += 1
@@ -132,11 +134,12 @@ class WaitingQueue:
             del self._num_waiting[tenant]
 
     def _deadline(self, sequence: Sequence) -> float:
-        """The virtual time at which a sequence that first waits is due."""
+        """When a sequence that first waits is due, in tokens."""
         if not (self._fair_share or self._overtaking):
             return 0.0
-        start = self._charge(sequence) if self._fair_share else self._virtual_time
-        return start + self._overtaking * sequence.num_prompt_tokens
+        before = self._charge(sequence) if self._fair_share else self._num_tokens_before
+        self._num_tokens_before += sequence.num_prompt_tokens
+        return before + self._overtaking * sequence.num_prompt_tokens
 
     def _charge(self, sequence: Sequence) -> float:
         """Add a prompt to its tenant's counter; returns what the counter was."""

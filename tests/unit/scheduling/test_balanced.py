@@ -33,7 +33,7 @@ def decision(config=BalancedConfig(), **changes):  # noqa: B008
 
 
 class Pipeline:
-    """Runs a policy's budgets on sequences in decode and prompts that never end, as the scheduler does.
+    """Runs a policy's budgets on sequences in decode and endless prompts, as the scheduler does.
 
     Every decode goes on for ever, and its context does not grow.
     """
