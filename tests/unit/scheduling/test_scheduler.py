@@ -4,7 +4,11 @@ import pytest
 
 from gllm_ray.errors import InvalidRequestError, PipelineError
 from gllm_ray.messages import FinishReason, MicroBatchResult, StageTime
-from gllm_ray.policy_config import TokenThrottlingConfig
+from gllm_ray.policy_config import (
+    BalancedConfig,
+    ChunkedPrefillConfig,
+    TokenThrottlingConfig,
+)
 from gllm_ray.scheduling.cost_model import FixedCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
 from gllm_ray.scheduling.load import StepLoad
@@ -183,3 +187,29 @@ def test_predictions_are_learnt_from_requests_that_ended_by_themselves():
         batch = scheduler.schedule()
         scheduler.commit(MicroBatchResult(batch_id=batch.batch_id, token_ids=(7,)))
     assert predictor.predict(make_request(max_tokens=100)) == 1
+
+
+def test_a_short_prompt_is_computed_between_the_chunks_of_a_long_one():
+    policy = BalancedConfig(token_budget=32, overtaking=8)
+    scheduler = make_scheduler(num_stages=1, num_blocks=64, policy=policy)
+    scheduler.add(make_request("long", num_prompt_tokens=96))
+    first = scheduler.schedule()
+    scheduler.add(make_request("short", num_prompt_tokens=8))
+    scheduler.commit(result_of(first))
+    second = scheduler.schedule()
+    assert [scheduler.request_of(s.seq_id).request_id for s in second.sequences] == [
+        "short",
+        "long",
+    ]
+    assert second.sequences[1].start == first.sequences[0].end
+
+
+def test_a_prompt_of_lower_priority_number_is_computed_between_the_chunks_of_another():
+    scheduler = make_scheduler(
+        num_stages=1, num_blocks=64, policy=ChunkedPrefillConfig(token_budget=16)
+    )
+    scheduler.add(make_request("first", num_prompt_tokens=64))
+    scheduler.commit(result_of(scheduler.schedule()))
+    scheduler.add(make_request("urgent", num_prompt_tokens=16, priority=-1))
+    batch = scheduler.schedule()
+    assert [scheduler.request_of(s.seq_id).request_id for s in batch.sequences] == ["urgent"]

@@ -15,8 +15,8 @@ def sequence(seq_id, *, num_tokens=8, priority=0, tenant=""):
     return Sequence(seq_id, request)
 
 
-def queue_of(*sequences, fair_share=False):
-    queue = WaitingQueue(fair_share=fair_share)
+def queue_of(*sequences, fair_share=False, overtaking=0.0):
+    queue = WaitingQueue(fair_share=fair_share, overtaking=overtaking)
     for item in sequences:
         queue.add(item)
     return queue
@@ -68,6 +68,51 @@ def test_in_plain_order_of_arrival_no_rank_is_raised():
     queue = queue_of(*items)
     assert pop_all(queue) == list(range(20))
     assert [item.rank for item in items] == [(0, 0, i) for i in range(20)]
+
+
+def test_short_prompts_pass_long_ones_that_came_before():
+    queue = queue_of(*(sequence(i, num_tokens=n) for i, n in enumerate([90, 10, 50])), overtaking=2)
+    assert pop_all(queue) == [1, 0, 2]
+
+
+def test_overtaking_heeds_priorities_first():
+    long, short = sequence(0, num_tokens=90, priority=-1), sequence(1, num_tokens=1)
+    assert pop_all(queue_of(long, short, overtaking=64)) == [0, 1]
+
+
+def test_of_equal_prompts_none_passes_another():
+    queue = queue_of(*(sequence(i) for i in range(20)), overtaking=64)
+    assert pop_all(queue) == list(range(20))
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=40), st.floats(0, 100))
+def test_no_more_tokens_pass_a_prompt_than_overtaking_allows(sizes, overtaking):
+    queue = queue_of(
+        *(sequence(i, num_tokens=n) for i, n in enumerate(sizes)), overtaking=overtaking
+    )
+    order = pop_all(queue)
+    for place, seq_id in enumerate(order):
+        passed_by = [other for other in order[:place] if other > seq_id]
+        assert sum(sizes[other] for other in passed_by) <= overtaking * sizes[seq_id]
+
+
+def test_a_long_prompt_is_admitted_under_an_endless_flow_of_short_ones():
+    queue = queue_of(sequence(0, num_tokens=100), overtaking=4)
+    for seq_id in range(1, 100):
+        queue.add(sequence(seq_id, num_tokens=10))
+        if queue.pop().seq_id == 0:
+            break
+    assert seq_id == 27  # due at 400; those are due 40 after the 100 + 10 a prompt before them
+
+
+def test_tenants_take_turns_and_short_prompts_of_each_go_first():
+    items = [(0, "a", 40), (1, "a", 4), (2, "b", 40), (3, "b", 4)]
+    queue = queue_of(
+        *(sequence(i, tenant=tenant, num_tokens=n) for i, tenant, n in items),
+        fair_share=True,
+        overtaking=2,
+    )
+    assert pop_all(queue) == [1, 3, 0, 2]
 
 
 @settings(deadline=None)
