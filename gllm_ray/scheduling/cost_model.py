@@ -87,8 +87,11 @@ def priced_rows(num_tokens: int, tile: int, min_rows: int = 1) -> int:
 
 def with_chunk(decodes: StepLoad, start: int, num_tokens: int) -> StepLoad:
     """The load of decodes beside one prefill chunk of `num_tokens` from position `start` on."""
-    return decodes._replace(
-        num_prefill_tokens=num_tokens, num_attention_pairs=num_tokens * (start + num_tokens)
+    return StepLoad(
+        decodes.num_decodes,
+        decodes.num_context_tokens,
+        num_tokens,
+        num_tokens * (start + num_tokens),
     )
 
 

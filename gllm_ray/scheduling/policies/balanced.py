@@ -206,12 +206,12 @@ class BalancedPolicy:
 def _decodes(view: LoadView, number: float) -> StepLoad:
     """The load of so many decodes of average context."""
     context = view.num_context_tokens * number / max(1, view.num_decoding)
-    return StepLoad(num_decodes=ceil(number), num_context_tokens=round(context))
+    return StepLoad(ceil(number), round(context))
 
 
 def _decode_time(view: LoadView, share: StepLoad) -> float:
     """What the rows and reads of decodes add to a micro-batch, tiles aside."""
-    more = share._replace(num_decodes=share.num_decodes + _STEP_ROWS)
+    more = StepLoad(share.num_decodes + _STEP_ROWS, share.num_context_tokens)
     rows_time = view.cost.stage_time(more) - view.cost.stage_time(share)
     reads = StepLoad(num_context_tokens=share.num_context_tokens)
     reads_time = view.cost.stage_time(reads) - view.cost.stage_time(StepLoad())
@@ -222,8 +222,8 @@ def _decode_weight(view: LoadView) -> float:
     """What a row costs, in context tokens read."""
     share = _decodes(view, view.num_decoding / view.num_stages)
     time = view.cost.stage_time(share)
-    more_rows = share._replace(num_decodes=share.num_decodes + _STEP_ROWS)
-    more_context = share._replace(num_context_tokens=share.num_context_tokens + _STEP_CONTEXT)
+    more_rows = StepLoad(share.num_decodes + _STEP_ROWS, share.num_context_tokens)
+    more_context = StepLoad(share.num_decodes, share.num_context_tokens + _STEP_CONTEXT)
     row_time = (view.cost.stage_time(more_rows) - time) / _STEP_ROWS
     context_time = (view.cost.stage_time(more_context) - time) / _STEP_CONTEXT
     return min(row_time / context_time, _MAX_WEIGHT) if context_time > 0 else _MAX_WEIGHT
