@@ -247,4 +247,4 @@ def test_what_waits_to_happen_does_not_grow_with_the_workload(monkeypatch):
     assert max(sizes) <= 6
     pipeline = simulation._replicas[0]._pipeline
     assert len(pipeline._causes) <= 6
-    assert sum(map(len, pipeline._planned)) == 0
+    assert len(pipeline._passages) == 0
