@@ -93,6 +93,7 @@ class Simulation:
         self._ideal = IdealWork(deployment.cost)
         self._replicas: list[SimulatedReplica] = []  # every one that ever was
         self._serving: list[SimulatedReplica] = []  # or about to
+        self._all_ready_s = 0.0  # from when on none of them has still to start
         self._held: list[_Arrival] = []  # no replica is ready
         self._count = ReplicaCount(deployment.autoscaler) if deployment.autoscaler else None
         self._num_replicas = 0
@@ -154,7 +155,9 @@ class Simulation:
                 replica.fill(now_s)
 
     def _route(self, arrival: _Arrival, now_s: float) -> None:
-        ready = [replica for replica in self._serving if replica.ready_s <= now_s]
+        ready = self._serving
+        if now_s < self._all_ready_s:
+            ready = [replica for replica in ready if replica.ready_s <= now_s]
         if not ready:
             self._held.append(arrival)
             return
@@ -178,6 +181,7 @@ class Simulation:
         replica = self._replicas[loss.replica_id]
         if replica.is_running(now_s):
             replica.lose_stage(now_s, loss.recovery_s)
+            self._all_ready_s = max(self._all_ready_s, replica.ready_s)
             self._events.push(replica.ready_s, EventKind.READY, replica)
 
     def _is_free(self, event: Event[_Payload], replica: SimulatedReplica) -> bool:
@@ -238,6 +242,7 @@ class Simulation:
             ready_s,
         )
         replica.decisions = [] if self._keep_decisions else None
+        self._all_ready_s = max(self._all_ready_s, ready_s)
         self._events.push(ready_s, EventKind.READY, replica)
         self._replicas.append(replica)
         self._serving.append(replica)
