@@ -34,6 +34,9 @@ def test_a_grid_keeps_every_limit_and_reaches_each():
     ends = [item.end for point in points for item in point.batch(0, 4).sequences]
     assert max(ends) == 128
     assert any(load.num_decodes and load.num_prefill_tokens for load in loads)
+    assert all(len(point.decodes) == len(set(point.decodes)) for point in points if point.chunks)
+    assert any(len(point.chunks) == 4 and len(set(point.chunks)) == 4 for point in points)
+    assert any(len(point.chunks) == 1 and point.chunks[0].start for point in points)
     assert len(set(points)) == len(points)
 
 
@@ -51,7 +54,7 @@ def test_no_point_takes_more_kv_blocks_than_there_are():
 def test_the_batch_of_a_point_has_its_load():
     for point in grid():
         items = point.batch(0, 4).sequences
-        decodes, chunks = items[: point.num_decodes], items[point.num_decodes :]
+        decodes, chunks = items[: len(point.decodes)], items[len(point.decodes) :]
         assert all(len(item.token_ids) == 1 for item in decodes)
         assert point.load == StepLoad(
             len(decodes),
