@@ -49,8 +49,8 @@ LARGE_CASES = (
         num_stages=4,
         num_replicas=1000,
         rate_per_s=2000,
-        lengths={"prompt": 200, "output": 32},
-        nums_requests=(5000, 20_000),
+        lengths={"prompt": 200, "output": 16},
+        nums_requests=(4000, 16_000),
     ),
 )
 
