@@ -22,7 +22,7 @@ from gllm_ray.scheduling.length_classifier import (
     NUM_TOKEN_BUCKETS,
     LengthClassifier,
 )
-from gllm_ray.strict_schema import find_mistakes
+from gllm_ray.strict_schema import parse_strictly
 
 MIN_STOPS = 200
 _HELD_OUT_RATIO = 0.2
@@ -138,9 +138,10 @@ def _parse_line(line: bytes) -> LengthRecord:
         data = json.loads(line)
     except ValueError:
         raise ConfigError("not a line of JSON; it may have been cut short") from None
-    if mistakes := find_mistakes(LengthRecord, data):
-        raise ConfigError("; ".join(mistakes))
-    return LengthRecord.model_validate(data)
+    try:
+        return parse_strictly(LengthRecord, data)
+    except ConfigError as error:
+        raise ConfigError("; ".join(str(error).splitlines())) from None
 
 
 def _class_bounds(records: Sequence[LengthRecord], num_classes: int) -> list[int]:

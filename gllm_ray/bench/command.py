@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gllm_ray.bench.fidelity_models import MODELS, fidelity_service
+from gllm_ray.bench.large_simulations import LargeSimulation, bench_large_simulations
 from gllm_ray.bench.policies import bench_policies
 from gllm_ray.bench.policy_runs import Effort
 from gllm_ray.bench.policy_scenarios import SCENARIOS
@@ -246,11 +247,19 @@ def _add_simulator(benchmarks: Any) -> None:  # noqa: ANN401
     )
     parser.add_argument("--running", type=int, default=256, help="sequences that run at once")
     parser.add_argument("--requests", type=int, default=3000, help="requests to simulate")
+    parser.add_argument(
+        "--large",
+        action="store_true",
+        help="64 stages and 1,000 replicas instead, with their peak memory, for `balanced` or "
+        "the policy given; takes minutes",
+    )
     parser.add_argument("--output", type=Path, help="write the numbers to this file, as JSON")
     parser.set_defaults(run=_bench_simulator)
 
 
 def _bench_simulator(options: argparse.Namespace) -> int:
+    if options.large:
+        return _bench_large_simulations(options)
     names = [options.policy] if options.policy else list(POLICY_CONFIGS)
     results = []
     print(SimulatorBenchResult.table_head(), flush=True)
@@ -264,6 +273,17 @@ def _bench_simulator(options: argparse.Namespace) -> int:
             )
             print(result.table_row(), flush=True)
             results.append(result.as_json())
+    if options.output is not None:
+        options.output.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def _bench_large_simulations(options: argparse.Namespace) -> int:
+    results = []
+    print(LargeSimulation.table_head(), flush=True)
+    for result in bench_large_simulations(POLICY_CONFIGS[options.policy or "balanced"]()):
+        print(result.table_row(), flush=True)
+        results.append(result.as_json())
     if options.output is not None:
         options.output.write_text(json.dumps(results, indent=2) + "\n")
     return 0

@@ -4,12 +4,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
 from gllm_ray.scheduling.load import StepLoad
 
 _CONTEXTS = (32, 256, 2048, 16_384, 131_072)  # and the longest that the model serves
+_NUM_CHUNKS = 4
+_SHORTEST_CHUNK = 16  # of several
 _GREEDY = SamplingParams()
 
 T = TypeVar("T")
@@ -34,45 +36,51 @@ class PipelineLimits:
     block_size: int
 
 
+class Span(NamedTuple):
+    """The tokens of a sequence that a micro-batch computes."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The position after the last."""
+        return self.start + self.length
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfilePoint:
-    """A micro-batch to measure: decodes that are equal, and chunks of equal length.
+    """A micro-batch to measure.
 
     Attributes:
-        num_decodes: Decodes.
-        context: Tokens that each of them reads, its own included.
-        chunks: Tokens of each prefill chunk.
-        chunk_start: Position at which each of them starts.
+        decodes: One token each.
+        chunks: Prefill chunks.
     """
 
-    num_decodes: int = 0
-    context: int = 1
-    chunks: tuple[int, ...] = ()
-    chunk_start: int = 0
+    decodes: tuple[Span, ...] = ()
+    chunks: tuple[Span, ...] = ()
 
     @property
     def load(self) -> StepLoad:
         """What the stages compute."""
         return StepLoad(
-            self.num_decodes,
-            self.num_decodes * self.context,
-            sum(self.chunks),
-            sum(chunk * (self.chunk_start + chunk) for chunk in self.chunks),
+            len(self.decodes),
+            sum(decode.end for decode in self.decodes),
+            sum(chunk.length for chunk in self.chunks),
+            sum(chunk.length * chunk.end for chunk in self.chunks),
         )
 
     def batch(self, batch_id: int, block_size: int) -> MicroBatch:
         """The micro-batch, each sequence with blocks of its own; every one draws a token."""
-        spans = [(self.context - 1, 1)] * self.num_decodes
-        spans += [(self.chunk_start, chunk) for chunk in self.chunks]
         sequences, num_blocks = [], 0
-        for seq_id, (start, length) in enumerate(spans):
-            first_block, num_blocks = num_blocks, num_blocks - (-(start + length) // block_size)
+        for seq_id, span in enumerate(self.decodes + self.chunks):
+            first_block, num_blocks = num_blocks, num_blocks - (-span.end // block_size)
             sequences.append(
                 ScheduledSequence(
                     seq_id=seq_id,
                     epoch=0,
-                    start=start,
-                    token_ids=(0,) * length,
+                    start=span.start,
+                    token_ids=(0,) * span.length,
                     block_table=tuple(range(first_block, num_blocks)),
                     sampling=_GREEDY,
                 )
@@ -81,12 +89,11 @@ class ProfilePoint:
 
     def num_blocks(self, block_size: int) -> int:
         """KV blocks that the sequences take."""
-        chunks = sum(-(-(self.chunk_start + chunk) // block_size) for chunk in self.chunks)
-        return self.num_decodes * -(-self.context // block_size) + chunks
+        return sum(-(-span.end // block_size) for span in self.decodes + self.chunks)
 
 
 def profile_grid(limits: PipelineLimits) -> list[ProfilePoint]:
-    """Decodes at several contexts, prefill chunks at several positions, and mixes of both.
+    """Decodes of several contexts, prefill in one chunk and in several, and mixes of both.
 
     Numbers of rows are powers of two and the largest. Each number comes once before any comes
     again, from coarse to fine, so that a grid that is cut short spans the same range. What does
@@ -106,16 +113,20 @@ def _num_rows(point: ProfilePoint) -> int:
 
 def _decodes(limits: PipelineLimits) -> Iterator[ProfilePoint]:
     for num_decodes in _sizes(min(limits.max_decodes, limits.max_batch_tokens)):
-        for context in _contexts(limits):
-            yield ProfilePoint(num_decodes=num_decodes, context=context)
+        for longest in _contexts(limits):
+            yield ProfilePoint(decodes=_spread(num_decodes, longest))
 
 
 def _prefills(limits: PipelineLimits) -> Iterator[ProfilePoint]:
     longest = limits.max_model_len
     for num_tokens in _sizes(limits.max_batch_tokens):
         latest = max(0, longest - num_tokens)
-        for start in dict.fromkeys((0, latest // 2, latest)):
-            yield ProfilePoint(chunks=_cut(num_tokens, longest), chunk_start=start)
+        for chunks in (
+            _cut(num_tokens, longest, num_chunks=1),
+            _several(num_tokens, longest),
+            _cut(num_tokens, longest, num_chunks=1, first_start=latest),
+        ):
+            yield ProfilePoint(chunks=chunks)
 
 
 def _mixes(limits: PipelineLimits) -> Iterator[ProfilePoint]:
@@ -123,14 +134,40 @@ def _mixes(limits: PipelineLimits) -> Iterator[ProfilePoint]:
     context = contexts[len(contexts) // 2]
     for num_decodes in _sizes(limits.max_decodes)[2::2]:
         for num_tokens in _sizes(limits.max_batch_tokens - num_decodes)[4::2]:
-            chunks = _cut(num_tokens, limits.max_model_len)
-            yield ProfilePoint(num_decodes=num_decodes, context=context, chunks=chunks)
+            chunks = _several(num_tokens, limits.max_model_len)
+            yield ProfilePoint(decodes=_spread(num_decodes, context), chunks=chunks)
 
 
-def _cut(num_tokens: int, longest: int) -> tuple[int, ...]:
-    """Chunks of at most the longest."""
-    num_whole, rest = divmod(num_tokens, longest)
-    return (longest,) * num_whole + ((rest,) if rest else ())
+def _spread(num_decodes: int, longest: int) -> tuple[Span, ...]:
+    """Decodes whose contexts are spread evenly up to the longest, as those in service differ.
+
+    Kernels that pad to the longest, or share work out by sequences, are slower for these than for
+    as many tokens in equal contexts.
+    """
+    contexts = (-(-longest * (index + 1) // num_decodes) for index in range(num_decodes))
+    return tuple(Span(context - 1, 1) for context in contexts)
+
+
+def _several(num_tokens: int, longest: int) -> tuple[Span, ...]:
+    num_chunks = max(1, min(_NUM_CHUNKS, num_tokens // _SHORTEST_CHUNK))
+    return _cut(num_tokens, longest, num_chunks=num_chunks)
+
+
+def _cut(
+    num_tokens: int, longest: int, *, num_chunks: int, first_start: int = 0
+) -> tuple[Span, ...]:
+    """Chunks of about one length: so many, or more where one would be longer than the longest.
+
+    Later ones start later, as those of prompts of which more is computed already.
+    """
+    num_chunks = max(num_chunks, -(-num_tokens // longest))
+    each, rest = divmod(num_tokens, num_chunks)
+    chunks = []
+    for index in range(num_chunks):
+        length = each + (index < rest)
+        room = longest - length - first_start
+        chunks.append(Span(first_start + room * index // num_chunks, length))
+    return tuple(chunks)
 
 
 def _contexts(limits: PipelineLimits) -> list[int]:

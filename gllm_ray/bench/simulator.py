@@ -87,13 +87,10 @@ class SimulatorBenchResult:
         return asdict(self) | {"tokens_per_s": self.tokens_per_s}
 
 
-def bench_simulator(
-    policy: PolicyConfig, *, num_stages: int = 4, num_running: int = 256, num_requests: int = 3000
-) -> SimulatorBenchResult:
-    """Simulate an offline batch of ShareGPT lengths on a saturated pipeline of L20.
-
-    The KV cache has room for about `num_running` sequences, and the others wait.
-    """
+def saturable_deployment(
+    policy: PolicyConfig, *, num_stages: int, num_running: int = 256, num_replicas: int = 1
+) -> Deployment:
+    """Pipelines of L20 whose KV caches each have room for about so many ShareGPT sequences."""
     layout = PipelineLayout.split(parse_model_shape(_MODEL), num_stages)
     cost = RooflineCost(layout, find_device("L20"), find_host("graphs"))
     fit = FixedCostModel.from_calibration(linear_fit(cost) | {"provenance": "fit to the roofline"})
@@ -104,13 +101,24 @@ def bench_simulator(
         max_model_len=_MAX_MODEL_LEN,
         max_decodes=num_running,
     )
-    deployment = Deployment(
+    return Deployment(
         cost=cost,
         make_scheduler=lambda: Scheduler(
             make_policy(policy), scheduler, cost=fit, predictor=StatisticsPredictor()
         ),
         timing=_TIMING,
+        num_replicas=num_replicas,
     )
+
+
+def bench_simulator(
+    policy: PolicyConfig, *, num_stages: int = 4, num_running: int = 256, num_requests: int = 3000
+) -> SimulatorBenchResult:
+    """Simulate an offline batch of ShareGPT lengths on a saturated pipeline of L20.
+
+    The KV cache has room for about `num_running` sequences, and the others wait.
+    """
+    deployment = saturable_deployment(policy, num_stages=num_stages, num_running=num_running)
     config = SyntheticWorkloadConfig.model_validate(
         {"arrivals": "at_once", "lengths": "sharegpt", "num_requests": num_requests}
     )

@@ -211,6 +211,12 @@ class TimeWeightedMean:
         self._value = value
         self.peak = max(self.peak, value)
 
+    def add(self, other: "TimeWeightedMean") -> None:
+        """Count the time of another too, as if it had come before."""
+        self.peak = max(self.peak, other.peak)
+        self._integral += other.integral
+        self._start_s -= other.duration_s
+
     @property
     def integral(self) -> float:
         """The value times the seconds it held, up to the last `set`."""
@@ -223,7 +229,7 @@ class TimeWeightedMean:
 
 
 class PipelineMetrics:
-    """What the stages of one replica do.
+    """What the stages of a replica do, or those of several at the same place.
 
     Args:
         num_stages: Depth of the pipeline.
@@ -237,6 +243,12 @@ class PipelineMetrics:
     def __init__(self, num_stages: int, start_s: float = 0.0) -> None:
         self.stages = [StageTimeUse() for _ in range(num_stages)]
         self.kv_utilization = TimeWeightedMean(start_s)
+
+    def add(self, other: "PipelineMetrics") -> None:
+        """Count another replica too, of the same depth."""
+        for stage, use in zip(self.stages, other.stages, strict=True):
+            stage.add(use)
+        self.kv_utilization.add(other.kv_utilization)
 
 
 class StageInterval(NamedTuple):

@@ -70,13 +70,15 @@ def make_plan(
         )
 
     screened = run("screening", screen, choices)
-    outcomes = ranked(config, run("simulating", evaluate, finalists(config, screened)))
+    chosen = finalists(config, screened)
+    outcomes = ranked(config, run("simulating", evaluate, chosen))
     good = [outcome.choice for outcome in outcomes if not violations(config, outcome)]
     servable = [choice for choice in good if is_servable(choice)]
     tried = list(dict.fromkeys([*servable[:1], *good[:_NUM_HEADROOMS]]))
     multiples = run("headroom", headroom, tried)
     return Plan(
         outcomes=tuple(outcomes),
+        dropped=tuple(each for each in ranked(config, screened) if each.choice not in chosen),
         frontier=tuple(cost_frontier(config, outcomes)),
         best=next((each for each in outcomes if each.choice in servable[:1]), None),
         headroom=dict(zip(tried, multiples, strict=True)),

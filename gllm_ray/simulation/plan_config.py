@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from gllm_ray.errors import ConfigError
@@ -14,6 +13,7 @@ from gllm_ray.simulation.model_shape import ModelShape
 from gllm_ray.simulation.routing import RoutingName
 from gllm_ray.simulation.workload_config import TraceWorkloadConfig, WorkloadConfig
 from gllm_ray.strict_schema import StrictModel, parse_strictly
+from gllm_ray.strict_yaml import read_yaml
 
 Counts = Annotated[
     tuple[Annotated[int, Field(ge=1, le=256)], ...], Field(strict=False, min_length=1)
@@ -179,12 +179,9 @@ def load_plan_config(path: Path) -> PlanConfig:
     Raises:
         ConfigError: One line for each mistake, after the name of the file.
     """
+    data = read_yaml(path)
     try:
-        config = parse_plan_config(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        config = parse_plan_config(data)
     except ConfigError as error:
         lines = str(error).splitlines()
         raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None

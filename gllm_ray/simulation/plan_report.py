@@ -19,6 +19,11 @@ from gllm_ray.simulation.planner import (
 )
 
 _CHUNK_TOKENS = 512
+_MAX_DROPPED = 10
+_LEGEND = (
+    "busy: share of the time in which stages compute; headroom: up to how many times the rate the "
+    "SLO is met, at most 16"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +32,14 @@ class Plan:
 
     Attributes:
         outcomes: The choices that were simulated with all their replicas, the best first.
+        dropped: Those that were only screened, by one replica, the best first.
         frontier: Those of them that no other dominates, by rising cost.
         best: The best one that the service runs and that meets the SLO; None: there is none.
         headroom: By choice, the multiple of the rate up to which it meets the SLO.
     """
 
     outcomes: tuple[Outcome, ...]
+    dropped: tuple[Outcome, ...]
     frontier: tuple[Outcome, ...]
     best: Outcome | None
     headroom: dict[Choice, float]
@@ -89,17 +96,32 @@ def format_plan(config: PlanConfig, plan: Plan) -> str:
             "The best that were simulated with all replicas",
             *_outcome_table(config, plan, plan.outcomes),
             "",
+            *_dropped(config, plan),
+            _LEGEND,
+            "",
             *_verdict(config, plan),
         ]
     )
+
+
+def _dropped(config: PlanConfig, plan: Plan) -> list[str]:
+    if not plan.dropped:
+        return []
+    shown = plan.dropped[:_MAX_DROPPED]
+    count = f"{len(shown)} of {len(plan.dropped)}"
+    return [
+        f"Not among the best when one replica served its share of the requests ({count})",
+        *_outcome_table(config, plan, shown),
+        "",
+    ]
 
 
 def _outcome_table(config: PlanConfig, plan: Plan, outcomes: Sequence[Outcome]) -> list[str]:
     percentile = f"p{config.slo.percentile}"
     rows = [
         ["GPUs", "device", "stages", "TP", "replicas", "policy", _cost_name(config)]
-        + [f"{percentile} {name}" for name in ("TTFT", "TPOT", "E2E")]
-        + ["tokens/s", "busy", "headroom", "SLO"]
+        + [f"{percentile} {name} (s)" for name in ("TTFT", "TPOT", "E2E")]
+        + ["output tokens/s", "busy", "headroom", "SLO"]
     ]
     for outcome in outcomes:
         choice, latency = outcome.choice, outcome.latency_s
@@ -159,7 +181,7 @@ def _policy_name(policy: PolicyConfig) -> str:
 
 
 def _cost_name(config: PlanConfig) -> str:
-    return "cost/1M tokens" if config.is_priced else "number of GPUs"
+    return "cost/1M output tokens" if config.is_priced else "number of GPUs"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

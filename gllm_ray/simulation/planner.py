@@ -213,14 +213,18 @@ def _fits(config: PlanConfig, model: ModelShape, cut: Cut, rejections: list[Reje
         kv_bytes = num_blocks * config.block_size * layout.kv_bytes_per_token(stage_id)
         if weight_bytes + kv_bytes > usable_bytes:
             reason = (
-                f"stage {stage_id} needs {weight_bytes + kv_bytes} bytes on each {cut.device}: "
-                f"{weight_bytes} of weights and {kv_bytes} for a sequence of "
-                f"{config.model.max_model_len} tokens; available are {usable_bytes} of "
-                f"{memory_bytes}"
+                f"stage {stage_id} needs {_gib(weight_bytes + kv_bytes)} on each {cut.device}: "
+                f"{_gib(weight_bytes)} of weights and {_gib(kv_bytes)} of KV cache for one "
+                f"sequence of {config.model.max_model_len} tokens; available are "
+                f"{_gib(usable_bytes)}, {config.memory_utilization:g} of {_gib(memory_bytes)}"
             )
             rejections.append(Rejection(f"{cut}, layers {list(cut.layers)}", reason))
             return False
     return True
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _stages(num_stages: int, tensor_parallel: int) -> str:

@@ -41,8 +41,8 @@ class FlyingBatch(NamedTuple):
     epoch: int
 
 
-# Called with the time at which the result of a micro-batch reaches the scheduler.
-ExpectResult = Callable[[float, FlyingBatch], None]
+# Called with the time at which the result of a micro-batch reaches the scheduler of a replica.
+ExpectResult = Callable[[float, "SimulatedReplica", FlyingBatch], None]
 
 
 class SimulatedReplica:
@@ -111,6 +111,10 @@ class SimulatedReplica:
         """Whether it has started, and has not been stopped or still holds requests."""
         return now_s >= self._start_s and (now_s < self.stopped_s or self.num_requests > 0)
 
+    def has_gone(self, now_s: float) -> bool:
+        """Whether it was stopped, and has ended what it held."""
+        return self.stopped_s <= now_s and self.num_requests == 0
+
     @property
     def next_deadline_s(self) -> float | None:
         """When a request may next expire."""
@@ -151,7 +155,8 @@ class SimulatedReplica:
             self._batches.add(load)
             self._ideal.add(load)
             result_s, times = self._pipeline.submit(batch.batch_id, load, formed_s)
-            self._expect_result(result_s, FlyingBatch(batch, load.num_decodes, times, self.epoch))
+            flying = FlyingBatch(batch, load.num_decodes, times, self.epoch)
+            self._expect_result(result_s, self, flying)
             if self.decisions is not None:
                 self.decisions.append(batch)
         self.busy_until_s = formed_s

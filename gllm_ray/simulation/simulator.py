@@ -87,12 +87,16 @@ class Simulation:
         self._requests = RequestMetrics(slo)
         self._batches = BatchMetrics()
         self._intervals: list[StageInterval] | None = [] if keep_intervals else None
-        self._keep_decisions = keep_decisions
         self._events = EventQueue[_Payload]()
         self._router = Router(deployment.routing, Random(f"{seed} routing"))
         self._ideal = IdealWork(deployment.cost)
-        self._replicas: list[SimulatedReplica] = []  # every one that ever was
+        self._replicas: dict[int, SimulatedReplica] = {}  # that have not gone, by their number
         self._serving: list[SimulatedReplica] = []  # or about to
+        self._gone = PipelineMetrics(deployment.cost.layout.num_stages)
+        self._gone_s = 0.0  # how long those ran that have gone
+        self._decisions: list[list[MicroBatch]] | None = [] if keep_decisions else None
+        self._num_started = 0
+        self._all_ready_s = 0.0  # from when on none of them has still to start
         self._held: list[_Arrival] = []  # no replica is ready
         self._count = ReplicaCount(deployment.autoscaler) if deployment.autoscaler else None
         self._num_replicas = 0
@@ -154,7 +158,9 @@ class Simulation:
                 replica.fill(now_s)
 
     def _route(self, arrival: _Arrival, now_s: float) -> None:
-        ready = [replica for replica in self._serving if replica.ready_s <= now_s]
+        ready = self._serving
+        if now_s < self._all_ready_s:
+            ready = [replica for replica in ready if replica.ready_s <= now_s]
         if not ready:
             self._held.append(arrival)
             return
@@ -173,11 +179,10 @@ class Simulation:
             self._events.push(deadline_s, EventKind.EXPIRY, replica)
 
     def _on_loss(self, loss: StageLoss, now_s: float) -> None:
-        if loss.replica_id >= len(self._replicas):
-            return
-        replica = self._replicas[loss.replica_id]
-        if replica.is_running(now_s):
+        replica = self._replicas.get(loss.replica_id)
+        if replica is not None and replica.is_running(now_s):
             replica.lose_stage(now_s, loss.recovery_s)
+            self._all_ready_s = max(self._all_ready_s, replica.ready_s)
             self._events.push(replica.ready_s, EventKind.READY, replica)
 
     def _is_free(self, event: Event[_Payload], replica: SimulatedReplica) -> bool:
@@ -210,10 +215,24 @@ class Simulation:
         for replica in self._serving[wanted:]:
             replica.stopped_s = now_s
         del self._serving[wanted:]
+        self._let_go(now_s)
         self._events.push(now_s + autoscaler.interval_s, EventKind.SCALE, None)
 
+    def _let_go(self, now_s: float) -> None:
+        """Keep of the replicas that have been stopped and hold nothing what they have measured."""
+        gone = [each for each in self._replicas.items() if each[1].has_gone(now_s)]
+        for replica_id, replica in gone:
+            self._gone_s += replica.close(now_s)
+            self._gone.add(replica.metrics)
+            del self._replicas[replica_id]
+
+    def _expect_result(
+        self, result_s: float, replica: SimulatedReplica, flying: FlyingBatch
+    ) -> None:
+        self._events.push(result_s, EventKind.RESULT, _Result(replica, flying))
+
     def _start_replica(self, ready_s: float) -> None:
-        deployment, replica_id = self._deployment, len(self._replicas)
+        deployment, replica_id = self._deployment, self._num_started
         metrics = PipelineMetrics(deployment.cost.layout.num_stages, ready_s)
         pipeline = VirtualPipeline(
             deployment.cost,
@@ -225,40 +244,42 @@ class Simulation:
             ready_s,
         )
 
-        def expect_result(result_s: float, flying: FlyingBatch) -> None:
-            self._events.push(result_s, EventKind.RESULT, _Result(replica, flying))
-
         replica = SimulatedReplica(
             deployment.make_scheduler(),
             pipeline,
             self._requests,
             self._batches,
             self._ideal,
-            expect_result,
+            self._expect_result,
             ready_s,
         )
-        replica.decisions = [] if self._keep_decisions else None
+        if self._decisions is not None:
+            replica.decisions = []
+            self._decisions.append(replica.decisions)
+        self._all_ready_s = max(self._all_ready_s, ready_s)
         self._events.push(ready_s, EventKind.READY, replica)
-        self._replicas.append(replica)
+        self._replicas[replica_id] = replica
+        self._num_started += 1
         self._serving.append(replica)
         self._num_replicas = max(self._num_replicas, len(self._serving))
 
     def _result(self) -> SimulationResult:
-        end_s = max((replica.last_end_s for replica in self._replicas), default=0.0)
+        # Who ended the last request is still there.
+        replicas = self._replicas.values()
+        end_s = max((replica.last_end_s for replica in replicas), default=0.0)
         if not end_s > 0:
             raise ConfigError(
                 f"no time passed: of {self._num_requests} requests none was served; give the "
                 "workload requests that the deployment can serve"
             )
-        replica_s = sum(replica.close(end_s) for replica in self._replicas)
+        replica_s = self._gone_s + sum(replica.close(end_s) for replica in replicas)
         report = make_report(
             self._requests,
             self._batches,
-            [replica.metrics for replica in self._replicas],
+            [self._gone, *(replica.metrics for replica in replicas)],
             wall_s=end_s,
             ideal_ratio=self._ideal.time_s / replica_s,
         )
-        decisions = [replica.decisions or [] for replica in self._replicas]
         return SimulationResult(
-            report, self._requests, self._intervals or [], decisions, self._num_replicas
+            report, self._requests, self._intervals or [], self._decisions or [], self._num_replicas
         )

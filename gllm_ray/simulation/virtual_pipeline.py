@@ -1,10 +1,13 @@
 """The stages of one replica in virtual time: servers in a row, and links between them."""
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
+from operator import itemgetter
 from random import Random
+from typing import NamedTuple
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import StageTime
@@ -56,12 +59,24 @@ class Timing:
     slowdowns: tuple[Slowdown, ...] = ()
 
 
+_END = itemgetter(1)
+
+
+class _Passage(NamedTuple):
+    """When each stage computes a micro-batch."""
+
+    batch_id: int
+    label: str
+    starts_s: list[float]
+    ends_s: list[float]
+
+
 class VirtualPipeline:
     """Runs micro-batches in the order of their submission.
 
     Each stage computes one at a time, each link transfers one at a time, and both take them in
     order. So all moments of a micro-batch follow from those of the one before, and are known when
-    it is submitted. What a stage does is accounted for once it is over, for it may be lost before.
+    it is submitted. It is accounted for once it has left, for its stages may be lost before.
 
     Args:
         cost: The time of each stage.
@@ -105,8 +120,8 @@ class VirtualPipeline:
         self._free_s = [start_s] * num_stages
         self._link_free_s = [start_s] * num_stages
         self._counted_s = [start_s] * num_stages  # up to where the time of a stage is accounted for
-        self._planned: list[deque[StageInterval]] = [deque() for _ in range(num_stages)]
-        self._causes: deque[tuple[float, float, IdleCause]] = deque()
+        self._passages: deque[_Passage] = deque()
+        self._causes: list[tuple[float, float, IdleCause]] = []  # by time, none at once
 
     def note_idle(self, start_s: float, end_s: float, cause: IdleCause) -> None:
         """Tell why nothing was submitted for a while; what is not told waits for an upstream."""
@@ -114,13 +129,13 @@ class VirtualPipeline:
             self._causes.append((start_s, end_s, cause))
 
     def advance(self, now_s: float) -> None:
-        """Account for what is over."""
-        for planned in self._planned:
-            while planned and planned[0].end_s <= now_s:
-                self._count(planned.popleft())
-        oldest_s = min(self._counted_s)
-        while self._causes and self._causes[0][1] <= oldest_s:
-            self._causes.popleft()
+        """Account for the micro-batches that have left."""
+        passages = self._passages
+        if not passages or passages[0].ends_s[-1] > now_s:
+            return
+        while passages and passages[0].ends_s[-1] <= now_s:
+            self._count(passages.popleft())
+        del self._causes[: bisect_right(self._causes, min(self._counted_s), key=_END)]
 
     def submit(
         self, batch_id: int, load: StepLoad, now_s: float
@@ -130,40 +145,45 @@ class VirtualPipeline:
         Returns:
             When its result reaches the scheduler, and how long each stage computes.
         """
-        timing, num_stages = self.timing, len(self._free_s)
+        timing, free_s = self.timing, self._free_s
         num_bytes = self._cost.layout.hop_bytes(load) if timing.links else 0
         is_kept = self._intervals is not None
         label = f"{load.num_decodes}+{load.num_prefill_tokens}" if is_kept else ""
+        stage_time_s, is_disturbed = self._cost.stage_time_s, timing.jitter or timing.slowdowns
+        num_links = len(timing.links)
         ready_s = now_s + timing.dispatch_s
-        times = []
-        for stage_id in range(num_stages):
-            start_s = max(ready_s, self._free_s[stage_id])
-            time_s = self._cost.stage_time_s(stage_id, load)
-            if timing.jitter or timing.slowdowns:
+        starts_s, ends_s, times = [], [], []
+        for stage_id, start_s in enumerate(free_s):
+            if start_s < ready_s:
+                start_s = ready_s
+            time_s = stage_time_s(stage_id, load)
+            if is_disturbed:
                 time_s = self._disturbed_s(time_s, stage_id, start_s)
-            ready_s = self._free_s[stage_id] = start_s + time_s
-            self._planned[stage_id].append(
-                StageInterval(stage_id, batch_id, start_s, ready_s, label, self._replica_id)
-            )
+            ready_s = free_s[stage_id] = start_s + time_s
+            starts_s.append(start_s)
+            ends_s.append(ready_s)
             times.append(StageTime(stage_id, batch_id, time_s))
-            if timing.links and stage_id < num_stages - 1:
+            if stage_id < num_links:
                 ready_s = self._transfer(stage_id, num_bytes, ready_s)
+        self._passages.append(_Passage(batch_id, label, starts_s, ends_s))
         return ready_s + timing.result_s, tuple(times)
 
     def restart(self, now_s: float) -> None:
         """Forget what is under way."""
         self.close(now_s)
-        for stage_id, planned in enumerate(self._planned):
-            planned.clear()
-            self._free_s[stage_id] = self._link_free_s[stage_id] = now_s
+        self._passages.clear()
         self._causes.clear()
+        self._free_s = [now_s] * len(self._free_s)
+        self._link_free_s = [now_s] * len(self._free_s)
 
     def close(self, now_s: float) -> None:
         """Account for the time up to now."""
         self.advance(now_s)
-        for stage_id, planned in enumerate(self._planned):
-            if planned and planned[0].start_s < now_s:
-                self._count(planned.popleft()._replace(end_s=now_s))
+        for passage in self._passages:
+            starts_s = [start_s for start_s in passage.starts_s if start_s < now_s]
+            ends_s = [min(end_s, now_s) for end_s in passage.ends_s[: len(starts_s)]]
+            self._count(passage._replace(starts_s=starts_s, ends_s=ends_s))
+        for stage_id in range(len(self._free_s)):
             self._count_idle(stage_id, now_s)
 
     def _disturbed_s(self, time_s: float, stage_id: int, start_s: float) -> float:
@@ -187,26 +207,34 @@ class VirtualPipeline:
             self._free_s[stage_id] = end_s
         return end_s
 
-    def _count(self, interval: StageInterval) -> None:
-        stage_id, end_s = interval.stage_id, interval.end_s
-        if interval.start_s > self._counted_s[stage_id]:
-            self._count_idle(stage_id, interval.start_s)
-        self.metrics.stages[stage_id].busy_s += end_s - interval.start_s
-        self._counted_s[stage_id] = end_s
+    def _count(self, passage: _Passage) -> None:
+        """Account for what stages have computed, and for their idle time before that."""
+        batch_id, label, starts_s, ends_s = passage
+        stages, counted_s = self.metrics.stages, self._counted_s
+        for stage_id, start_s in enumerate(starts_s):
+            if start_s > counted_s[stage_id]:
+                self._count_idle(stage_id, start_s)
+            end_s = counted_s[stage_id] = ends_s[stage_id]
+            stages[stage_id].busy_s += end_s - start_s
         if self._intervals is not None:
-            self._intervals.append(interval)
+            self._intervals += [
+                StageInterval(stage_id, batch_id, *span, label, self._replica_id)
+                for stage_id, span in enumerate(zip(starts_s, ends_s, strict=True))
+            ]
 
     def _count_idle(self, stage_id: int, end_s: float) -> None:
         """Divide the time since a stage's latest work by cause."""
         start_s, idle_s = self._counted_s[stage_id], self.metrics.stages[stage_id].idle_s
-        left_s = end_s - start_s
+        left_s, causes = end_s - start_s, self._causes
         if left_s <= 0:
             return
-        for cause_start_s, cause_end_s, cause in self._causes:
+        for index in range(bisect_right(causes, start_s, key=_END), len(causes)):
+            cause_start_s, cause_end_s, cause = causes[index]
+            if cause_start_s >= end_s:
+                break
             overlap_s = min(end_s, cause_end_s) - max(start_s, cause_start_s)
-            if overlap_s > 0:
-                idle_s[cause] += overlap_s
-                left_s -= overlap_s
+            idle_s[cause] += overlap_s
+            left_s -= overlap_s
         idle_s[IdleCause.UPSTREAM] += max(0.0, left_s)
         self._counted_s[stage_id] = end_s
 

@@ -2,17 +2,20 @@
 
 import json
 from itertools import pairwise
+from random import Random
 
 import pytest
 
-from gllm_ray.bench.profile_grid import PipelineLimits, profile_grid
+from gllm_ray.bench.profile_grid import PipelineLimits, ProfilePoint, Span, profile_grid
 from gllm_ray.bench.service_profile import calibrate, profile_service, service_layout
 from gllm_ray.cli import main
 from gllm_ray.scheduling.cost_model import FixedCostModel
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.simulation.measured import MeasuredCost
-from gllm_ray.simulation.stage_profile import parse_stage_profile
+from gllm_ray.simulation.pipeline_layout import PipelineLayout
+from gllm_ray.simulation.stage_profile import StageProfile, StageSample, parse_stage_profile
 from tests.pipelines import make_service_config
+from tests.unit.simulation.tiny import SHAPE
 
 LIMITS = PipelineLimits(
     max_decodes=48, max_batch_tokens=200, max_model_len=128, num_blocks=1000, block_size=4
@@ -34,6 +37,9 @@ def test_a_grid_keeps_every_limit_and_reaches_each():
     ends = [item.end for point in points for item in point.batch(0, 4).sequences]
     assert max(ends) == 128
     assert any(load.num_decodes and load.num_prefill_tokens for load in loads)
+    assert all(len(point.decodes) == len(set(point.decodes)) for point in points if point.chunks)
+    assert any(len(point.chunks) == 4 and len(set(point.chunks)) == 4 for point in points)
+    assert any(len(point.chunks) == 1 and point.chunks[0].start for point in points)
     assert len(set(points)) == len(points)
 
 
@@ -51,7 +57,7 @@ def test_no_point_takes_more_kv_blocks_than_there_are():
 def test_the_batch_of_a_point_has_its_load():
     for point in grid():
         items = point.batch(0, 4).sequences
-        decodes, chunks = items[: point.num_decodes], items[point.num_decodes :]
+        decodes, chunks = items[: len(point.decodes)], items[len(point.decodes) :]
         assert all(len(item.token_ids) == 1 for item in decodes)
         assert point.load == StepLoad(
             len(decodes),
@@ -66,6 +72,36 @@ def test_a_grid_goes_from_coarse_to_fine_over_the_rows():
     assert rows[:2] == [min(rows), max(rows)]
     halves = sorted(rows).index(rows[2])
     assert abs(halves - len(rows) / 2) <= 1
+
+
+def padding_time_s(point):
+    """A stage whose attention pads decodes to the longest context and loops over chunks."""
+    load, contexts = point.load, [decode.end for decode in point.decodes]
+    padded_s = 4e-7 * len(contexts) * max(contexts, default=0)
+    chunks_s = 3e-4 * len(point.chunks) + 2e-8 * load.num_attention_pairs
+    return 1e-3 + 2e-5 * load.num_tokens + padded_s + chunks_s
+
+
+def test_a_grid_prices_what_differs_within_micro_batches_of_service():
+    limits = {"max_decodes": 64, "max_batch_tokens": 512, "max_model_len": 1024}
+    samples = [
+        StageSample(**point.load._asdict(), stage_times_s=[padding_time_s(point)])
+        for point in grid(**limits, num_blocks=4096, block_size=16)
+    ]
+    profile = StageProfile(
+        format="gllm_ray.stage_profile.v1", provenance="a formula", samples=samples
+    )
+    cost = MeasuredCost.from_profile(PipelineLayout.split(SHAPE, 1), profile)
+    rng = Random(0)
+    served = [
+        ProfilePoint(
+            decodes=tuple(Span(rng.randrange(20, 800), 1) for _ in range(rng.choice((4, 16, 64)))),
+            chunks=tuple(Span(0, rng.randrange(16, 100)) for _ in range(rng.choice((0, 1, 2, 4)))),
+        )
+        for _ in range(200)
+    ]
+    predicted_s = sum(cost.stage_time_s(0, point.load) for point in served)
+    assert predicted_s == pytest.approx(sum(map(padding_time_s, served)), rel=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,14 @@
 """How many replicas there are."""
 
+import weakref
+
 import pytest
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import FinishReason
 from gllm_ray.simulation.autoscaling import Autoscaler, ReplicaCount
-from tests.unit.simulation.tiny import deployment, request, simulate
+from gllm_ray.simulation.metrics import TimeWeightedMean
+from tests.unit.simulation.tiny import deployment, request, serial_scheduler, simulate
 
 RULE = Autoscaler(
     min_replicas=1,
@@ -104,3 +107,65 @@ def test_a_simulation_leaves_the_rule_as_it_was():
     deployed = deployment(autoscaler=RULE)
     requests = [request(float(index), output=50) for index in range(12)]
     assert simulate(deployed, requests) == simulate(deployed, requests)
+
+
+def test_what_is_kept_does_not_grow_with_the_replicas_that_have_gone():
+    rule = Autoscaler(
+        min_replicas=0,
+        max_replicas=2,
+        target_ongoing_requests=2,
+        upscale_delay_s=0.0,
+        downscale_delay_s=2.0,
+        interval_s=1.0,
+        startup_s=1.0,
+    )
+    schedulers, num_kept = [], []
+    make = serial_scheduler(1)
+
+    def make_and_count():
+        num_kept.append(sum(scheduler() is not None for scheduler in schedulers))
+        scheduler = make()
+        schedulers.append(weakref.ref(scheduler))
+        return scheduler
+
+    deployed = deployment(num_replicas=0, autoscaler=rule, make=make_and_count)
+    requests = [request(30.0 * wave, output=4) for wave in range(20) for _ in range(4)]
+    result = simulate(deployed, requests)
+    assert result.report.num_ended[FinishReason.LENGTH] == 80
+    assert len(schedulers) == 40
+    assert max(num_kept) == 1
+
+
+def test_replicas_that_have_gone_count_in_the_report():
+    """Two replicas, of which one goes after its 20 s: whether it has gone when all ends or not."""
+    rule = Autoscaler(
+        min_replicas=1,
+        max_replicas=2,
+        target_ongoing_requests=10,
+        downscale_delay_s=3.0,
+        interval_s=1.0,
+    )
+    deployed = deployment(num_replicas=2, autoscaler=rule, routing="round_robin")
+    first_two = [request(0.0, output=20)] * 2
+    both, one_gone = (
+        simulate(deployed, first_two + later).report for later in ([], [request(40.0, output=10)])
+    )
+    assert both.wall_s == 20.0
+    assert both.pipeline.utilization == pytest.approx(1.0)
+    assert one_gone.pipeline.utilization == pytest.approx((20 + 20 + 10) / (20 + 50))
+    assert one_gone.kv_utilization_peak == both.kv_utilization_peak
+
+
+def test_means_over_time_add_up_as_one_after_the_other():
+    whole, total = TimeWeightedMean(), TimeWeightedMean()
+    parts = [TimeWeightedMean(start_s) for start_s in (0.0, 2.0)]
+    spans = [(0.5, 0.0, 1.5), (0.25, 2.0, 5.0)]
+    for part, (value, start_s, end_s) in zip(parts, spans, strict=True):
+        part.set(value, start_s)
+        part.set(0.0, end_s)
+        total.add(part)
+    whole.set(0.5, 0.0)
+    whole.set(0.25, 1.5)
+    whole.set(0.0, 4.5)
+    assert (total.integral, total.duration_s) == (whole.integral, whole.duration_s)
+    assert total.peak == whole.peak

@@ -73,9 +73,12 @@ def test_a_stage_fits_exactly_when_weights_and_one_sequence_are_within_its_memor
     if rejections:
         (rejection,) = rejections
         assert rejection.what == "L4, 1 stages x 1 GPU, layers [32]"
-        assert f"stage 0 needs {weights + kv} bytes on each L4" in rejection.reason
-        assert f"{weights} of weights and {kv} for a sequence" in rejection.reason
-        assert f"available are {usable} of" in rejection.reason
+        assert f"stage 0 needs {(weights + kv) / 2**30:.2f} GiB on each L4" in rejection.reason
+        assert (
+            f"{weights / 2**30:.2f} GiB of weights and {kv / 2**30:.2f} GiB of KV"
+            in rejection.reason
+        )
+        assert f"available are {usable / 2**30:.2f} GiB, " in rejection.reason
 
 
 @given(st.sampled_from([LLAMA_3_8B, LLAMA_2_70B]), st.integers(1, 16), st.integers(16, 100_000))

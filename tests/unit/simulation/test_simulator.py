@@ -137,7 +137,7 @@ def test_nothing_is_lost_or_counted_twice(
     if ended[FinishReason.LENGTH] + ended[FinishReason.STOP] == len(requests):
         assert report.num_input_tokens == sum(each.num_prompt_tokens for each in requests)
         assert report.num_output_tokens == sum(each.num_output_tokens for each in requests)
-    for replica_id, replica in enumerate(simulation._replicas):
+    for replica_id, replica in simulation._replicas.items():
         assert replica.num_requests == 0
         for stage_id, stage in enumerate(replica.metrics.stages):
             assert stage.total_s == pytest.approx(report.wall_s)
@@ -247,4 +247,4 @@ def test_what_waits_to_happen_does_not_grow_with_the_workload(monkeypatch):
     assert max(sizes) <= 6
     pipeline = simulation._replicas[0]._pipeline
     assert len(pipeline._causes) <= 6
-    assert sum(map(len, pipeline._planned)) == 0
+    assert len(pipeline._passages) == 0
