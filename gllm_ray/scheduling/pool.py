@@ -56,6 +56,11 @@ class SequencePool:
     def __getitem__(self, seq_id: int) -> Sequence:
         return self._sequences[seq_id]
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence waits for its next micro-batch."""
+        return bool(self.ready or self.prefilling or self.waiting)
+
     def add(self, sequence: Sequence, deadline_s: float | None) -> None:
         """Let a new sequence wait, until a time if one is given."""
         self._sequences[sequence.seq_id] = sequence

@@ -180,7 +180,7 @@ class Scheduler:
         Decodes go first, the one that waits longest before the others; then prompts under way;
         then waiting ones.
         """
-        if len(self._in_flight) >= self._max_in_flight or not self._pool:
+        if len(self._in_flight) >= self._max_in_flight or not self._pool.has_work:
             return None
         step = self._select(self._policy.budget(self._view(now_s)))
         if not (step.items or self._in_flight):
