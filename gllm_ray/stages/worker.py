@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence, StageInfo
-from gllm_ray.model.attention.backend import PagedAttention, choose_attention
+from gllm_ray.model.attention.backend import AttentionBackend, choose_attention
 from gllm_ray.model.attention.interface import paged_forward
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.model.inputs import pack
@@ -39,7 +39,7 @@ class StageWorker:
         self._stage_id = stage_id
         self._device = torch.device(config.pipeline.device)
         self._shard: Shard
-        self._attend: PagedAttention
+        self._attention: AttentionBackend
         self._geometries: dict[nn.Module, AttentionGeometry] = {}
         self._caches: dict[nn.Module, LayerKvCache] = {}
         self.bytes_read = 0
@@ -88,7 +88,6 @@ class StageWorker:
             shard.load(reader.tensors)
             self.bytes_read = reader.bytes_read
         self._shard = shard
-        self._attend = choose_attention(self._device, shard.dtype)
         kv_cache_bytes = self._probe(checkpoint.max_model_len)
         kv_block_bytes = block_bytes(
             self._geometries, self._config.kv_cache.block_size, shard.dtype
@@ -102,6 +101,7 @@ class StageWorker:
             weight_bytes=shard.weight_bytes,
             kv_block_bytes=kv_block_bytes,
             max_kv_blocks=kv_cache_bytes // kv_block_bytes,
+            attention=self._attention.description,
         )
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
@@ -124,7 +124,7 @@ class StageWorker:
             whose `sampling` is set.
         """
         inputs = pack(batch, self._config.kv_cache.block_size, self._device)
-        with paged_forward(inputs, self._caches, self._attend):
+        with paged_forward(inputs, self._caches, self._attention.attend):
             output = self._shard.forward(inputs, hidden)
         if not self.is_last:
             return output
@@ -163,6 +163,7 @@ class StageWorker:
     def _probe(self, max_model_len: int) -> int:
         """Learn what the attention modules cache, and how many bytes their cache may take."""
         self._geometries = self._shard.probe(num_tokens=1, num_samples=1)
+        self._attention = choose_attention(self._device, self.dtype, self._geometries.values())
         if self._device.type == "cpu":
             return self._config.kv_cache.kv_cache_bytes
         torch.cuda.empty_cache()

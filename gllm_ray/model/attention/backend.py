@@ -1,16 +1,15 @@
 """Which implementation of paged attention a stage runs."""
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
 from gllm_ray.model.attention import reference
+from gllm_ray.model.attention.operator_build import OperatorUnavailableError, load_operator
 from gllm_ray.model.attention.reference import ScoreRule
 from gllm_ray.model.inputs import PackedInputs
-from gllm_ray.model.kv_cache import LayerKvCache
-
-logger = logging.getLogger(__name__)
+from gllm_ray.model.kv_cache import AttentionGeometry, LayerKvCache
 
 # See `reference.paged_attention`.
 PagedAttention = Callable[[torch.Tensor, LayerKvCache, PackedInputs, ScoreRule], torch.Tensor]
@@ -18,26 +17,47 @@ PagedAttention = Callable[[torch.Tensor, LayerKvCache, PackedInputs, ScoreRule],
 _OPERATOR_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype) -> PagedAttention:
-    """The fastest implementation that runs here; the log says which one, and why."""
-    if device.type != "cpu":
-        return reference.paged_attention
-    if dtype not in _OPERATOR_DTYPES:
-        logger.warning("attention: torch, because the C++ operator does not take %s", dtype)
-        return reference.paged_attention
-    from gllm_ray.model.attention.operator_build import OperatorUnavailableError, load_operator
+@dataclass(frozen=True, slots=True)
+class AttentionBackend:
+    """An implementation of paged attention.
 
+    Attributes:
+        description: What it is and, where it is not the fastest, why; for the log.
+        attend: See `reference.paged_attention`.
+    """
+
+    description: str
+    attend: PagedAttention
+
+
+def choose_attention(
+    device: torch.device, dtype: torch.dtype, geometries: Iterable[AttentionGeometry]
+) -> AttentionBackend:
+    """The fastest implementation that runs here; on CPU it may have to be built first."""
+    if device.type != "cpu":
+        return AttentionBackend("torch", reference.paged_attention)
     try:
-        operator = load_operator()
+        _check_operator_takes(dtype, geometries)
+        attend = OperatorAttention(load_operator())
     except OperatorUnavailableError as error:
-        logger.warning("attention: torch, slower than the C++ operator, because %s", error)
-        return reference.paged_attention
-    logger.info("attention: the C++ operator")
-    return OperatorAttention(operator)
+        description = f"torch, slower than the C++ operator, because {error}"
+        return AttentionBackend(description, reference.paged_attention)
+    return AttentionBackend("C++ operator", attend)
+
+
+def _check_operator_takes(dtype: torch.dtype, geometries: Iterable[AttentionGeometry]) -> None:
+    if dtype not in _OPERATOR_DTYPES:
+        raise OperatorUnavailableError(f"it does not take {dtype}")
+    if any(geometry.expand is not None for geometry in geometries):
+        raise OperatorUnavailableError("it does not take the latents this model caches")
 
 
 class OperatorAttention:
-    """The C++ operator, and the reference for what it does not cover: keys that are expanded."""
+    """The C++ operator behind the signature of the reference.
+
+    Args:
+        operator: What `load_operator` returns.
+    """
 
     def __init__(self, operator: Callable[..., None]) -> None:
         self._operator = operator
@@ -46,8 +66,6 @@ class OperatorAttention:
         self, query: torch.Tensor, cache: LayerKvCache, inputs: PackedInputs, rule: ScoreRule
     ) -> torch.Tensor:
         """See `reference.paged_attention`."""
-        if cache.geometry.expand is not None:
-            return reference.paged_attention(query, cache, inputs, rule)
         output = query.new_empty(query.shape[1], query.shape[0], cache.values.shape[-1])
         self._operator(
             output,

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import include_paths, library_paths
 
 _SOURCE = Path(__file__).with_name("paged_attention.cpp")
 _LIBRARY = "paged_attention.so"
@@ -87,6 +86,9 @@ def _find_compiler() -> str:
 
 
 def _compile(compiler: str, library: Path) -> None:
+    # Only who builds waits for its import.
+    from torch.utils.cpp_extension import include_paths, library_paths
+
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     command = [compiler, *_FLAGS, native, str(_SOURCE), "-o", str(library)]
     command += [f"-I{path}" for path in include_paths()]

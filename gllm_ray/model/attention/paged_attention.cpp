@@ -145,12 +145,13 @@ void find_chunk(const Problem& problem, const Task& task, int64_t kv_head, int64
   const int64_t base = kv_head * problem.num_slots;
   const T* keys = static_cast<const T*>(problem.keys) + base * problem.key_width;
   const T* values = static_cast<const T*>(problem.values) + base * problem.value_width;
-  for (int64_t j = 0; j < count; ++j) {
-    const int64_t position = first + j;
-    const int64_t slot = task.block_table[position / problem.block_size] * problem.block_size +
-                         position % problem.block_size;
-    chunk.keys[j] = keys + slot * problem.key_width;
-    chunk.values[j] = values + slot * problem.value_width;
+  int64_t block = first / problem.block_size, offset = first % problem.block_size;
+  for (int64_t j = 0; j < count; ++block, offset = 0) {
+    const int64_t slots = task.block_table[block] * problem.block_size;
+    for (; offset < problem.block_size && j < count; ++offset, ++j) {
+      chunk.keys[j] = keys + (slots + offset) * problem.key_width;
+      chunk.values[j] = values + (slots + offset) * problem.value_width;
+    }
   }
 }
 
