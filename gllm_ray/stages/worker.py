@@ -2,6 +2,7 @@
 
 import os
 import socket
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ from gllm_ray.model.kv_cache import (
     allocate_kv_cache,
     block_bytes,
 )
+from gllm_ray.model.linear import speed_up_linears
+from gllm_ray.model.operators.build import OperatorsUnavailableError
 from gllm_ray.model.sampler import sample
 from gllm_ray.model.shard import Shard, count_parameters
 from gllm_ray.model.weights import SafetensorsReader, dummy_tensors
@@ -89,6 +92,9 @@ class StageWorker:
             self.bytes_read = reader.bytes_read
         self._shard = shard
         kv_cache_bytes = self._probe(checkpoint.max_model_len)
+        if self._device.type == "cpu":
+            with suppress(OperatorsUnavailableError):  # then attention's description says why
+                speed_up_linears(shard.model)
         kv_block_bytes = block_bytes(
             self._geometries, self._config.kv_cache.block_size, shard.dtype
         )

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from gllm_ray.model.attention import reference
-from gllm_ray.model.attention.operator_build import OperatorUnavailableError, load_operator
 from gllm_ray.model.attention.reference import ScoreRule
 from gllm_ray.model.inputs import PackedInputs
 from gllm_ray.model.kv_cache import AttentionGeometry, LayerKvCache
+from gllm_ray.model.operators.build import OperatorsUnavailableError, load_operators
 
 # See `reference.paged_attention`.
 PagedAttention = Callable[[torch.Tensor, LayerKvCache, PackedInputs, ScoreRule], torch.Tensor]
@@ -38,8 +38,8 @@ def choose_attention(
         return AttentionBackend("torch", reference.paged_attention)
     try:
         _check_operator_takes(dtype, geometries)
-        attend = OperatorAttention(load_operator())
-    except OperatorUnavailableError as error:
+        attend = OperatorAttention(load_operators().paged_attention.default)
+    except OperatorsUnavailableError as error:
         description = f"torch, slower than the C++ operator, because {error}"
         return AttentionBackend(description, reference.paged_attention)
     return AttentionBackend("C++ operator", attend)
@@ -47,16 +47,16 @@ def choose_attention(
 
 def _check_operator_takes(dtype: torch.dtype, geometries: Iterable[AttentionGeometry]) -> None:
     if dtype not in _OPERATOR_DTYPES:
-        raise OperatorUnavailableError(f"it does not take {dtype}")
+        raise OperatorsUnavailableError(f"it does not take {dtype}")
     if any(geometry.expand is not None for geometry in geometries):
-        raise OperatorUnavailableError("it does not take the latents this model caches")
+        raise OperatorsUnavailableError("it does not take the latents this model caches")
 
 
 class OperatorAttention:
     """The C++ operator behind the signature of the reference.
 
     Args:
-        operator: What `load_operator` returns.
+        operator: `gllm_ray::paged_attention`.
     """
 
     def __init__(self, operator: Callable[..., None]) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gllm_ray.model.attention import operator_build, reference
+from gllm_ray.model.attention import reference
 from gllm_ray.model.attention.backend import OperatorAttention, choose_attention
-from gllm_ray.model.attention.operator_build import OperatorUnavailableError
 from gllm_ray.model.kv_cache import AttentionGeometry
+from gllm_ray.model.operators import build
+from gllm_ray.model.operators.build import OperatorsUnavailableError
 
 CPU = torch.device("cpu")
 PLAIN = AttentionGeometry(key_shape=(1, 8), value_shape=(1, 8), window=None, expand=None)
@@ -47,8 +48,8 @@ def chosen(process: subprocess.Popen) -> str:
 @pytest.fixture
 def compiler():
     try:
-        return operator_build._find_compiler()
-    except OperatorUnavailableError as error:
+        return build._find_compiler()
+    except OperatorsUnavailableError as error:
         pytest.skip(str(error))
 
 
@@ -72,7 +73,7 @@ def test_processes_that_start_together_build_once_and_later_ones_need_no_compile
     assert count.read_text() == "run\n"
     assert chosen(choose_in_process(cache_home, PATH="", CXX="")) == "C++ operator"
     left = sorted(path.name for path in cache_home.rglob("*") if path.is_file())
-    assert left == ["lock", "paged_attention.so"]
+    assert left == ["lock", "operators.so"]
 
 
 def test_without_a_compiler_torch_attends_and_the_description_says_why(tmp_path):
@@ -99,18 +100,17 @@ def test_a_cache_that_cannot_be_written_leaves_torch(compiler, tmp_path):
 
 def test_another_cpu_or_torch_or_source_has_another_place_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    places = [operator_build._cache_directory(), operator_build._cache_directory()]
+    places = [build._cache_directory(), build._cache_directory()]
     assert places[0] == places[1]
     assert tmp_path in places[0].parents
-    source = tmp_path / "source.cpp"
-    source.write_text("int x;\n")
+    (tmp_path / "source.cpp").write_text("int x;\n")
     for target, value in (
         (torch, ("__version__", "2.99.0")),
-        (operator_build, ("_cpu", lambda: "another")),
-        (operator_build, ("_SOURCE", source)),
+        (build, ("cpu_description", lambda: "another")),
+        (build, ("_SOURCES", tmp_path)),
     ):
         monkeypatch.setattr(target, *value)
-        places.append(operator_build._cache_directory())
+        places.append(build._cache_directory())
     assert len(set(places)) == 4
 
 

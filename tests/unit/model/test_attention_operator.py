@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gllm_ray.model.attention.backend import OperatorAttention
-from gllm_ray.model.attention.operator_build import OperatorUnavailableError, load_operator
 from gllm_ray.model.attention.reference import paged_attention
+from gllm_ray.model.operators.build import OperatorsUnavailableError, load_operators
 from tests.unit.model.attention_problems import Case, Problem
 
 
 @pytest.fixture(scope="module")
 def operator():
     try:
-        return OperatorAttention(load_operator())
-    except OperatorUnavailableError as error:
+        return OperatorAttention(load_operators().paged_attention.default)
+    except OperatorsUnavailableError as error:
         pytest.skip(str(error))
 
 

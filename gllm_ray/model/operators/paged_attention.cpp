@@ -9,70 +9,24 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <optional>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
 
-using torch::headeronly::BFloat16;
 using torch::stable::Tensor;
 
-#ifdef __AVX512F__
-constexpr int64_t kLanes = 16;
-constexpr int64_t kMaxVectors = 4;  // of rows in a tile; 4 x 4 sums stay in registers
-#else
-constexpr int64_t kLanes = 8;
-constexpr int64_t kMaxVectors = 2;
-#endif
+constexpr int64_t kMaxVectors = kNumRegisters / 8;  // of rows; so kTile times as many sums fit
 constexpr int64_t kTile = 4;       // keys, value columns or rows whose sums are in registers
 constexpr int64_t kChunk = 64;     // keys between two updates of the softmax
 constexpr int64_t kFewRows = 12;   // up to which the lanes hold a head's width
 constexpr float kNegInf = -__builtin_inff();
 constexpr float kLowest = -1e30f;  // a running maximum before the first key
-
-typedef float Vec __attribute__((vector_size(kLanes * 4)));
-typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
-typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
-typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
-
-inline Vec load(const float* from) {
-  Vec vec;
-  std::memcpy(&vec, from, sizeof vec);
-  return vec;
-}
-
-inline Vec load(const BFloat16* from) {
-  HalfVec half;
-  std::memcpy(&half, from, sizeof half);
-  UintVec bits = __builtin_convertvector(half, UintVec) << 16;
-  Vec vec;
-  std::memcpy(&vec, &bits, sizeof vec);
-  return vec;
-}
-
-inline void store(float* to, Vec vec) { std::memcpy(to, &vec, sizeof vec); }
-
-inline Vec fill(float value) { return Vec{} + value; }
-
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-
-inline float sum(Vec vec) {
-#ifdef __AVX512F__
-  return _mm512_reduce_add_ps((__m512)vec);
-#else
-  return ((vec[0] + vec[4]) + (vec[1] + vec[5])) + ((vec[2] + vec[6]) + (vec[3] + vec[7]));
-#endif
-}
 
 // exp(x) to about one unit in the last place; 0 where it would be denormal.
 inline Vec exponential(Vec x) {
@@ -96,8 +50,6 @@ inline Vec exponential(Vec x) {
 inline Vec soft_cap(Vec score, float cap) {
   return cap * (1.0f - 2.0f / (exponential(score * (2.0f / cap)) + 1.0f));
 }
-
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 struct Problem {
   const void* query;
@@ -555,7 +507,7 @@ void paged_attention(Tensor output, const Tensor& query, const Tensor& keys, con
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(gllm_ray, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(gllm_ray, library) {
   library.def(
       "paged_attention(Tensor(a!) output, Tensor query, Tensor keys, Tensor values, "
       "Tensor row_starts, Tensor context_lens, Tensor block_tables, int block_size, int window, "

@@ -1,4 +1,4 @@
-"""Builds the C++ attention operator, once for each torch, CPU and source, and loads it."""
+"""Builds the C++ operators, once for each torch, CPU and source, and loads them."""
 
 import fcntl
 import hashlib
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-_SOURCE = Path(__file__).with_name("paged_attention.cpp")
-_LIBRARY = "paged_attention.so"
+_SOURCES = Path(__file__).parent
+_LIBRARY = "operators.so"
 _FLAGS = (
     "-O3",
     "-std=c++20",
@@ -21,25 +21,32 @@ _FLAGS = (
     "-shared",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # torch 2.10, the oldest that is supported
 )
-_TIMEOUT_S = 120
+_TIMEOUT_S = 300
 
 
-class OperatorUnavailableError(Exception):
-    """The operator cannot be built or loaded here; says why."""
+class OperatorsUnavailableError(Exception):
+    """The operators cannot be built or loaded here; says why."""
+
+
+def load_operators() -> torch._ops._OpNamespace:
+    """The operators `torch.ops.gllm_ray`, built if no earlier process did.
+
+    Raises:
+        OperatorsUnavailableError: There is no compiler, or it fails, or its result does not load.
+    """
+    if (reason := _load_once()) is not None:
+        raise OperatorsUnavailableError(reason)
+    return torch.ops.gllm_ray
 
 
 @cache
-def load_operator() -> torch._ops.OpOverload:
-    """The operator `gllm_ray::paged_attention`, built if no earlier process did.
-
-    Raises:
-        OperatorUnavailableError: There is no compiler, or it fails, or its result does not load.
-    """
+def _load_once() -> str | None:
+    """Load the operators; returns why they are not there, or None if they are."""
     try:
         torch.ops.load_library(_build())
-    except OSError as error:
-        raise OperatorUnavailableError(str(error)) from error
-    return torch.ops.gllm_ray.paged_attention.default
+    except (OperatorsUnavailableError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _build() -> Path:
@@ -61,19 +68,21 @@ def _build() -> Path:
 
 def _cache_directory() -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    parts = (torch.__version__, _cpu(), *_FLAGS, _SOURCE.read_text(encoding="utf-8"))
+    sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.glob("*.[ch]*"))]
+    parts = (torch.__version__, cpu_description(), *_FLAGS, *sources)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return root / "gllm_ray" / "operators" / digest[:16]
 
 
-def _cpu() -> str:
+@cache
+def cpu_description() -> str:
     """What `-march=native` may depend on; nodes of several kinds may share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     kinds = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU part", "Features")
-    described = {line for line in lines if line.partition("\t")[0].strip() in kinds}
+    described = {line for line in lines if line.partition(":")[0].strip() in kinds}
     return "\n".join([platform.machine(), platform.processor(), *sorted(described)])
 
 
@@ -82,7 +91,7 @@ def _find_compiler() -> str:
     for name in names:
         if (path := shutil.which(name)) is not None:
             return path
-    raise OperatorUnavailableError(f"there is no C++ compiler ({', '.join(names)}) on PATH")
+    raise OperatorsUnavailableError(f"there is no C++ compiler ({', '.join(names)}) on PATH")
 
 
 def _compile(compiler: str, library: Path) -> None:
@@ -90,17 +99,17 @@ def _compile(compiler: str, library: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    command = [compiler, *_FLAGS, native, str(_SOURCE), "-o", str(library)]
+    command = [compiler, *_FLAGS, native, *map(str, sorted(_SOURCES.glob("*.cpp")))]
     command += [f"-I{path}" for path in include_paths()]
     command += [f"-L{path}" for path in library_paths()]
-    command += ["-ltorch_cpu", "-lc10"]
+    command += ["-ltorch_cpu", "-lc10", "-o", str(library)]
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise OperatorUnavailableError(f"{compiler} took longer than {_TIMEOUT_S} s") from error
+        raise OperatorsUnavailableError(f"{compiler} took longer than {_TIMEOUT_S} s") from error
     if result.returncode:
         errors = [line for line in result.stderr.splitlines() if "error" in line]
         reason = (errors or result.stderr.splitlines() or ["no message"])[0]
-        raise OperatorUnavailableError(f"{compiler} failed: {reason}")
+        raise OperatorsUnavailableError(f"{compiler} failed: {reason}")
