@@ -130,7 +130,7 @@ class StageWorker:
             whose `sampling` is set.
         """
         inputs = pack(batch, self._config.kv_cache.block_size, self._device)
-        with paged_forward(inputs, self._caches, self._attention.attend):
+        with paged_forward(inputs, self._caches, self._attention):
             output = self._shard.forward(inputs, hidden)
         if not self.is_last:
             return output

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from gllm_ray.model.attention.backend import AttentionBackend, choose_attention
-from gllm_ray.model.attention.reference import paged_attention
 from gllm_ray.stages import worker
 from gllm_ray.stages.local_pipeline import LocalPipeline
 from tests.numerics.models import CONFIGS, MAX_TOKENS
@@ -14,7 +13,7 @@ from tests.numerics.serving import chunks_of, run, service_config
 @pytest.fixture(params=["operator", "torch"])
 def attention(request, monkeypatch):
     if request.param == "torch":
-        backend = AttentionBackend("torch", paged_attention)
+        backend = AttentionBackend("torch")
         monkeypatch.setattr(worker, "choose_attention", lambda *_: backend)
     elif "because" in (description := _description()):
         pytest.skip(description)

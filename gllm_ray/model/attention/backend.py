@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +14,8 @@ from gllm_ray.model.operators.build import OperatorsUnavailableError, load_opera
 
 # See `reference.paged_attention`.
 PagedAttention = Callable[[torch.Tensor, LayerKvCache, PackedInputs, ScoreRule], torch.Tensor]
+# See `LayerKvCache.write`.
+WriteKv = Callable[[LayerKvCache, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 _OPERATOR_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -24,10 +27,12 @@ class AttentionBackend:
     Attributes:
         description: What it is and, where it is not the fastest, why; for the log.
         attend: See `reference.paged_attention`.
+        write: Stores keys and values; see `LayerKvCache.write`.
     """
 
     description: str
-    attend: PagedAttention
+    attend: PagedAttention = reference.paged_attention
+    write: WriteKv = LayerKvCache.write
 
 
 def choose_attention(
@@ -35,14 +40,13 @@ def choose_attention(
 ) -> AttentionBackend:
     """The fastest implementation that runs here; on CPU it may have to be built first."""
     if device.type != "cpu":
-        return AttentionBackend("torch", reference.paged_attention)
+        return AttentionBackend("torch")
     try:
         _check_operator_takes(dtype, geometries)
-        attend = OperatorAttention(load_operators().paged_attention.default)
+        operators = OperatorAttention(load_operators())
     except OperatorsUnavailableError as error:
-        description = f"torch, slower than the C++ operator, because {error}"
-        return AttentionBackend(description, reference.paged_attention)
-    return AttentionBackend("C++ operator", attend)
+        return AttentionBackend(f"torch, slower than the C++ operator, because {error}")
+    return AttentionBackend("C++ operator", operators.attend, operators.write)
 
 
 def _check_operator_takes(dtype: torch.dtype, geometries: Iterable[AttentionGeometry]) -> None:
@@ -53,23 +57,30 @@ def _check_operator_takes(dtype: torch.dtype, geometries: Iterable[AttentionGeom
 
 
 class OperatorAttention:
-    """The C++ operator behind the signature of the reference.
+    """The C++ operators behind the signatures of the reference.
 
     Args:
-        operator: `gllm_ray::paged_attention`.
+        operators: What `load_operators` returns.
     """
 
-    def __init__(self, operator: Callable[..., None]) -> None:
-        self._operator = operator
+    def __init__(self, operators: Any) -> None:  # noqa: ANN401 - torch makes its attributes up
+        self._paged_attention = operators.paged_attention.default
+        self._write_kv = operators.write_kv.default
 
-    def __call__(
+    def write(
+        self, cache: LayerKvCache, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """See `LayerKvCache.write`."""
+        self._write_kv(cache.keys, cache.values, slots, _rows(keys), _rows(values))
+
+    def attend(
         self, query: torch.Tensor, cache: LayerKvCache, inputs: PackedInputs, rule: ScoreRule
     ) -> torch.Tensor:
         """See `reference.paged_attention`."""
         output = query.new_empty(query.shape[1], query.shape[0], cache.values.shape[-1])
-        self._operator(
+        self._paged_attention(
             output,
-            query if query.stride(-1) == 1 else query.contiguous(),
+            _rows(query),
             cache.keys,
             cache.values,
             inputs.row_starts,
@@ -82,3 +93,8 @@ class OperatorAttention:
             rule.sinks if rule.sinks is None else rule.sinks.float().contiguous(),
         )
         return output
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with each row in one piece; rows may lie anywhere."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

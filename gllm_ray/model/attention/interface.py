@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from gllm_ray.errors import ConfigError
-from gllm_ray.model.attention.backend import PagedAttention
+from gllm_ray.model.attention.backend import AttentionBackend
 from gllm_ray.model.attention.reference import ScoreRule
 from gllm_ray.model.inputs import PackedInputs
 from gllm_ray.model.kv_cache import AttentionGeometry, LayerKvCache
@@ -34,7 +34,7 @@ class _PagedPass:
 
     inputs: PackedInputs
     caches: Mapping[nn.Module, LayerKvCache]
-    attend: PagedAttention
+    backend: AttentionBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class _MaskRecord:
 
 @contextmanager
 def paged_forward(
-    inputs: PackedInputs, caches: Mapping[nn.Module, LayerKvCache], attend: PagedAttention
+    inputs: PackedInputs, caches: Mapping[nn.Module, LayerKvCache], backend: AttentionBackend
 ) -> Iterator[None]:
     """Within it, models that use `PAGED` attend over these rows and caches."""
-    token = _pass.set(_PagedPass(inputs, caches, attend))
+    token = _pass.set(_PagedPass(inputs, caches, backend))
     try:
         yield
     finally:
@@ -90,7 +90,7 @@ def _paged_attention(
 ) -> tuple[torch.Tensor, None]:
     current = _pass.get()
     inputs, cache = current.inputs, current.caches[module]
-    cache.write(inputs.slot_mapping, key[0], value[0])
+    current.backend.write(cache, inputs.slot_mapping, key[0], value[0])
     if inputs.copied_slots is not None:
         cache.copy(*inputs.copied_slots)
     rule = ScoreRule(
@@ -98,7 +98,7 @@ def _paged_attention(
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
     )
-    return current.attend(query[0], cache, inputs, rule).unsqueeze(0), None
+    return current.backend.attend(query[0], cache, inputs, rule).unsqueeze(0), None
 
 
 def _probe_attention(

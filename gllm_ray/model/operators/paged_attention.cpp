@@ -505,9 +505,33 @@ void paged_attention(Tensor output, const Tensor& query, const Tensor& keys, con
     STD_TORCH_CHECK(false, "query must be float32 or bfloat16");
 }
 
+void copy_to_slots(Tensor& cache, const Tensor& rows, const Tensor& slots) {
+  STD_TORCH_CHECK(rows.dim() == 3 && rows.stride(2) == 1 && cache.is_contiguous(),
+                  "rows and cache must be contiguous");
+  STD_TORCH_CHECK(rows.scalar_type() == cache.scalar_type(), "rows and cache must have one type");
+  const auto* slot = static_cast<const int64_t*>(slots.const_data_ptr());
+  const auto* from = static_cast<const char*>(rows.const_data_ptr());
+  auto* to = static_cast<char*>(cache.mutable_data_ptr());
+  const int64_t value_bytes = cache.element_size(), row_bytes = cache.size(2) * value_bytes;
+  const int64_t head_stride = rows.stride(0) * value_bytes, stride = rows.stride(1) * value_bytes;
+  for (int64_t head = 0; head < cache.size(0); ++head)
+    for (int64_t row = 0; row < slots.size(0); ++row)
+      std::memcpy(to + (head * cache.size(1) + slot[row]) * row_bytes,
+                  from + head * head_stride + row * stride, row_bytes);
+}
+
+void write_kv(Tensor keys, Tensor values, const Tensor& slots, const Tensor& new_keys,
+              const Tensor& new_values) {
+  copy_to_slots(keys, new_keys, slots);
+  copy_to_slots(values, new_values, slots);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gllm_ray, library) {
+  library.def(
+      "write_kv(Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor new_keys, "
+      "Tensor new_values) -> ()");
   library.def(
       "paged_attention(Tensor(a!) output, Tensor query, Tensor keys, Tensor values, "
       "Tensor row_starts, Tensor context_lens, Tensor block_tables, int block_size, int window, "
@@ -515,5 +539,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gllm_ray, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gllm_ray, CPU, library) {
+  library.impl("write_kv", TORCH_BOX(&write_kv));
   library.impl("paged_attention", TORCH_BOX(&paged_attention));
 }
