@@ -44,7 +44,7 @@ def _load_once() -> str | None:
     """Load the operators; returns why they are not there, or None if they are."""
     try:
         torch.ops.load_library(_build())
-    except (OperatorsUnavailableError, OSError) as error:
+    except (OperatorsUnavailableError, OSError, RuntimeError) as error:
         return str(error)
     return None
 
