@@ -30,7 +30,9 @@ def speed_up_linears(model: nn.Module) -> None:
     has_bfloat16 = not _BFLOAT16_FEATURES.isdisjoint(cpu_description().split())
     for module in model.modules():
         # Subclasses may compute something else.
-        if type(module) is nn.Linear and module.weight.dtype in _DTYPES:
+        if type(module) is not nn.Linear or module.weight.dtype not in _DTYPES:
+            continue
+        if module.weight.is_contiguous():
             module.is_emulated = module.weight.dtype is torch.bfloat16 and not has_bfloat16
             module.max_rows = _MAX_ROWS_EMULATED if module.is_emulated else _MAX_ROWS
             module.operator = operator
