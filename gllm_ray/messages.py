@@ -176,6 +176,8 @@ class StageInfo:
         weight_bytes: Memory these parameters take.
         kv_block_bytes: Memory one KV block takes, over the stage's layers.
         max_kv_blocks: Blocks that fit into the memory left for the KV cache.
+        attention: Which implementation runs, and why if a faster one does not; empty where nothing
+            is computed.
     """
 
     stage_id: int
@@ -186,6 +188,7 @@ class StageInfo:
     weight_bytes: int
     kv_block_bytes: int
     max_kv_blocks: int
+    attention: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

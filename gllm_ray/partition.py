@@ -90,5 +90,5 @@ def describe_stage(stage: StageInfo) -> str:
         f"stage {stage.stage_id} on {stage.node}: layers {stage.first_layer}-"
         f"{stage.last_layer - 1}, {stage.num_parameters:,} parameters in "
         f"{stage.weight_bytes / 2**20:.1f} MiB, room for {stage.max_kv_blocks} KV blocks of "
-        f"{stage.kv_block_bytes / 2**10:.1f} KiB"
+        f"{stage.kv_block_bytes / 2**10:.1f} KiB, attention: {stage.attention}"
     )

@@ -1,12 +1,13 @@
 """A micro-batch as the tensors of one packed forward pass."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
 
-from gllm_ray.messages import MicroBatch, ScheduledSequence
+from gllm_ray.messages import MicroBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,24 @@ class PrefillChunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Gathers:
+    """The slots of every context, for attention that gathers keys and values.
+
+    Attributes:
+        decode_rows: `[num_decodes]` rows of the sequences that have one token in the batch.
+        decode_slots: `[num_decodes, longest]` slot of every position; a shorter context is
+            filled up with its own first slot, which always holds finite values.
+        decode_lens: `[num_decodes]` positions to attend to, the row's own included.
+        prefills: The sequences that have several tokens in the batch.
+    """
+
+    decode_rows: torch.Tensor
+    decode_slots: torch.Tensor
+    decode_lens: torch.Tensor
+    prefills: tuple[PrefillChunk, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedInputs:
     """All sequences of a micro-batch side by side, without padding.
 
@@ -33,11 +52,11 @@ class PackedInputs:
         position_ids: `[1, num_tokens]` position of each row in its own sequence.
         slot_mapping: `[num_tokens]` slot that each row's KV is written to; slot `s` is offset
             `s % block_size` of block `s // block_size`.
-        decode_rows: `[num_decodes]` rows of the sequences that have one token in the batch.
-        decode_slots: `[num_decodes, longest]` slot of every position; a shorter context is
-            filled up with its own first slot, which always holds finite values.
-        context_lens: `[num_decodes]` positions to attend to, the row's own included.
-        prefills: The sequences that have several tokens in the batch.
+        row_starts: `[num_sequences + 1]` first row of each sequence, then the number of rows; on
+            the CPU, like the next two.
+        context_lens: `[num_sequences]` positions up to the last row, its own included.
+        block_tables: `[num_sequences, longest]` blocks, filled up with zeros.
+        block_size: Slots of a block.
         sample_rows: `[num_samples]` rows whose logits are drawn from.
         copied_slots: The slots of `MicroBatch.block_copies`, those copied from and those copied
             to, each `[num_copies * block_size]`; None where nothing is copied.
@@ -46,53 +65,75 @@ class PackedInputs:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     slot_mapping: torch.Tensor
-    decode_rows: torch.Tensor
-    decode_slots: torch.Tensor
+    row_starts: torch.Tensor
     context_lens: torch.Tensor
-    prefills: tuple[PrefillChunk, ...]
+    block_tables: torch.Tensor
+    block_size: int
     sample_rows: torch.Tensor
     copied_slots: tuple[torch.Tensor, torch.Tensor] | None
+
+    @cached_property
+    def gathers(self) -> Gathers:
+        """What attention without block tables needs, on the device."""
+        device = self.input_ids.device
+        starts, ends = self.row_starts.numpy(), self.context_lens.numpy()
+        counts = np.diff(starts)
+        decodes = np.flatnonzero(counts == 1)
+        decode_slots = _slots(self.block_tables.numpy()[decodes], ends[decodes], self.block_size)
+        prefills = []
+        for index in np.flatnonzero(counts != 1).tolist():
+            rows, end = slice(int(starts[index]), int(starts[index + 1])), int(ends[index])
+            slots = _slots(
+                self.block_tables.numpy()[index : index + 1],
+                ends[index : index + 1],
+                self.block_size,
+            )[0]
+            prefills.append(
+                PrefillChunk(
+                    rows=rows, start=end - (rows.stop - rows.start), slots=_to_device(slots, device)
+                )
+            )
+        return Gathers(
+            decode_rows=_to_device(starts[decodes], device),
+            decode_slots=_to_device(decode_slots, device),
+            decode_lens=_to_device(ends[decodes], device),
+            prefills=tuple(prefills),
+        )
 
 
 def pack(batch: MicroBatch, block_size: int, device: torch.device) -> PackedInputs:
     """Lay a micro-batch out as tensors on the device, without waiting for it."""
-    ids: list[int] = []
-    positions: list[int] = []
-    decodes: list[ScheduledSequence] = []
-    decode_rows: list[int] = []
-    prefills: list[PrefillChunk] = []
-    sample_rows: list[int] = []
-    slot_mapping = torch.empty(batch.num_tokens, dtype=torch.long)
-    for seq in batch.sequences:
-        first_row = len(ids)
-        ids.extend(seq.token_ids)
-        positions.extend(range(seq.start, seq.end))
-        if seq.num_scheduled_tokens == 1:
-            decodes.append(seq)
-            decode_rows.append(first_row)
-        else:
-            rows = slice(first_row, len(ids))
-            slots = _slots([seq], block_size)[0, : seq.end]
-            slot_mapping[rows] = slots[seq.start :]
-            prefills.append(
-                PrefillChunk(rows=rows, start=seq.start, slots=_to_device(slots, device))
-            )
-        if seq.sampling is not None:
-            sample_rows.append(len(ids) - 1)
-    lengths = torch.tensor([seq.end for seq in decodes], dtype=torch.long)
-    decode_slots = _slots(decodes, block_size)
-    slot_mapping[decode_rows] = decode_slots.gather(1, lengths[:, None] - 1).flatten()
+    sequences = batch.sequences
+    starts = np.array([seq.start for seq in sequences], dtype=np.int64)
+    counts = np.array([len(seq.token_ids) for seq in sequences], dtype=np.int64)
+    row_starts = np.concatenate([[0], np.cumsum(counts)])
+    positions = np.arange(row_starts[-1]) + np.repeat(starts - row_starts[:-1], counts)
+    tables = _block_tables(batch)
+    blocks = tables[np.repeat(np.arange(len(sequences)), counts), positions // block_size]
+    ids = np.fromiter(chain.from_iterable(seq.token_ids for seq in sequences), dtype=np.int64)
+    is_sampled = np.array([seq.sampling is not None for seq in sequences], dtype=bool)
     return PackedInputs(
-        input_ids=_to_device(torch.tensor([ids]), device),
-        position_ids=_to_device(torch.tensor([positions]), device),
-        slot_mapping=_to_device(slot_mapping, device),
-        decode_rows=_to_device(torch.tensor(decode_rows, dtype=torch.long), device),
-        decode_slots=_to_device(decode_slots, device),
-        context_lens=_to_device(lengths, device),
-        prefills=tuple(prefills),
-        sample_rows=_to_device(torch.tensor(sample_rows, dtype=torch.long), device),
+        input_ids=_to_device(ids[None], device),
+        position_ids=_to_device(positions[None], device),
+        slot_mapping=_to_device(blocks * block_size + positions % block_size, device),
+        row_starts=torch.from_numpy(row_starts),
+        context_lens=torch.from_numpy(starts + counts),
+        block_tables=torch.from_numpy(tables),
+        block_size=block_size,
+        sample_rows=_to_device(row_starts[1:][is_sampled] - 1, device),
         copied_slots=_copied_slots(batch, block_size, device),
     )
+
+
+def _block_tables(batch: MicroBatch) -> np.ndarray:
+    """`[sequences, longest]`, filled up with zeros."""
+    tables = [seq.block_table for seq in batch.sequences]
+    lengths = np.array([len(table) for table in tables], dtype=np.int64)
+    padded = np.zeros((len(tables), lengths.max(initial=0)), dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.fromiter(
+        chain.from_iterable(tables), dtype=np.int64, count=lengths.sum()
+    )
+    return padded
 
 
 def _copied_slots(
@@ -100,29 +141,22 @@ def _copied_slots(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     if not batch.block_copies:
         return None
-    blocks = torch.tensor(batch.block_copies).T[..., None]
-    slots = blocks * block_size + torch.arange(block_size)
-    sources, targets = _to_device(slots.flatten(1), device)
+    blocks = np.array(batch.block_copies).T[..., None]
+    slots = (blocks * block_size + np.arange(block_size)).reshape(2, -1)
+    sources, targets = _to_device(slots, device)
     return sources, targets
 
 
-def _slots(sequences: Sequence[ScheduledSequence], block_size: int) -> torch.Tensor:
+def _slots(block_tables: np.ndarray, lengths: np.ndarray, block_size: int) -> np.ndarray:
     """`[sequences, longest]` slot of every position, filled up with each one's first slot."""
-    longest = max((seq.end for seq in sequences), default=0)
-    num_blocks = max((len(seq.block_table) for seq in sequences), default=0)
-    # torch reads tuples an order of magnitude more slowly than numpy.
-    blocks = np.zeros((len(sequences), num_blocks, 1), dtype=np.int64)
-    for row, seq in zip(blocks, sequences, strict=True):
-        row[: len(seq.block_table), 0] = seq.block_table
-    slots = (blocks * block_size + np.arange(block_size)).reshape(
-        len(sequences), num_blocks * block_size
-    )[:, :longest]
-    for row, seq in zip(slots, sequences, strict=True):
-        row[seq.end :] = row[0]
-    return torch.from_numpy(slots)
+    longest = lengths.max(initial=0)
+    slots = np.repeat(block_tables * block_size, block_size, axis=1)[:, :longest]
+    slots += np.arange(longest) % block_size
+    return np.where(np.arange(longest) < lengths[:, None], slots, slots[:, :1])
 
 
-def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence, StageInfo
+from gllm_ray.model.attention.backend import AttentionBackend, choose_attention
 from gllm_ray.model.attention.interface import paged_forward
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.model.inputs import pack
@@ -20,6 +22,8 @@ from gllm_ray.model.kv_cache import (
     allocate_kv_cache,
     block_bytes,
 )
+from gllm_ray.model.linear import speed_up_linears
+from gllm_ray.model.operators.build import OperatorsUnavailableError
 from gllm_ray.model.sampler import sample
 from gllm_ray.model.shard import Shard, count_parameters
 from gllm_ray.model.weights import SafetensorsReader, dummy_tensors
@@ -38,6 +42,7 @@ class StageWorker:
         self._stage_id = stage_id
         self._device = torch.device(config.pipeline.device)
         self._shard: Shard
+        self._attention: AttentionBackend
         self._geometries: dict[nn.Module, AttentionGeometry] = {}
         self._caches: dict[nn.Module, LayerKvCache] = {}
         self.bytes_read = 0
@@ -87,6 +92,9 @@ class StageWorker:
             self.bytes_read = reader.bytes_read
         self._shard = shard
         kv_cache_bytes = self._probe(checkpoint.max_model_len)
+        if self._device.type == "cpu":
+            with suppress(OperatorsUnavailableError):  # then attention's description says why
+                speed_up_linears(shard.model)
         kv_block_bytes = block_bytes(
             self._geometries, self._config.kv_cache.block_size, shard.dtype
         )
@@ -99,6 +107,7 @@ class StageWorker:
             weight_bytes=shard.weight_bytes,
             kv_block_bytes=kv_block_bytes,
             max_kv_blocks=kv_cache_bytes // kv_block_bytes,
+            attention=self._attention.description,
         )
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
@@ -121,7 +130,7 @@ class StageWorker:
             whose `sampling` is set.
         """
         inputs = pack(batch, self._config.kv_cache.block_size, self._device)
-        with paged_forward(inputs, self._caches):
+        with paged_forward(inputs, self._caches, self._attention):
             output = self._shard.forward(inputs, hidden)
         if not self.is_last:
             return output
@@ -160,6 +169,7 @@ class StageWorker:
     def _probe(self, max_model_len: int) -> int:
         """Learn what the attention modules cache, and how many bytes their cache may take."""
         self._geometries = self._shard.probe(num_tokens=1, num_samples=1)
+        self._attention = choose_attention(self._device, self.dtype, self._geometries.values())
         if self._device.type == "cpu":
             return self._config.kv_cache.kv_cache_bytes
         torch.cuda.empty_cache()

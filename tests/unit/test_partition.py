@@ -71,6 +71,7 @@ def stage(stage_id, max_kv_blocks, kv_block_bytes=1024):
         weight_bytes=4 * 2**20,
         kv_block_bytes=kv_block_bytes,
         max_kv_blocks=max_kv_blocks,
+        attention="C++ operator",
     )
 
 
@@ -89,9 +90,9 @@ def test_a_cache_too_small_for_the_longest_sequence_is_refused_with_the_numbers(
         size_kv_cache([stage(0, 9), stage(1, 7)], block_size=16, max_model_len=113)
 
 
-def test_a_stage_is_described_by_layers_weights_and_blocks():
+def test_a_stage_is_described_by_layers_weights_blocks_and_attention():
     line = describe_stage(stage(1, 7))
     assert line == (
         "stage 1 on host: layers 4-7, 1,000,000 parameters in 4.0 MiB, room for 7 KV blocks of "
-        "1.0 KiB"
+        "1.0 KiB, attention: C++ operator"
     )

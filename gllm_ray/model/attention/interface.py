@@ -16,16 +16,25 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from gllm_ray.errors import ConfigError
-from gllm_ray.model.attention.reference import ScoreRule, paged_attention
+from gllm_ray.model.attention.backend import AttentionBackend
+from gllm_ray.model.attention.reference import ScoreRule
 from gllm_ray.model.inputs import PackedInputs
 from gllm_ray.model.kv_cache import AttentionGeometry, LayerKvCache
 
 PAGED = "gllm_ray_paged"
 PROBE = "gllm_ray_probe"
 
-_inputs: ContextVar[PackedInputs] = ContextVar("inputs")
-_caches: ContextVar[Mapping[nn.Module, LayerKvCache]] = ContextVar("caches")
+_pass: ContextVar["_PagedPass"] = ContextVar("pass")
 _geometries: ContextVar[dict[nn.Module, AttentionGeometry]] = ContextVar("geometries")
+
+
+@dataclass(frozen=True, slots=True)
+class _PagedPass:
+    """What the attention modules need in one forward pass."""
+
+    inputs: PackedInputs
+    caches: Mapping[nn.Module, LayerKvCache]
+    backend: AttentionBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +45,15 @@ class _MaskRecord:
 
 
 @contextmanager
-def paged_forward(inputs: PackedInputs, caches: Mapping[nn.Module, LayerKvCache]) -> Iterator[None]:
+def paged_forward(
+    inputs: PackedInputs, caches: Mapping[nn.Module, LayerKvCache], backend: AttentionBackend
+) -> Iterator[None]:
     """Within it, models that use `PAGED` attend over these rows and caches."""
-    inputs_token, caches_token = _inputs.set(inputs), _caches.set(caches)
+    token = _pass.set(_PagedPass(inputs, caches, backend))
     try:
         yield
     finally:
-        _inputs.reset(inputs_token)
-        _caches.reset(caches_token)
+        _pass.reset(token)
 
 
 @contextmanager
@@ -78,8 +88,9 @@ def _paged_attention(
     attention_mask: None,
     **options: Any,  # noqa: ANN401 - what a model may pass is transformers' convention
 ) -> tuple[torch.Tensor, None]:
-    inputs, cache = _inputs.get(), _caches.get()[module]
-    cache.write(inputs.slot_mapping, key[0], value[0])
+    current = _pass.get()
+    inputs, cache = current.inputs, current.caches[module]
+    current.backend.write(cache, inputs.slot_mapping, key[0], value[0])
     if inputs.copied_slots is not None:
         cache.copy(*inputs.copied_slots)
     rule = ScoreRule(
@@ -87,7 +98,7 @@ def _paged_attention(
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
     )
-    return paged_attention(query[0], cache, inputs, rule).unsqueeze(0), None
+    return current.backend.attend(query[0], cache, inputs, rule).unsqueeze(0), None
 
 
 def _probe_attention(

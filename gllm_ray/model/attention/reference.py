@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from gllm_ray.model.inputs import PackedInputs, PrefillChunk
+from gllm_ray.model.inputs import Gathers, PackedInputs, PrefillChunk
 from gllm_ray.model.kv_cache import LayerKvCache
 
 # Numbers that one gathered copy of keys, or one block of scores, may hold at a time.
@@ -45,19 +45,21 @@ def paged_attention(
     Returns:
         `[num_tokens, num_heads, value_dim]`.
     """
-    pieces = [(chunk.rows, _prefill(query, cache, chunk, rule)) for chunk in inputs.prefills]
+    gathers = inputs.gathers
+    pieces = [(chunk.rows, _prefill(query, cache, chunk, rule)) for chunk in gathers.prefills]
     pieces += [
-        (inputs.decode_rows[part], _decode(query, cache, inputs, part, rule))
-        for part in _decode_parts(query, cache, inputs)
+        (gathers.decode_rows[part], _decode(query, cache, gathers, part, rule))
+        for part in _decode_parts(query, cache, gathers)
     ]
-    output = query.new_empty(query.shape[1], query.shape[0], pieces[0][1].shape[-1])
+    value_dim = pieces[0][1].shape[-1] if pieces else cache.values.shape[-1]
+    output = query.new_empty(query.shape[1], query.shape[0], value_dim)
     for rows, piece in pieces:
         output[rows] = piece
     return output
 
 
-def _decode_parts(query: torch.Tensor, cache: LayerKvCache, inputs: PackedInputs) -> list[slice]:
-    num_decodes, longest = inputs.decode_slots.shape
+def _decode_parts(query: torch.Tensor, cache: LayerKvCache, gathers: Gathers) -> list[slice]:
+    num_decodes, longest = gathers.decode_slots.shape
     if num_decodes == 0:
         return []
     num_heads, _, head_dim = query.shape
@@ -68,10 +70,10 @@ def _decode_parts(query: torch.Tensor, cache: LayerKvCache, inputs: PackedInputs
 
 
 def _decode(
-    query: torch.Tensor, cache: LayerKvCache, inputs: PackedInputs, part: slice, rule: ScoreRule
+    query: torch.Tensor, cache: LayerKvCache, gathers: Gathers, part: slice, rule: ScoreRule
 ) -> torch.Tensor:
     """One row a sequence: the rows of a batch element are the query heads of one KV head."""
-    slots, lengths = inputs.decode_slots[part], inputs.context_lens[part, None]
+    slots, lengths = gathers.decode_slots[part], gathers.decode_lens[part, None]
     window = cache.geometry.window
     if window is not None and window < slots.shape[1]:
         first = (lengths - window).clamp(min=0)
@@ -79,7 +81,7 @@ def _decode(
         lengths = lengths - first
     keys, values = _gather(cache, slots)
     is_allowed = torch.arange(slots.shape[1], device=slots.device) < lengths
-    rows = query[:, inputs.decode_rows[part]]
+    rows = query[:, gathers.decode_rows[part]]
     grouped = rows.unflatten(0, (len(keys), -1)).transpose(1, 2)
     sinks = rule.sinks.view(len(keys), 1, -1, 1) if rule.sinks is not None else None
     output = _attend(grouped, keys, values, is_allowed[:, None], rule, sinks)

@@ -29,19 +29,23 @@ def test_rows_are_packed_side_by_side_with_their_slots():
     assert inputs.input_ids.tolist() == [[40, 41, 42, 43, 44, 45, 46]]
     assert inputs.position_ids.tolist() == [[5, 2, 3, 4, 5, 0, 1]]
     assert inputs.slot_mapping.tolist() == [9, 14, 7, 20, 21, 24, 25]
-    assert inputs.decode_rows.tolist() == [0, 1]
-    assert inputs.decode_slots.tolist() == [[28, 29, 30, 31, 8, 9], [12, 13, 14, 12, 12, 12]]
-    assert inputs.context_lens.tolist() == [6, 3]
-    assert [(chunk.rows, chunk.start) for chunk in inputs.prefills] == [
+    assert inputs.row_starts.tolist() == [0, 1, 2, 5, 7]
+    assert inputs.context_lens.tolist() == [6, 3, 6, 2]
+    assert inputs.block_tables.tolist() == [[7, 2], [3, 0], [1, 5], [6, 0]]
+    gathers = inputs.gathers
+    assert gathers.decode_rows.tolist() == [0, 1]
+    assert gathers.decode_slots.tolist() == [[28, 29, 30, 31, 8, 9], [12, 13, 14, 12, 12, 12]]
+    assert gathers.decode_lens.tolist() == [6, 3]
+    assert [(chunk.rows, chunk.start) for chunk in gathers.prefills] == [
         (slice(2, 5), 3),
         (slice(5, 7), 0),
     ]
-    assert inputs.prefills[0].slots.tolist() == [4, 5, 6, 7, 20, 21]
+    assert gathers.prefills[0].slots.tolist() == [4, 5, 6, 7, 20, 21]
     assert inputs.sample_rows.tolist() == [0, 1, 6]
 
 
 def test_blocks_past_the_context_do_not_show():
-    def slots_of(*chunks):
+    def gathers_of(*chunks):
         sequences = tuple(
             ScheduledSequence(
                 seq_id=index,
@@ -53,10 +57,10 @@ def test_blocks_past_the_context_do_not_show():
             )
             for index, (start, num_tokens) in enumerate(chunks)
         )
-        return pack(MicroBatch(batch_id=0, sequences=sequences), 4, torch.device("cpu"))
+        return pack(MicroBatch(batch_id=0, sequences=sequences), 4, torch.device("cpu")).gathers
 
-    assert slots_of((2, 1), (0, 1)).decode_slots.tolist() == [[12, 13, 14], [12, 12, 12]]
-    assert slots_of((1, 4)).prefills[0].slots.tolist() == [12, 13, 14, 15, 4]
+    assert gathers_of((2, 1), (0, 1)).decode_slots.tolist() == [[12, 13, 14], [12, 12, 12]]
+    assert gathers_of((1, 4)).prefills[0].slots.tolist() == [12, 13, 14, 15, 4]
 
 
 def test_copied_blocks_become_pairs_of_slots():

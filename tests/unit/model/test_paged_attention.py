@@ -1,36 +1,13 @@
 """Paged attention equals dense attention over each sequence alone."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gllm_ray.messages import MicroBatch, ScheduledSequence
 from gllm_ray.model.attention import reference
-from gllm_ray.model.attention.reference import ScoreRule, paged_attention
-from gllm_ray.model.inputs import pack
-from gllm_ray.model.kv_cache import AttentionGeometry, LayerKvCache
-
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sequences as (tokens cached before, tokens in the batch), and how they attend."""
-
-    sequences: list[tuple[int, int]]
-    block_size: int
-    num_kv_heads: int
-    group: int
-    key_width: int
-    value_width: int
-    window: int | None
-    softcap: float | None
-    has_sinks: bool
-    seed: int
-
+from gllm_ray.model.attention.reference import paged_attention
+from tests.unit.model.attention_problems import Case, Problem
 
 cases = st.builds(
     Case,
@@ -49,109 +26,13 @@ cases = st.builds(
 )
 
 
-class Problem:
-    """Random tensors for a case, in a cache of NaN with shuffled blocks."""
-
-    def __init__(self, case: Case, dtype=torch.float32):
-        generator = torch.Generator().manual_seed(case.seed)
-
-        def randn(*shape):
-            return torch.randn(*shape, generator=generator).to(dtype)
-
-        num_heads = case.num_kv_heads * case.group
-        lengths = [start + count for start, count in case.sequences]
-        num_blocks = sum(-(-length // case.block_size) for length in lengths)
-        blocks = torch.randperm(num_blocks + 2, generator=generator).tolist()
-        self.case = case
-        self.keys = [randn(case.num_kv_heads, length, case.key_width) for length in lengths]
-        self.values = [randn(case.num_kv_heads, length, case.value_width) for length in lengths]
-        self.query = randn(num_heads, sum(n for _, n in case.sequences), case.key_width)
-        self.rule = ScoreRule(
-            scale=0.7, softcap=case.softcap, sinks=randn(num_heads) if case.has_sinks else None
-        )
-        self.cache = LayerKvCache(
-            geometry=AttentionGeometry(
-                key_shape=(case.num_kv_heads, case.key_width),
-                value_shape=(case.num_kv_heads, case.value_width),
-                window=case.window,
-                expand=None,
-            ),
-            keys=torch.full(
-                (case.num_kv_heads, (num_blocks + 2) * case.block_size, case.key_width),
-                torch.nan,
-                dtype=dtype,
-            ),
-            values=torch.full(
-                (case.num_kv_heads, (num_blocks + 2) * case.block_size, case.value_width),
-                torch.nan,
-                dtype=dtype,
-            ),
-        )
-        sequences = []
-        for seq_id, ((start, count), length) in enumerate(
-            zip(case.sequences, lengths, strict=True)
-        ):
-            table = [blocks.pop() for _ in range(-(-length // case.block_size))]
-            sequences.append(
-                ScheduledSequence(
-                    seq_id=seq_id,
-                    epoch=0,
-                    start=start,
-                    token_ids=tuple(range(count)),
-                    block_table=tuple(table),
-                    sampling=None,
-                )
-            )
-            slots = [
-                table[position // case.block_size] * case.block_size + position % case.block_size
-                for position in range(length)
-            ]
-            self.cache.write(
-                torch.tensor(slots[:start], dtype=torch.long),
-                self.keys[seq_id][:, :start],
-                self.values[seq_id][:, :start],
-            )
-        self.inputs = pack(MicroBatch(batch_id=0, sequences=tuple(sequences)), case.block_size, CPU)
-
-    def paged(self) -> torch.Tensor:
-        starts = [start for start, _ in self.case.sequences]
-        new_keys = [keys[:, start:] for keys, start in zip(self.keys, starts, strict=True)]
-        new_values = [values[:, start:] for values, start in zip(self.values, starts, strict=True)]
-        self.cache.write(
-            self.inputs.slot_mapping, torch.cat(new_keys, dim=1), torch.cat(new_values, dim=1)
-        )
-        return paged_attention(self.query, self.cache, self.inputs, self.rule)
-
-    def dense(self) -> torch.Tensor:
-        """The definition, one query row and one head at a time, in double precision."""
-        case, rows = self.case, []
-        row = 0
-        for (start, count), keys, values in zip(
-            case.sequences, self.keys, self.values, strict=True
-        ):
-            for position in range(start, start + count):
-                first = 0 if case.window is None else max(0, position - case.window + 1)
-                heads = []
-                for head, query in enumerate(self.query[:, row].double()):
-                    kv_head = head // case.group
-                    seen = slice(first, position + 1)
-                    scores = keys[kv_head, seen].double() @ query * self.rule.scale
-                    if case.softcap is not None:
-                        scores = case.softcap * torch.tanh(scores / case.softcap)
-                    if self.rule.sinks is not None:
-                        scores = torch.cat([scores, self.rule.sinks[head : head + 1].double()])
-                    weights = torch.softmax(scores, dim=0)[: position + 1 - first]
-                    heads.append(weights @ values[kv_head, seen].double())
-                rows.append(torch.stack(heads))
-                row += 1
-        return torch.stack(rows)
-
-
 @given(cases)
 @settings(deadline=None, max_examples=150)
 def test_paged_attention_equals_dense_softmax(case):
     problem = Problem(case)
-    torch.testing.assert_close(problem.paged().double(), problem.dense(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        problem.paged(paged_attention).double(), problem.dense(), atol=1e-5, rtol=1e-5
+    )
 
 
 @given(cases)
@@ -160,13 +41,15 @@ def test_a_small_workspace_changes_nothing(case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "_MAX_WORKSPACE", 16)
         problem = Problem(case)
-        torch.testing.assert_close(problem.paged().double(), problem.dense(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            problem.paged(paged_attention).double(), problem.dense(), atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_stays_near_the_definition(dtype):
     case = Case([(20, 1), (5, 1), (9, 7)], 4, 2, 2, 6, 8, 5, None, False, 0)
     problem = Problem(case, dtype)
-    output = problem.paged()
+    output = problem.paged(paged_attention)
     assert output.dtype is dtype
     torch.testing.assert_close(output.double(), problem.dense(), atol=3e-2, rtol=3e-2)

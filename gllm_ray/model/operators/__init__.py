@@ -1,0 +1,1 @@
+"""Operators in C++ for the CPU, built where they are first needed."""

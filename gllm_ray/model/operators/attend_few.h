@@ -1,0 +1,169 @@
+// Attention of few rows (a decode): the lanes of a vector hold the width of a head.
+
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "attention_task.h"
+
+namespace {
+
+// scores[row][key] = query[row] . keys[key], for `Rows` rows.
+template <int64_t Rows, typename T>
+void score_few(const float* query, const T* const* keys, int64_t count, int64_t width,
+               float* scores) {
+  int64_t j = 0;
+  for (; j + kTile <= count; j += kTile) {
+    Vec sums[Rows][kTile] = {};
+    for (int64_t d = 0; d < width; d += kLanes) {
+      Vec key[kTile];
+      for (int64_t i = 0; i < kTile; ++i) key[i] = load(keys[j + i] + d);
+      for (int64_t row = 0; row < Rows; ++row) {
+        const Vec q = load(query + row * width + d);
+        for (int64_t i = 0; i < kTile; ++i) sums[row][i] += q * key[i];
+      }
+    }
+    for (int64_t row = 0; row < Rows; ++row)
+      for (int64_t i = 0; i < kTile; ++i) scores[row * kChunk + j + i] = sum(sums[row][i]);
+  }
+  for (; j < count; ++j) {
+    Vec sums[Rows] = {};
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const Vec key = load(keys[j] + d);
+      for (int64_t row = 0; row < Rows; ++row) sums[row] += load(query + row * width + d) * key;
+    }
+    for (int64_t row = 0; row < Rows; ++row) scores[row * kChunk + j] = sum(sums[row]);
+  }
+}
+
+// output[row] = output[row] * decay[row] + weights[row] @ values, for `Rows` rows.
+template <int64_t Rows, typename T>
+void accumulate_few(const float* weights, const T* const* values, int64_t count, int64_t width,
+                    const float* decay, float* output) {
+  auto columns = [&](auto vectors, int64_t d) {
+    constexpr int64_t kVectors = decltype(vectors)::value;
+    Vec sums[Rows][kVectors];
+    for (int64_t row = 0; row < Rows; ++row)
+      for (int64_t v = 0; v < kVectors; ++v)
+        sums[row][v] = load(output + row * width + d + v * kLanes) * decay[row];
+    for (int64_t j = 0; j < count; ++j) {
+      Vec value[kVectors];
+      for (int64_t v = 0; v < kVectors; ++v) value[v] = load(values[j] + d + v * kLanes);
+      for (int64_t row = 0; row < Rows; ++row)
+        for (int64_t v = 0; v < kVectors; ++v)
+          sums[row][v] += weights[row * kChunk + j] * value[v];
+    }
+    for (int64_t row = 0; row < Rows; ++row)
+      for (int64_t v = 0; v < kVectors; ++v)
+        store(output + row * width + d + v * kLanes, sums[row][v]);
+  };
+  int64_t d = 0;
+  for (; d + kMaxVectors * kLanes <= width; d += kMaxVectors * kLanes)
+    columns(std::integral_constant<int64_t, kMaxVectors>(), d);
+  for (; d < width; d += kLanes) columns(std::integral_constant<int64_t, 1>(), d);
+}
+
+// Calls `body` with pieces of at most `kTile` rows, their number known to the compiler.
+template <typename Body>
+void for_row_pieces(int64_t num_rows, const Body& body) {
+  for (int64_t row = 0; row < num_rows; row += kTile) {
+    switch (std::min(kTile, num_rows - row)) {
+      case 1: body(std::integral_constant<int64_t, 1>(), row); break;
+      case 2: body(std::integral_constant<int64_t, 2>(), row); break;
+      case 3: body(std::integral_constant<int64_t, 3>(), row); break;
+      default: body(std::integral_constant<int64_t, kTile>(), row);
+    }
+  }
+}
+
+// Turns a row's scores into weights; returns by how much earlier sums shrink.
+inline float soften(float* scores, int64_t count, float softcap, float& highest, float& total) {
+  const int64_t padded = round_up(count, kLanes);
+  std::fill(scores + count, scores + padded, kNegInf);
+  Vec most = fill(highest);
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    Vec score = load(scores + j);
+    if (softcap != 0) score = score > kLowest ? soft_cap(score, softcap) : score;
+    store(scores + j, score);
+    most = larger(most, score);
+  }
+  float next = most[0];
+  for (int64_t lane = 1; lane < kLanes; ++lane) next = std::max(next, most[lane]);
+  Vec sums = {};
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    const Vec weight = exponential(load(scores + j) - next);
+    store(scores + j, weight);
+    sums += weight;
+  }
+  const float decay = exponential(fill(highest - next))[0];
+  highest = next;
+  total = total * decay + sum(sums);
+  return decay;
+}
+
+template <typename T>
+void attend_few(const Problem& problem, const Task& task, int64_t kv_head, Workspace& workspace) {
+  const int64_t rows = task.num_rows;
+  const int64_t key_width = round_up(problem.key_width, kLanes);
+  const int64_t value_width = round_up(problem.value_width, kLanes);
+  float* query = Workspace::of(workspace.query, rows * key_width);
+  float* scores = Workspace::of(workspace.scores, rows * kChunk);
+  float* output = Workspace::of(workspace.output, rows * value_width);
+  float highest[kFewRows], total[kFewRows], decay[kFewRows];
+  std::fill_n(output, rows * value_width, 0.0f);
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* from = query_row<T>(problem, task, kv_head, row);
+    copy_rows(&from, 1, problem.key_width, key_width, query + row * key_width);
+    for (int64_t d = 0; d < key_width; ++d) query[row * key_width + d] *= problem.scale;
+    const int64_t head = kv_head * problem.group + (task.first_row + row) % problem.group;
+    highest[row] = problem.sinks ? problem.sinks[head] : kLowest;
+    total[row] = problem.sinks ? 1 : 0;
+  }
+  const int64_t end = position_of(problem, task, rows - 1) + 1;
+  Chunk<T> chunk;
+  int64_t first = first_seen(problem, position_of(problem, task, 0));
+  for (; first < end; first += kChunk) {
+    const int64_t count = std::min(kChunk, end - first);
+    find_chunk(problem, task, kv_head, first, count, chunk);
+    // Rows that do not fill whole vectors are copied, because reading past them is not safe.
+    auto in_whole_vectors = [&](const T* const* from, int64_t width, std::vector<float>& buffer,
+                                const auto& body) {
+      const int64_t padded = round_up(width, kLanes);
+      if (width == padded) return body(from);
+      const float* copies[kChunk];
+      float* copied = Workspace::of(buffer, kChunk * padded);
+      copy_rows(from, count, width, padded, copied);
+      for (int64_t j = 0; j < count; ++j) copies[j] = copied + j * padded;
+      body(static_cast<const float* const*>(copies));
+    };
+    in_whole_vectors(chunk.keys, problem.key_width, workspace.keys, [&](auto keys) {
+      for_row_pieces(rows, [&](auto piece, int64_t row) {
+        score_few<piece.value>(query + row * key_width, keys, count, key_width,
+                               scores + row * kChunk);
+      });
+    });
+    for (int64_t row = 0; row < rows; ++row) {
+      float* of_row = scores + row * kChunk;
+      const int64_t position = position_of(problem, task, row);
+      const int64_t seen_from = std::clamp<int64_t>(first_seen(problem, position) - first, 0, count);
+      const int64_t seen_to = std::clamp<int64_t>(position + 1 - first, 0, count);
+      std::fill(of_row, of_row + seen_from, kNegInf);
+      std::fill(of_row + seen_to, of_row + count, kNegInf);
+      decay[row] = soften(of_row, count, problem.softcap, highest[row], total[row]);
+    }
+    in_whole_vectors(chunk.values, problem.value_width, workspace.values, [&](auto values) {
+      for_row_pieces(rows, [&](auto piece, int64_t row) {
+        accumulate_few<piece.value>(scores + row * kChunk, values, count, value_width, decay + row,
+                                    output + row * value_width);
+      });
+    });
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    T* to = output_row<T>(problem, task, kv_head, row);
+    for (int64_t d = 0; d < problem.value_width; ++d)
+      to[d] = static_cast<T>(output[row * value_width + d] / total[row]);
+  }
+}
+
+}  // namespace
