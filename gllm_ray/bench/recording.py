@@ -40,11 +40,13 @@ class Record(NamedTuple):
 
     Attributes:
         steps: Its micro-batches, in order.
+        batches: The same, as the stages got them.
         ttft_s: Of each request, from its arrival at the scheduler to the delivery of its first
             token.
     """
 
     steps: list[RecordedStep]
+    batches: list[MicroBatch]
     ttft_s: list[float]
 
 
@@ -53,6 +55,7 @@ class RecordingPipeline:
 
     Attributes:
         steps: Micro-batches whose results have come.
+        batches: All micro-batches.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -60,6 +63,7 @@ class RecordingPipeline:
         self._open: dict[int, RecordedStep] = {}
         self._latest_result_s: float | None = None
         self.steps: list[RecordedStep] = []
+        self.batches: list[MicroBatch] = []
 
     def submit(self, batch: MicroBatch) -> None:
         """See `Pipeline`."""
@@ -72,6 +76,7 @@ class RecordingPipeline:
             0.0,
         )
         self._latest_result_s = None
+        self.batches.append(batch)
         self._pipeline.submit(batch)
 
     async def next_result(self) -> MicroBatchResult:
@@ -141,8 +146,9 @@ class RecordingSchedulerActor:
 
     def take(self) -> Record:
         """What was noted since the last call, by an engine that is idle now."""
-        record = Record(self._pipeline.steps, self._ttft_s)
-        self._pipeline.steps, self._ttft_s = [], []
+        pipeline = self._pipeline
+        record = Record(pipeline.steps, pipeline.batches, self._ttft_s)
+        pipeline.steps, pipeline.batches, self._ttft_s = [], [], []
         return record
 
     def _note_first(self, events: Iterable[TokenEvent]) -> None:
