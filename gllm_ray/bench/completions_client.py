@@ -20,43 +20,38 @@ class CompletionsClient:
     Args:
         session: Of aiohttp.
         base_url: Address of the service, without a path.
-        model: The model as the service names it.
-        ignore_eos: Ask for the whole output, and take less for a failure.
+        ignore_eos: Ask for whole outputs, and take less for a failure.
         extra_body: Added to each request.
+
+    Attributes:
+        model: The model as the service names it; set before the first request.
     """
 
     def __init__(
         self,
         session: aiohttp.ClientSession,
         base_url: str,
-        model: str,
         *,
-        ignore_eos: bool = True,
+        ignore_eos: bool,
         extra_body: Mapping[str, Any],
     ) -> None:
         self._session = session
         self._url = f"{base_url}/v1/completions"
-        self._model = model
+        self.model = ""
         self._ignore_eos = ignore_eos
         self._extra_body = extra_body
 
     @classmethod
     @asynccontextmanager
     async def open(
-        cls,
-        base_url: str,
-        model: str,
-        *,
-        ignore_eos: bool = True,
-        extra_body: Mapping[str, Any],
-        timeout_s: float,
+        cls, base_url: str, *, ignore_eos: bool, extra_body: Mapping[str, Any], timeout_s: float
     ) -> AsyncIterator[Self]:
         """A client with a session of its own; a request may take `timeout_s`."""
         # A server may close an idle connection just as it is used again.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            yield cls(session, base_url, model, ignore_eos=ignore_eos, extra_body=extra_body)
+            yield cls(session, base_url, ignore_eos=ignore_eos, extra_body=extra_body)
 
     async def send(self, request: LoadRequest, record: RequestRecord) -> None:
         """Stream a completion; see `load_generator.Send`.
@@ -90,7 +85,7 @@ class CompletionsClient:
 
     def _body(self, request: LoadRequest) -> dict[str, Any]:
         body: dict[str, Any] = {
-            "model": self._model,
+            "model": self.model,
             "prompt": request.prompt,
             "max_tokens": request.num_output_tokens,
             "temperature": 0,
@@ -103,7 +98,7 @@ class CompletionsClient:
             body["user"] = request.tenant
         if request.priority:
             body["priority"] = request.priority
-        return body | self._extra_body
+        return {**body, **self._extra_body}
 
 
 async def _chunks(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:

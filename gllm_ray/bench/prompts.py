@@ -1,8 +1,7 @@
 """The requests of a workload with the prompts that they stand for."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -94,18 +93,6 @@ def make_requests(
             )
         )
     return requests
-
-
-def warm_up_requests(
-    workload: Iterable[SimulatedRequest],
-    num_requests: int,
-    *,
-    vocab_size: int = PROMPT_VOCAB_SIZE,
-    tokenizer: "Tokenizer | None" = None,
-) -> list[LoadRequest]:
-    """The first requests of a workload, all at once and with prompts of their own."""
-    first = [replace(request, arrival_s=0.0) for request in islice(workload, num_requests)]
-    return make_requests(first, "warm-up", vocab_size=vocab_size, tokenizer=tokenizer)
 
 
 def spell(tokenizer: "Tokenizer", token_ids: Sequence[int]) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Self
 
+from ray.actor import ActorHandle
+
 from gllm_ray.assembly.replica import PipelineReplica
 from gllm_ray.bench.engine_load import engine_sender
 from gllm_ray.bench.load_generator import send_load
@@ -45,7 +47,7 @@ class RecordedService:
         group: Its stages.
     """
 
-    def __init__(self, group: StageGroup, scheduler: RecordingSchedulerActor) -> None:
+    def __init__(self, group: StageGroup, scheduler: ActorHandle) -> None:
         self.group = group
         self._scheduler = scheduler
         self._replica = PipelineReplica(group, scheduler)

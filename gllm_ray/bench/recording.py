@@ -107,8 +107,7 @@ def load_of(batch: MicroBatch) -> StepLoad:
     )
 
 
-@ray.remote(max_restarts=0, max_task_retries=0, enable_task_events=False)
-class RecordingSchedulerActor:
+class RecordingScheduler:
     """Serves as `SchedulerActor` does, whose methods these are, and notes when it did what."""
 
     def __init__(self, config: ServiceConfig, group: StageGroup) -> None:
@@ -156,3 +155,8 @@ class RecordingSchedulerActor:
         for event in events:
             if (added_s := self._added_s.pop(event.request_id, None)) is not None:
                 self._ttft_s.append(now_s - added_s)
+
+
+RecordingSchedulerActor = ray.remote(max_restarts=0, max_task_retries=0, enable_task_events=False)(
+    RecordingScheduler
+)

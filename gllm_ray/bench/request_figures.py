@@ -74,10 +74,10 @@ class RequestFigures:
             requests_per_s=len(finished) / load.wall_s,
             output_tokens_per_s=num_output_tokens / load.wall_s,
             max_lag_s=max(record.lag_s for record in load.records),
-            ttft_s=_summary(each.ttft_s for each in latencies),
-            tpot_s=_summary(each.tpot_s for each in latencies if each.tpot_s is not None),
-            itl_s=_summary(gap_s for each in finished for gap_s in _gaps(each)),
-            e2e_s=_summary(each.e2e_s for each in latencies),
+            ttft_s=summarize(each.ttft_s for each in latencies),
+            tpot_s=summarize(each.tpot_s for each in latencies if each.tpot_s is not None),
+            itl_s=summarize(gap_s for each in finished for gap_s in _gaps(each)),
+            e2e_s=summarize(each.e2e_s for each in latencies),
             slo=slo,
             goodput_per_s=num_good / load.wall_s,
             goodput_ratio=num_good / len(load.records),
@@ -112,7 +112,8 @@ def _gaps(record: RequestRecord) -> Iterable[float]:
     return (after_s - before_s for before_s, after_s in pairwise(record.message_times_s))
 
 
-def _summary(values: Iterable[float]) -> Summary:
+def summarize(values: Iterable[float]) -> Summary:
+    """Their mean and quantiles."""
     sketch = QuantileSketch()
     for value in values:
         sketch.add(value)
