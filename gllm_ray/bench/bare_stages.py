@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
 
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import PipelineError
@@ -15,9 +16,22 @@ _NUM_WARMUPS = 8  # of the micro-batches
 _STOP_TIMEOUT_S = 10.0
 
 
+class BareTime(NamedTuple):
+    """How long a stage took for all micro-batches.
+
+    Attributes:
+        wall_s: Seconds that passed.
+        cpu_s: CPU seconds of its process; on CPU, fewer than its threads times `wall_s` if others
+            used its cores.
+    """
+
+    wall_s: float
+    cpu_s: float
+
+
 def run_bare_stages(
     config: ServiceConfig, batches: Sequence[MicroBatch], *, num_blocks: int
-) -> list[float]:
+) -> list[BareTime]:
     """How long each stage takes for the same micro-batches, all of them side by side.
 
     No stage waits for another: hidden states are made up, and nothing is sent.
@@ -28,7 +42,7 @@ def run_bare_stages(
         num_blocks: KV blocks of each stage.
 
     Returns:
-        Seconds of each stage.
+        The time of each stage.
 
     Raises:
         PipelineError: A stage failed; its process tells why on standard error.
@@ -58,7 +72,7 @@ def run_bare_stages(
             process.join(_STOP_TIMEOUT_S)
 
 
-def _receive_all(pipes: Sequence[Connection]) -> list[float]:
+def _receive_all(pipes: Sequence[Connection]) -> list[Any]:
     answers = []
     for stage_id, pipe in enumerate(pipes):
         try:
@@ -76,7 +90,7 @@ def _gpu_of(config: ServiceConfig, stage_id: int) -> str:
 
 
 def _run_stage(config: ServiceConfig, stage_id: int, num_blocks: int, pipe: Connection) -> None:
-    """Load a stage, warm it up, and run it; an answer after each, the last one in seconds."""
+    """Load a stage, warm it up, and run it; an answer after each, the last one a `BareTime`."""
     os.environ |= stage_environment(config.pipeline)  # torch reads it when it is imported
     if config.pipeline.device == "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = _gpu_of(config, stage_id)
@@ -87,7 +101,7 @@ def _run_stage(config: ServiceConfig, stage_id: int, num_blocks: int, pipe: Conn
     worker = StageWorker(config, stage_id)
     worker.load()
     worker.allocate_kv_cache(num_blocks)
-    pipe.send(0.0)
+    pipe.send(None)
     batches: Sequence[MicroBatch] = pipe.recv()
     hidden = None
     if not worker.is_first:
@@ -101,8 +115,8 @@ def _run_stage(config: ServiceConfig, stage_id: int, num_blocks: int, pipe: Conn
             torch.cuda.synchronize()
 
     run(batches[:_NUM_WARMUPS])
-    pipe.send(0.0)
+    pipe.send(None)
     pipe.recv()
-    start_s = time.perf_counter()
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     run(batches)
-    pipe.send(time.perf_counter() - start_s)
+    pipe.send(BareTime(time.perf_counter() - start_s, time.process_time() - start_cpu_s))

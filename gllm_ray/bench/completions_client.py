@@ -62,6 +62,7 @@ class CompletionsClient:
             PipelineError: The service refused the request, broke off, or sent too few tokens.
         """
         usage: dict[str, int] = {}
+        is_finished = False
         try:
             async with self._session.post(self._url, json=self._body(request)) as response:
                 if response.status != 200:
@@ -69,12 +70,16 @@ class CompletionsClient:
                     raise PipelineError(f"status {response.status}: {text}")
                 async for chunk in _chunks(response.content):
                     usage = chunk.get("usage") or usage
-                    if _has_token(chunk, is_first=not record.message_times_s):
-                        record.note_message()
+                    for choice in chunk.get("choices") or ():
+                        is_last = choice.get("finish_reason") is not None
+                        # A last one without text tells only that it is the last.
+                        if choice.get("text") or not is_last or not record.message_times_s:
+                            record.note_message()
+                        is_finished = is_finished or is_last
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise PipelineError(f"{type(error).__name__}: {error}") from None
-        if not record.message_times_s:
-            raise PipelineError("the stream held no token")
+        if not is_finished:
+            raise PipelineError("the stream ended before the output did")
         record.num_prompt_tokens = usage.get("prompt_tokens", request.num_prompt_tokens)
         record.num_output_tokens = usage.get("completion_tokens", len(record.message_times_s))
         if usage and self._ignore_eos and record.num_output_tokens != request.num_output_tokens:
@@ -102,10 +107,10 @@ class CompletionsClient:
 
 
 async def _chunks(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
-    """The data of each event up to `[DONE]`.
+    """The data of each event up to `[DONE]`, which not every service sends.
 
     Raises:
-        PipelineError: An event tells of an error, or the stream ends without `[DONE]`.
+        PipelineError: An event tells of an error.
     """
     async for line in content:
         if not line.startswith(b"data:"):
@@ -117,13 +122,3 @@ async def _chunks(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]
         if "error" in chunk:
             raise PipelineError(f"the stream broke off: {str(chunk['error'])[:_MAX_ERROR_CHARS]}")
         yield chunk
-    raise PipelineError("the stream ended without [DONE]")
-
-
-def _has_token(chunk: Mapping[str, Any], *, is_first: bool) -> bool:
-    """Whether a chunk brings output: a last one without text tells only that it is the last."""
-    choices = chunk.get("choices")
-    if not choices:
-        return False
-    choice = choices[0]
-    return is_first or bool(choice.get("text")) or choice.get("finish_reason") is None

@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gllm_ray.bench.machine import describe_machine
 from gllm_ray.errors import ConfigError
 
 FORMAT = "gllm_ray.bench.v1"
@@ -22,6 +21,8 @@ def make_result(benchmark: str, *, device: str = "cpu", **content: Any) -> Resul
         device: What stages run on, `cpu` or `cuda`.
         content: In JSON's types.
     """
+    from gllm_ray.bench.machine import describe_machine  # it imports torch, as tables need not
+
     return {
         "format": FORMAT,
         "benchmark": benchmark,

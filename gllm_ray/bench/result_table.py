@@ -10,6 +10,7 @@ from gllm_ray.bench.result_file import Result
 # Names of latencies, as `vllm bench serve` has them, and their keys in a result.
 LATENCIES = {"ttft": "ttft_s", "tpot": "tpot_s", "itl": "itl_s", "e2el": "e2e_s"}
 _REQUEST_BENCHMARKS = ("serve", "engine", "offline")
+_BARE_KEYS = ("wall_s", "cpu_s")
 _NONE = "-"
 
 
@@ -106,6 +107,7 @@ def _stage(results: Sequence[Result], _: Sequence[str]) -> str:
         "served tokens/s",
         "bare tokens/s",
         "bare stages s",
+        "their CPU s",
         "served / bare",
         "load average",
     ]
@@ -116,7 +118,7 @@ def _stage(results: Sequence[Result], _: Sequence[str]) -> str:
             str(each["num_micro_batches"]),
             f"{each['served_tokens_per_s']:.1f}",
             f"{each['bare_tokens_per_s']:.1f}",
-            ", ".join(f"{stage_s:.2f}" for stage_s in each["bare_s"]),
+            *(", ".join(f"{stage[key]:.2f}" for stage in each["bare"]) for key in _BARE_KEYS),
             f"{each['served_over_bare']:.2f}",
             _load_average(each["conditions"]["served"]),
         ]

@@ -1,11 +1,11 @@
 """`gllm-ray bench stage`: the engine against its bare stages, on the same micro-batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from gllm_ray.bench.bare_stages import run_bare_stages
+from gllm_ray.bench.bare_stages import BareTime, run_bare_stages
 from gllm_ray.bench.conditions import watch_conditions
 from gllm_ray.bench.engine_bench import CLOCKS
 from gllm_ray.bench.engine_load import prompt_vocab_size
@@ -54,9 +54,9 @@ async def bench_stage(
             await service.close()
         on_step(f"round {number + 1} of {num_rounds}: bare stages")
         with watch_conditions({}) as computing:
-            bare_s = run_bare_stages(config, served.batches, num_blocks=group.num_blocks)
+            bare = run_bare_stages(config, served.batches, num_blocks=group.num_blocks)
         rounds.append(
-            _round(served, bare_s)
+            _round(served, bare)
             | {"conditions": {"served": asdict(serving), "bare": asdict(computing)}}
         )
     return make_result(
@@ -70,13 +70,14 @@ async def bench_stage(
     )
 
 
-def _round(served: RecordedReplay, bare_s: list[float]) -> dict[str, Any]:
-    num_tokens = served.seen.num_output_tokens
+def _round(served: RecordedReplay, bare: Sequence[BareTime]) -> dict[str, Any]:
+    num_tokens, served_s = served.seen.num_output_tokens, served.seen.wall_s
+    bare_s = max(stage.wall_s for stage in bare)
     return {
         "num_micro_batches": len(served.batches),
-        "served_tokens_per_s": num_tokens / served.seen.wall_s,
-        "bare_tokens_per_s": num_tokens / max(bare_s),
-        "served_s": served.seen.wall_s,
-        "bare_s": bare_s,
-        "served_over_bare": max(bare_s) / served.seen.wall_s,
+        "served_tokens_per_s": num_tokens / served_s,
+        "bare_tokens_per_s": num_tokens / bare_s,
+        "served_s": served_s,
+        "bare": [stage._asdict() for stage in bare],
+        "served_over_bare": bare_s / served_s,
     }
