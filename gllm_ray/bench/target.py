@@ -78,6 +78,8 @@ async def start_target(text: str, options: TargetOptions) -> AsyncIterator[Targe
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
+    # One of ours that ends takes along all that this process has started: services end in the
+    # order opposite to that of their start, all at the end of a benchmark.
     with contextlib.ExitStack() as stack:
         if text.startswith(("http://", "https://")):
             url, pid = text.rstrip("/"), options.pid

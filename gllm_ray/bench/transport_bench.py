@@ -141,7 +141,8 @@ async def _chains(transports: Sequence[str], num_stages: int) -> AsyncIterator[d
                 num_cpus=0, runtime_env={"env_vars": stage_environment(config.pipeline)}
             )
             actors[transport] = tuple(actor.remote(config, index) for index in range(num_stages))
-            await connect_stages(actors[transport], epoch=0)
+        for stages in actors.values():
+            await connect_stages(stages, epoch=0)
         yield {transport: _Chain(transport, stages) for transport, stages in actors.items()}
     finally:
         for stages in actors.values():
