@@ -15,19 +15,17 @@ _NONE = "-"
 
 
 def result_tables(results: Sequence[Result], latencies: Sequence[str] = tuple(LATENCIES)) -> str:
-    """A table for each kind of benchmark, and what it was measured on.
+    """A table for each kind of benchmark, and what they were measured on.
 
     Args:
         results: As `write_result` writes them.
         latencies: Some of `LATENCIES`; the others are left out.
     """
     ordered = sorted(results, key=lambda result: list(_TABLES).index(_kind(result)))
-    parts = []
-    for kind, group in groupby(ordered, key=_kind):
-        same_kind = list(group)
-        parts.append(_TABLES[kind](same_kind, latencies))
-        parts += dict.fromkeys(map(_machine, same_kind))
-    return "\n\n".join(parts)
+    tables = [
+        _TABLES[kind](list(same_kind), latencies) for kind, same_kind in groupby(ordered, key=_kind)
+    ]
+    return "\n\n".join([*tables, *dict.fromkeys(map(_machine, results))])
 
 
 def _kind(result: Result) -> str:
@@ -37,7 +35,7 @@ def _kind(result: Result) -> str:
 
 def _requests(results: Sequence[Result], latencies: Sequence[str]) -> str:
     head = ["bench", "what", "load", "requests/s", "output tokens/s"]
-    head += [f"{name.upper()} ms" for name in latencies]
+    head += [f"{LATENCIES[name].removesuffix('_s').upper()} ms" for name in latencies]
     head += ["good", "failed", "CPU s", "load average"]
     rows = []
     for result in results:

@@ -1,15 +1,17 @@
 """`gllm-ray bench transport`: what it costs to hand hidden states from stage to stage."""
 
 import itertools
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Container, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 
 from ray.actor import ActorHandle
 
-from gllm_ray.bench.conditions import descendants_cpu_s, own_cpu_s, watch_conditions
+from gllm_ray.bench.conditions import tree_cpu_s, watch_conditions
 from gllm_ray.bench.request_figures import summarize
 from gllm_ray.bench.result_file import Result, make_result
 from gllm_ray.bench.transport_stage import TransportStageActor
@@ -96,8 +98,7 @@ class _Chain:
             await stage.resize.remote(num_bytes)
         for _ in range(_NUM_WARMUPS):
             await self._step()
-        clocks = {"all": lambda: own_cpu_s() + descendants_cpu_s()}
-        with watch_conditions(clocks) as conditions:
+        with watch_conditions({"all": partial(tree_cpu_s, os.getpid())}) as conditions:
             steps = [await self._step() for _ in range(num_steps)]
         num_hops = len(self._stages) - 1
         return HopCost(

@@ -1,6 +1,7 @@
 """Two services in turns: their ratios, pair by pair, and the tables of results."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from gllm_ray.bench.paired_ratios import Pair, paired_ratios
 from gllm_ray.bench.request_figures import RequestFigures
 from gllm_ray.bench.request_load import RequestLoad, parse_workload, synthetic_workload
 from gllm_ray.bench.request_run import RequestRun
+from gllm_ray.bench.result_file import read_result
+from gllm_ray.bench.result_table import result_tables
 from gllm_ray.cli import main
 
 
@@ -152,3 +155,10 @@ def test_what_is_no_result_has_no_table(tmp_path, capsys, text):
     file.write_text(text, encoding="utf-8")
     assert main(["bench", "table", str(file)]) == 1
     assert f"{file}: must be JSON of format gllm_ray.bench.v1" in capsys.readouterr().err
+
+
+def test_the_readme_has_the_tables_of_the_committed_results():
+    root = Path(__file__).parents[2]
+    names = ("serve", "engine", "stage", "transport", "compare")
+    results = [read_result(root / f"gllm_ray/bench/results/{name}.json") for name in names]
+    assert result_tables(results, ["ttft", "tpot"]) in (root / "README.md").read_text("utf-8")
