@@ -11,11 +11,13 @@ from typing import Any
 
 from gllm_ray.bench.fidelity_models import MODELS, fidelity_service
 from gllm_ray.bench.large_simulations import LargeSimulation, bench_large_simulations
+from gllm_ray.bench.load_options import positive
 from gllm_ray.bench.policies import bench_policies
 from gllm_ray.bench.policy_runs import Effort
 from gllm_ray.bench.policy_scenarios import SCENARIOS
 from gllm_ray.bench.policy_table import policy_table
 from gllm_ray.bench.scheduler import SchedulerBenchResult, bench_scheduler
+from gllm_ray.bench.service_command import add_service_benchmarks, show_step
 from gllm_ray.bench.simulator import SimulatorBenchResult, bench_simulator
 from gllm_ray.errors import GllmRayError
 from gllm_ray.policy_config import POLICY_CONFIGS
@@ -36,6 +38,7 @@ def add_bench_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not
     """Add the benchmarks to the commands of a parser; each sets `run`."""
     bench = commands.add_parser("bench", help="measure a part of the service on this machine")
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
+    add_service_benchmarks(benchmarks)
     _add_scheduler(benchmarks)
     _add_fidelity(benchmarks)
     _add_policies(benchmarks)
@@ -87,8 +90,8 @@ def _add_fidelity(benchmarks: Any) -> None:  # noqa: ANN401
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", choices=MODELS, help="one alone instead of all")
-    parser.add_argument("--requests", type=_positive, default=60, help="of each load")
-    parser.add_argument("--repeats", type=_positive, default=3, help="of everything")
+    parser.add_argument("--requests", type=positive, default=60, help="of each load")
+    parser.add_argument("--repeats", type=positive, default=3, help="of everything")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and lengths")
     parser.add_argument("--output", type=Path, help="write the numbers to this file, as JSON")
     parser.set_defaults(run=_bench_fidelity)
@@ -105,7 +108,7 @@ def _bench_fidelity(options: argparse.Namespace) -> int:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         for model in [options.model] if options.model else MODELS:
-            _show_step(f"model: {model}")
+            show_step(f"model: {model}")
             with tempfile.TemporaryDirectory() as directory:
                 result = asyncio.run(
                     bench_fidelity(
@@ -114,7 +117,7 @@ def _bench_fidelity(options: argparse.Namespace) -> int:
                         num_requests=options.requests,
                         num_repeats=options.repeats,
                         seed=options.seed,
-                        on_step=_show_step,
+                        on_step=show_step,
                     )
                 )
             print(f"{result.provenance}\n{result.table()}\n", flush=True)
@@ -144,7 +147,7 @@ def add_profile_parser(commands: Any) -> None:  # noqa: ANN401
         "--calibration", type=Path, help="write what `scheduler.cost_calibration` names, too"
     )
     parser.add_argument("--seconds", type=float, default=60, help="at most; then the rest is left")
-    parser.add_argument("--repeats", type=_positive, default=5, help="of each micro-batch")
+    parser.add_argument("--repeats", type=positive, default=5, help="of each micro-batch")
     parser.set_defaults(run=_profile)
 
 
@@ -175,20 +178,8 @@ def _write_json(path: Path, value: object) -> None:
     print(f"wrote {path}")
 
 
-def _show_step(step: str) -> None:
-    print(step, file=sys.stderr)
-
-
 def _show_progress(num_done: int, num_all: int) -> None:
     print(f"measured {num_done} of {num_all} micro-batches", file=sys.stderr)
-
-
-def _positive(text: str) -> int:
-    """A number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: must be >= 1")
-    return number
 
 
 def _add_policies(benchmarks: Any) -> None:  # noqa: ANN401

@@ -7,13 +7,14 @@ from math import exp, fsum
 from statistics import fmean
 
 from gllm_ray.assembly.engines import build_scheduler
+from gllm_ray.bench.engine_load import prompt_vocab_size
 from gllm_ray.bench.fidelity_report import Comparison, FidelityResult, Figures
+from gllm_ray.bench.prompts import make_requests
 from gllm_ray.bench.recorded_service import RecordedReplay, RecordedService
-from gllm_ray.bench.replay import Replay
+from gllm_ray.bench.request_figures import RequestFigures
 from gllm_ray.bench.service_costs import ServiceCosts, fit_service_costs
 from gllm_ray.bench.service_profile import describe_service, service_layout
 from gllm_ray.config import ServiceConfig
-from gllm_ray.errors import ConfigError
 from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.length_config import LengthsConfig
 from gllm_ray.simulation.measured import MeasuredCost
@@ -63,16 +64,12 @@ async def bench_fidelity(
         PipelineError: The engine broke.
     """
     layout = service_layout(config)
-    if num_requests > (most := layout.model.vocab_size // 2 - 1):
-        raise ConfigError(
-            f"requests={num_requests}: must be <= {most}, because the vocabulary tells them apart"
-        )
-
     make_workload = partial(_workload, lengths, num_requests)
     on_step("starting the engine")
     service = await RecordedService.start(config)
+    replayer = _Replayer(service, prompt_vocab_size(config))
     try:
-        replays = await _serve(service, make_workload, loads, num_repeats, seed, on_step)
+        replays = await _serve(replayer, make_workload, loads, num_repeats, seed, on_step)
     finally:
         await service.close()
     on_step("simulating")
@@ -126,8 +123,22 @@ class _Replays:
     client_s: float
 
 
+@dataclass(slots=True)
+class _Replayer:
+    """Replays workloads on a service, each with prompts that no other has."""
+
+    service: RecordedService
+    vocab_size: int
+    num_replays: int = 0
+
+    async def replay(self, workload: Workload) -> RecordedReplay:
+        self.num_replays += 1
+        seed = f"replay {self.num_replays}"
+        return await self.service.replay(make_requests(workload, seed, vocab_size=self.vocab_size))
+
+
 async def _serve(
-    service: RecordedService,
+    service: _Replayer,
     make_workload: Callable[[ArrivalsConfig, int], Workload],
     loads: Sequence[float],
     num_repeats: int,
@@ -139,7 +150,7 @@ async def _serve(
     await service.replay(make_workload(at_once, seed + 1))
     on_step("capacity")
     saturated = [await service.replay(make_workload(at_once, seed + 1))]
-    capacity_per_s = saturated[0].seen.ttft_s.count / saturated[0].seen.wall_s
+    capacity_per_s = saturated[0].seen.requests_per_s
     poisson = PoissonArrivalsConfig(rate_per_s=_CALIBRATION_SHARE * capacity_per_s)
     arrivals: dict[str, ArrivalsConfig] = {"all at once": at_once}
     for share in loads:
@@ -184,13 +195,13 @@ def _stage_slowdown(
     return (time_s + costs.step_s * num_stages * len(served)) / predicted_s
 
 
-def _measured_figures(result: Replay) -> Figures:
+def _measured_figures(seen: RequestFigures) -> Figures:
     return Figures(
-        requests_per_s=result.ttft_s.count / result.wall_s,
-        ttft_p50_s=result.ttft_s.quantile(0.5),
-        ttft_p99_s=result.ttft_s.quantile(0.99),
-        tpot_p50_s=result.tpot_s.quantile(0.5),
-        tpot_p99_s=result.tpot_s.quantile(0.99),
+        requests_per_s=seen.requests_per_s,
+        ttft_p50_s=seen.ttft_s.p50,
+        ttft_p99_s=seen.ttft_s.p99,
+        tpot_p50_s=seen.tpot_s.p50,
+        tpot_p99_s=seen.tpot_s.p99,
     )
 
 

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import gllm_ray
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Hardware, versions and how busy the machine is now, in JSON's types.
+    """Hardware, versions, commit and how busy the machine is now, in JSON's types.
 
     Args:
         device: What stages run on, `cpu` or `cuda`.
@@ -25,9 +27,26 @@ def describe_machine(device: str) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "ray": metadata.version("ray"),
         },
+        "commit": _commit(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
+
+
+def _commit() -> str | None:
+    """The commit of this package, with `-dirty` if files differ from it; None outside of git."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
 
 
 def _cpu_name() -> str:

@@ -1,18 +1,24 @@
 """A service whose scheduler notes what it does, and that is sent workloads."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Self
 
+from ray.actor import ActorHandle
+
 from gllm_ray.assembly.replica import PipelineReplica
+from gllm_ray.bench.engine_load import engine_sender
+from gllm_ray.bench.load_generator import send_load
+from gllm_ray.bench.prompts import LoadRequest
 from gllm_ray.bench.recording import Record, RecordingSchedulerActor
-from gllm_ray.bench.replay import Replay, replay
+from gllm_ray.bench.request_figures import RequestFigures
 from gllm_ray.bench.service_costs import ServedStep
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.errors import PipelineError
-from gllm_ray.simulation.workload import Workload
+from gllm_ray.messages import MicroBatch
 from gllm_ray.stages.placement import SCHEDULER_CPUS
 from gllm_ray.stages.ray_pipeline import StageGroup, ask, start_stage_group
 
@@ -23,12 +29,14 @@ class RecordedReplay:
 
     Attributes:
         seen: What clients saw.
-        served: The micro-batches, in order.
+        served: The micro-batches, in order, that the stages still know.
+        batches: All micro-batches, in order.
         client_s: How much longer clients waited for a first token than the scheduler took.
     """
 
-    seen: Replay
+    seen: RequestFigures
     served: list[ServedStep]
+    batches: list[MicroBatch]
     client_s: float
 
 
@@ -39,12 +47,11 @@ class RecordedService:
         group: Its stages.
     """
 
-    def __init__(self, group: StageGroup, scheduler: RecordingSchedulerActor) -> None:
+    def __init__(self, group: StageGroup, scheduler: ActorHandle) -> None:
         self.group = group
         self._scheduler = scheduler
         self._replica = PipelineReplica(group, scheduler)
         self._client = EngineClient(self._replica)
-        self._num_replays = 0
 
     @classmethod
     async def start(cls, config: ServiceConfig) -> Self:
@@ -65,20 +72,26 @@ class RecordedService:
             raise
         return service
 
-    async def replay(self, workload: Workload) -> RecordedReplay:
-        """Let all requests of a workload come and end.
+    async def replay(
+        self, requests: Sequence[LoadRequest], *, max_concurrency: int | None = None
+    ) -> RecordedReplay:
+        """Let requests come and end; see `send_load`.
 
         Raises:
-            PipelineError: The engine broke.
-            InvalidRequestError: A request is too long for the engine.
+            PipelineError: A request did not get all of its tokens.
         """
-        self._num_replays += 1
-        seen = await replay(self._client, workload, cache_salt=f"replay {self._num_replays}")
+        load = await send_load(
+            engine_sender(self._client), requests, max_concurrency=max_concurrency
+        )
+        seen = RequestFigures.of(load)
+        if seen.num_failed:
+            raise PipelineError(f"{seen.num_failed} requests failed: {next(iter(seen.errors))}")
         record: Record = await self._scheduler.take.remote()
         stages = await asyncio.gather(*(stage.intervals.remote() for stage in self.group.stages))
         intervals = [{each.batch_id: each for each in stage} for stage in stages]
         return RecordedReplay(
             seen=seen,
+            batches=record.batches,
             served=[
                 ServedStep(step, tuple(stage[step.batch_id] for stage in intervals))
                 for step in record.steps

@@ -40,11 +40,13 @@ class Record(NamedTuple):
 
     Attributes:
         steps: Its micro-batches, in order.
+        batches: The same, as the stages got them.
         ttft_s: Of each request, from its arrival at the scheduler to the delivery of its first
             token.
     """
 
     steps: list[RecordedStep]
+    batches: list[MicroBatch]
     ttft_s: list[float]
 
 
@@ -53,6 +55,7 @@ class RecordingPipeline:
 
     Attributes:
         steps: Micro-batches whose results have come.
+        batches: All micro-batches.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -60,6 +63,7 @@ class RecordingPipeline:
         self._open: dict[int, RecordedStep] = {}
         self._latest_result_s: float | None = None
         self.steps: list[RecordedStep] = []
+        self.batches: list[MicroBatch] = []
 
     def submit(self, batch: MicroBatch) -> None:
         """See `Pipeline`."""
@@ -72,6 +76,7 @@ class RecordingPipeline:
             0.0,
         )
         self._latest_result_s = None
+        self.batches.append(batch)
         self._pipeline.submit(batch)
 
     async def next_result(self) -> MicroBatchResult:
@@ -102,8 +107,7 @@ def load_of(batch: MicroBatch) -> StepLoad:
     )
 
 
-@ray.remote(max_restarts=0, max_task_retries=0, enable_task_events=False)
-class RecordingSchedulerActor:
+class RecordingScheduler:
     """Serves as `SchedulerActor` does, whose methods these are, and notes when it did what."""
 
     def __init__(self, config: ServiceConfig, group: StageGroup) -> None:
@@ -141,8 +145,9 @@ class RecordingSchedulerActor:
 
     def take(self) -> Record:
         """What was noted since the last call, by an engine that is idle now."""
-        record = Record(self._pipeline.steps, self._ttft_s)
-        self._pipeline.steps, self._ttft_s = [], []
+        pipeline = self._pipeline
+        record = Record(pipeline.steps, pipeline.batches, self._ttft_s)
+        pipeline.steps, pipeline.batches, self._ttft_s = [], [], []
         return record
 
     def _note_first(self, events: Iterable[TokenEvent]) -> None:
@@ -150,3 +155,8 @@ class RecordingSchedulerActor:
         for event in events:
             if (added_s := self._added_s.pop(event.request_id, None)) is not None:
                 self._ttft_s.append(now_s - added_s)
+
+
+RecordingSchedulerActor = ray.remote(max_restarts=0, max_task_retries=0, enable_task_events=False)(
+    RecordingScheduler
+)

@@ -5,7 +5,6 @@ import contextlib
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 
 from gllm_ray.demo.chat import ChatTiming, get_json, stream_chat
-from gllm_ray.demo.serve_process import INTERRUPTS, ServeProcess, free_port
+from gllm_ray.demo.serve_process import INTERRUPTS, ServeProcess, free_port, on_port
 
 CONFIG_FILE = Path("configs/demo.yaml")
 PROMPT = "Write a function that reads a file and counts its lines."
@@ -164,11 +163,8 @@ def _with_free_port(config_file: Path, port: int | None) -> Iterator[tuple[Path,
         return
     if wanted not in (0, free):
         print(f"port {wanted} is in use, so the demo serves on port {free}")
-    config["http_options"]["port"] = free
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as copy:
-        yaml.safe_dump(config, copy)
-        copy.flush()
-        yield Path(copy.name), free
+    with on_port(config_file, free) as copy:
+        yield copy, free
 
 
 def _interrupt(*_: object) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 import psutil
+import yaml
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_CHILD_SUBREAPER = 36
@@ -71,6 +72,12 @@ class ServeProcess:
         if exc_info[0] in (None, KeyboardInterrupt):
             shutil.rmtree(self._directory, ignore_errors=True)
 
+    @property
+    def pid(self) -> int:
+        """The process; all that it started belong to it."""
+        assert self._process is not None
+        return self._process.pid
+
     def raise_if_ended(self) -> None:
         """Raise `RuntimeError` with the end of the log if the service is not running any more."""
         assert self._process is not None
@@ -106,6 +113,17 @@ def free_port(wanted: int = 0) -> int:
         except OSError:
             listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def on_port(config_file: Path, port: int) -> Iterator[Path]:
+    """Yield a copy of a Serve configuration that has another port."""
+    config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    config["http_options"] = config.get("http_options", {}) | {"port": port}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as copy:
+        yaml.safe_dump(config, copy)
+        copy.flush()
+        yield Path(copy.name)
 
 
 def _ray_environment(directory: Path) -> dict[str, str]:

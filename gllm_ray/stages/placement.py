@@ -50,7 +50,7 @@ def start_stage(
         num_cpus=pipeline.cpus_per_stage,
         num_gpus=pipeline.gpus_per_stage if pipeline.device == "cuda" else 0,
         accelerator_type=pipeline.accelerator_type,
-        runtime_env={"env_vars": _environment(pipeline)},
+        runtime_env={"env_vars": stage_environment(pipeline)},
         scheduling_strategy=strategy,
     ).remote(config, stage_id)
 
@@ -60,7 +60,7 @@ def num_cpu_threads(pipeline: PipelineConfig) -> int:
     return max(1, int(pipeline.cpus_per_stage))
 
 
-def _environment(pipeline: PipelineConfig) -> dict[str, str]:
+def stage_environment(pipeline: PipelineConfig) -> dict[str, str]:
     """What must stand in a stage's environment before torch is imported there."""
     if pipeline.device == "cuda":
         return {}

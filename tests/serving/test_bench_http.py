@@ -1,0 +1,163 @@
+"""`gllm-ray bench serve` and `compare` against processes that serve, and our own routes."""
+
+import asyncio
+import json
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import uvicorn
+
+from gllm_ray.bench.completions_client import CompletionsClient
+from gllm_ray.bench.load_generator import send_load
+from gllm_ray.bench.prompts import LoadRequest
+from gllm_ray.bench.request_figures import RequestFigures
+from gllm_ray.cli import main
+from gllm_ray.demo.serve_process import free_port
+from gllm_ray.serving.openai_api import build_api
+from tests.fakes import LocalService, ScriptedPipeline
+
+SERVER = Path(__file__).with_name("sse_server.py")
+
+
+def server(token_s, *more):
+    return f"'{sys.executable}' '{SERVER}' {{port}} {token_s} {' '.join(map(str, more))}"
+
+
+def bench(tmp_path, *arguments):
+    """The exit status, and the result."""
+    options = ["--input-len", "5", "--num-warmups", "1", "--json", str(tmp_path / "result.json")]
+    status = main(["bench", *arguments, *options])
+    return status, json.loads((tmp_path / "result.json").read_text())
+
+
+def test_a_service_that_a_command_starts_is_measured_and_ended(tmp_path):
+    token_s = 0.02
+    status, result = bench(
+        tmp_path,
+        "serve",
+        server(token_s),
+        *["--num-prompts", "6", "--output-len", "4", "--max-concurrency", "3"],
+        *["--goodput", "ttft:5000"],
+    )
+    assert status == 0
+    figures = result["run"]["figures"]
+    assert (figures["num_finished"], figures["num_failed"]) == (6, 0)
+    assert (figures["num_input_tokens"], figures["num_output_tokens"]) == (30, 24)
+    assert figures["tpot_s"]["p50"] == pytest.approx(token_s, rel=0.5)
+    assert figures["ttft_s"]["p50"] > token_s
+    assert figures["wall_s"] > 2 * 4 * token_s  # three at a time
+    assert figures["goodput_ratio"] == 1
+    assert set(result["run"]["conditions"]["cpu_s"]) == {"client", "service"}
+    assert not [each for each in psutil.process_iter(["cmdline"]) if _is_server(each)]
+
+
+def _is_server(process):
+    return str(SERVER) in (process.info["cmdline"] or [])
+
+
+def test_the_slower_of_two_services_loses_every_pair(tmp_path, capsys):
+    status, result = bench(
+        tmp_path,
+        "compare",
+        server(0.01),
+        server(0.04),
+        *["--num-prompts", "4", "--output-len", "5", "--pairs", "2"],
+    )
+    assert status == 0
+    assert len(result["pairs"]) == 2
+    for name, is_more in (("output_tokens_per_s", True), ("tpot_p50_s", False)):
+        ratio = result["ratios"][name]
+        assert all((each > 1.5) if is_more else (each < 0.7) for each in ratio["pairs"])
+        assert ratio["least"] <= ratio["median"] <= ratio["most"]
+    output, steps = capsys.readouterr()
+    assert "| 2 A/B |" in output
+    assert [line[-1] for line in steps.splitlines() if line.startswith("pair")] == list("ABAB")
+
+
+def test_requests_that_fail_are_told_and_their_pair_has_no_ratio(tmp_path, capsys):
+    arguments = ["--num-prompts", "4", "--output-len", "2", "--pairs", "1"]
+    status, result = bench(tmp_path, "compare", server(0), server(0, 4), *arguments)
+    assert status == 1
+    assert result["pairs"][0]["b"]["figures"]["num_failed"] == 1
+    assert result["ratios"]["output_tokens_per_s"]["pairs"] == [None]
+    assert "1 requests failed: status 503" in capsys.readouterr().err
+
+
+def test_a_command_that_ends_is_a_failure_with_what_it_said(capsys):
+    command = f"'{sys.executable}' -c 'print(\"no model\"); raise SystemExit(3)' {{port}}"
+    assert main(["bench", "serve", command]) == 1
+    error = capsys.readouterr().err
+    assert "ended with status 3" in error
+    assert "no model" in error
+
+
+def test_a_service_that_never_answers_is_given_up(capsys):
+    command = f"'{sys.executable}' -c 'import time; time.sleep(60)' {{port}}"
+    assert main(["bench", "serve", command, "--timeout-s", "1"]) == 1
+    assert "not ready after 1 s: ClientConnectorError" in capsys.readouterr().err
+
+
+@asynccontextmanager
+async def own_service(tokenizer, script):
+    """The address of our routes, on a socket."""
+    port = free_port()
+    async with LocalService(tokenizer, ScriptedPipeline(script)) as service:
+        config = uvicorn.Config(build_api(service), port=port, log_level="error", lifespan="off")
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server.serve())
+        while not server.started:  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+        server.should_exit = True
+        await task
+
+
+def measure_own(tokenizer, script, requests, **options):
+    async def run():
+        settings = {"ignore_eos": True, "extra_body": {}, "timeout_s": 20.0} | options
+        async with (
+            own_service(tokenizer, script) as url,
+            CompletionsClient.open(url, **settings) as client,
+        ):
+            client.model = LocalService.model_name
+            return RequestFigures.of(await send_load(client.send, requests))
+
+    return asyncio.run(run())
+
+
+def request(prompt, num_output_tokens=6, **fields):
+    return LoadRequest(
+        request_id="r",
+        arrival_s=0.0,
+        prompt=prompt,
+        num_prompt_tokens=0,
+        num_output_tokens=num_output_tokens,
+        **fields,
+    )
+
+
+def test_our_own_routes_take_token_ids_and_text_and_tell_what_they_counted(tokenizer):
+    script = tokenizer.encode("def f(x): return x + 1")
+    requests = [request((1, 2, 3)), request("def f", tenant="a", priority=2)]
+    figures = measure_own(tokenizer, script, requests)
+    assert figures.errors == {}
+    assert figures.num_input_tokens == 3 + len(tokenizer.encode("def f"))
+    assert figures.num_output_tokens == 12
+
+
+def test_an_output_that_ends_early_fails_unless_it_may(tokenizer):
+    script = [*tokenizer.encode("yes"), *tokenizer.stop_token_ids]
+    assert measure_own(tokenizer, script, [request((1,))]).num_output_tokens == 6
+    free = measure_own(tokenizer, script, [request((1,))], ignore_eos=False)
+    assert (free.num_failed, free.num_output_tokens) == (0, len(script))
+    # `extra_body` wins: the output is asked for whole, and ends early.
+    early = measure_own(tokenizer, script, [request((1,))], extra_body={"ignore_eos": False})
+    assert list(early.errors) == [f"got {len(script)} output tokens; asked for 6"]
+
+
+def test_a_refusal_is_told_with_its_status(tokenizer):
+    (reason,) = measure_own(tokenizer, [5], [request((1,), priority=2**40)]).errors
+    assert reason.startswith("status 400: ")

@@ -1,0 +1,164 @@
+"""Two services in turns: their ratios, pair by pair, and the tables of results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gllm_ray.bench.conditions import Conditions, own_cpu_s, watch_conditions
+from gllm_ray.bench.load_generator import Load, RequestRecord
+from gllm_ray.bench.paired_ratios import Pair, paired_ratios
+from gllm_ray.bench.request_figures import RequestFigures
+from gllm_ray.bench.request_load import RequestLoad, parse_workload, synthetic_workload
+from gllm_ray.bench.request_run import RequestRun
+from gllm_ray.bench.result_file import read_result
+from gllm_ray.bench.result_table import result_tables
+from gllm_ray.cli import main
+
+
+def run(wall_s, *, cpu_s=None, num_failed=0):
+    """A run of two requests that take `wall_s` each."""
+    records = [
+        RequestRecord(
+            start_s=0.0,
+            lag_s=0.0,
+            message_times_s=[wall_s / 2, wall_s],
+            num_prompt_tokens=5,
+            num_output_tokens=2,
+            error="down" if index < num_failed else "",
+        )
+        for index in range(2)
+    ]
+    return RequestRun(
+        figures=RequestFigures.of(Load(wall_s, records)),
+        conditions=Conditions(load_average_before=1.0, cpu_s=cpu_s or {}),
+    )
+
+
+def test_each_run_is_compared_with_the_one_beside_it():
+    pairs = [Pair(run(1.0), run(2.0)), Pair(run(10.0), run(30.0)), Pair(run(4.0), run(4.0))]
+    ratios = paired_ratios(pairs)
+    throughput = ratios["output_tokens_per_s"]
+    assert throughput.pairs == pytest.approx((2.0, 3.0, 1.0))
+    assert (throughput.median, throughput.least, throughput.most) == pytest.approx((2.0, 1.0, 3.0))
+    assert ratios["ttft_p50_s"].pairs == pytest.approx((1 / 2, 1 / 3, 1.0))
+
+
+def test_a_run_that_failed_requests_is_faster_than_nobody():
+    ratios = paired_ratios([Pair(run(1.0, num_failed=1), run(2.0)), Pair(run(1.0), run(2.0))])
+    assert ratios["output_tokens_per_s"].pairs == (None, 2.0)
+    assert ratios["output_tokens_per_s"].median == 2.0
+    nothing = paired_ratios([Pair(run(1.0), run(2.0, num_failed=2))])["ttft_p50_s"]
+    assert (nothing.pairs, nothing.median) == ((None,), None)
+
+
+def test_cpu_seconds_are_those_of_the_service_that_was_asked():
+    a, b = run(1.0, cpu_s={"a": 3.0, "b": 0.1}), run(1.0, cpu_s={"a": 0.2, "b": 2.0})
+    assert paired_ratios([Pair(a, b)])["cpu_s"].pairs == (1.5,)
+    unknown = run(1.0, cpu_s={"a": 0.2})
+    assert paired_ratios([Pair(a, unknown)])["cpu_s"].pairs == (None,)
+
+
+def test_cpu_seconds_are_those_of_what_ran_within():
+    with watch_conditions({"self": own_cpu_s}) as conditions:
+        end_s = own_cpu_s() + 0.05
+        while own_cpu_s() < end_s:
+            pass
+    assert 0.04 < conditions.cpu_s["self"] < 0.5
+
+
+LOAD = RequestLoad(
+    workload=parse_workload(synthetic_workload("5", "sharegpt") | {"num_requests": 2}),
+    seed=0,
+    max_concurrency=8,
+    num_warmups=0,
+    slo=None,
+).to_json()
+COMMON = {
+    "format": "gllm_ray.bench.v1",
+    "time": "2026-01-02T03:04:05+00:00",
+    "machine": {"hardware": "a CPU", "num_cores": 2, "versions": {"ray": "2"}, "commit": None},
+}
+
+
+def write(path, **content):
+    path.write_text(json.dumps(COMMON | content), encoding="utf-8")
+    return str(path)
+
+
+def table_of(capsys, *arguments):
+    assert main(["bench", "table", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in cells if len(row) > 1 and row[0] != "---"], lines
+
+
+def test_results_of_one_kind_are_rows_of_one_table(tmp_path, capsys):
+    files = [
+        write(
+            tmp_path / f"{name}.json",
+            benchmark=name,
+            target="m",
+            load=LOAD,
+            run=run(0.5, cpu_s={"service": 2.5}).to_json(),
+        )
+        for name in ("engine", "serve")
+    ]
+    rows, lines = table_of(capsys, *files, "--percentile-metrics", "ttft")
+    head, *values = rows
+    assert [row[0] for row in values] == ["engine", "serve"]
+    engine = dict(zip(head, values[0], strict=True))
+    assert engine["load"] == "2, at once; 5 in, sharegpt out; 8 at a time"
+    assert (engine["requests/s"], engine["output tokens/s"]) == ("4.00", "8.0")
+    assert (engine["TTFT ms"], engine["CPU s"], engine["failed"]) == ("250 / 250 / 250", "2.5", "0")
+    assert "TPOT ms" not in engine
+    assert lines.count("a CPU, 2 cores; ray 2; commit unknown; 2026-01-02") == 1
+
+
+def test_a_comparison_shows_both_runs_and_the_ratio_of_each_pair(tmp_path, capsys):
+    pairs = [Pair(run(1.0), run(2.0)), Pair(run(1.0), run(4.0, num_failed=1))]
+    file = write(
+        tmp_path / "compare.json",
+        benchmark="compare",
+        a="ours",
+        b="peer",
+        load=LOAD,
+        pairs=[{"a": pair.a.to_json(), "b": pair.b.to_json()} for pair in pairs],
+        ratios={
+            name: {
+                "pairs": ratio.pairs,
+                "median": ratio.median,
+                "least": ratio.least,
+                "most": ratio.most,
+            }
+            for name, ratio in paired_ratios(pairs).items()
+        },
+    )
+    rows, _ = table_of(capsys, file, "--percentile-metrics", "e2el")
+    assert rows[0][:3] == ["pair", "output tokens/s", "E2E p50 ms"]
+    shown = {row[0]: row[1] for row in rows[1:]}
+    assert shown == {
+        "1 A": "4.0",
+        "1 B": "2.0",
+        "1 A/B": "2.00",
+        "2 A": "4.0",
+        "2 B": "0.5",
+        "2 A/B": "-",
+        "median A/B": "2.00",
+        "least to most": "2.00 to 2.00",
+    }
+
+
+@pytest.mark.parametrize("text", ["{}", "no JSON", '{"format": "gllm_ray.bench.v0"}'])
+def test_what_is_no_result_has_no_table(tmp_path, capsys, text):
+    file = tmp_path / "other.json"
+    file.write_text(text, encoding="utf-8")
+    assert main(["bench", "table", str(file)]) == 1
+    assert f"{file}: must be JSON of format gllm_ray.bench.v1" in capsys.readouterr().err
+
+
+def test_the_readme_has_the_tables_of_the_committed_results():
+    root = Path(__file__).parents[2]
+    names = ("serve", "engine", "stage", "transport", "compare")
+    results = [read_result(root / f"gllm_ray/bench/results/{name}.json") for name in names]
+    assert result_tables(results, ["ttft", "tpot"]) in (root / "README.md").read_text("utf-8")
