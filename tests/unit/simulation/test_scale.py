@@ -65,7 +65,8 @@ def test_memory_does_not_grow_with_the_requests_that_have_ended(changes, monkeyp
     _, few_peak_bytes, few_left = run(300, changes)
     report, many_peak_bytes, many_left = run(1200, changes)
     assert sum(report.num_ended.values()) == 1200
-    assert many_left - few_left < 900 * 0.1
+    # Bounded tables may still fill up; what each request left behind would be 900 or more.
+    assert many_left - few_left < 900 * 0.25
     # Sketches have some more buckets, and dictionaries some room; a request takes far more.
     assert many_peak_bytes - few_peak_bytes < 900 * 100
 
