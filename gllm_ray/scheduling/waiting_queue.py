@@ -20,10 +20,10 @@ Key = TypeVar("Key", bound=tuple[Any, ...])
 class WaitingQueue:
     """Sequences that hold no block; the one of the lowest rank is admitted first.
 
-    A rank is given when a sequence first waits, and kept when it is preempted: `priority`, then a
-    virtual deadline, then arrival. The deadline is `overtaking` times the tokens of the prompt
-    after those that came before it: all of them, or with `fair_share` its tenant's virtual token
-    counter. So short prompts pass long ones, but fewer tokens than the deadline leaves.
+    A rank is given when a sequence first waits, and kept when it is preempted: `priority`, then
+    when it is due, then arrival. It is due `overtaking` times its prompt's tokens after those that
+    came before it: all of them, or with `fair_share` its tenant's virtual token counter. So short
+    prompts pass long ones, but no more tokens pass a prompt than that.
 
     The counter counts the tenant's prompt tokens, from at least the virtual time, so it can neither
     save up nor owe for long. Virtual time is what a tenant with a backlog has been served.
@@ -83,7 +83,7 @@ class WaitingQueue:
         self._num_waiting[sequence.request.tenant] += 1
         self.num_tokens += sequence.num_uncomputed_tokens
         if not sequence.epoch:
-            sequence.rank = (sequence.request.priority, self._deadline(sequence), sequence.seq_id)
+            sequence.rank = (sequence.request.priority, self._due(sequence), sequence.seq_id)
         self._ranks.push(sequence.rank)
         self._ages.push(sequence.rank[1:])
         if deadline_s is not None:
@@ -99,12 +99,12 @@ class WaitingQueue:
         """Take the head out: it is admitted."""
         sequence, first = self.head(), self._ranks.first()
         assert sequence is not None
-        _, deadline, seq_id = sequence.rank
+        _, due, seq_id = sequence.rank
         served = sequence.num_tokens / len(self._num_waiting)
-        counter = deadline - self._overtaking * sequence.num_prompt_tokens
+        counter = due - self._overtaking * sequence.num_prompt_tokens
         self._virtual_time = max(self._virtual_time + served, counter)
         if sequence.rank != first:
-            sequence.rank = (_AGED_PRIORITY, deadline, seq_id)
+            sequence.rank = (_AGED_PRIORITY, due, seq_id)
         self._num_pops += 1
         self._forget(sequence)
         return sequence
@@ -133,8 +133,8 @@ class WaitingQueue:
         if not self._num_waiting[tenant]:
             del self._num_waiting[tenant]
 
-    def _deadline(self, sequence: Sequence) -> float:
-        """When a sequence that first waits is due, in tokens."""
+    def _due(self, sequence: Sequence) -> float:
+        """When a sequence that first waits is due, in tokens that came."""
         if not (self._fair_share or self._overtaking):
             return 0.0
         before = self._charge(sequence) if self._fair_share else self._num_tokens_before
