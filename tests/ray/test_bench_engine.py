@@ -61,7 +61,7 @@ def test_hops_are_measured_for_each_transport_depth_and_size(ray_cluster):
             transports=["gloo", "object_store"],
             depths=[2],
             sizes=[4, 2**20],
-            num_steps=8,
+            num_steps=32,
             on_step=lambda step: None,
         )
     )
@@ -71,5 +71,5 @@ def test_hops_are_measured_for_each_transport_depth_and_size(ray_cluster):
     ]
     for hop in hops:
         assert 0 < hop["hop_s"]["p50"] < hop["step_s"]["p50"] < 10
-        assert hop["cpu_s"] > 0
+    assert sum(hop["cpu_s"] for hop in hops) > 0  # a single one may take less than a clock tick
     assert "| 2 | 1 MiB |" in result_tables([result])
