@@ -210,18 +210,23 @@ def _bench_policies(options: argparse.Namespace) -> int:
     effort = Effort(seeds=tuple(options.seeds))
     if options.quick:
         effort = effort.quarter()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(results: dict[str, Any]) -> None:
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text(policy_table(results))
+        done = [scenario["name"] for scenario in results["scenarios"]]
+        print(f"wrote {options.output}: {'; '.join(done)}", file=sys.stderr, flush=True)
+
     results = bench_policies(
         [scenario for scenario in SCENARIOS if options.only in scenario.name],
         effort,
         options.processes,
-        progress=lambda name: print(f"done: {name}", file=sys.stderr, flush=True),
+        on_result=write,
         with_reproduction=options.only in _REPRODUCTION,
     )
-    table = policy_table(results)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(table)
-    print(table, end="")
+    write(results)
+    print(policy_table(results), end="")
     return 0
 
 

@@ -28,7 +28,7 @@ def bench_policies(
     scenarios: Sequence[Scenario],
     effort: Effort,
     num_processes: int | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    on_result: Callable[[dict[str, Any]], None] = lambda _: None,
     *,
     with_reproduction: bool = True,
 ) -> dict[str, Any]:
@@ -38,19 +38,13 @@ def bench_policies(
         scenarios: What to run them on.
         effort: How much of it.
         num_processes: Simulations at a time; None: as many as there are processors.
-        progress: Told of each part that is done.
+        on_result: Called after each scenario with the results so far.
         with_reproduction: Whether to run published comparisons, too.
 
     Returns:
         The results with what they were obtained with, in JSON's types.
     """
-    results = []
-    with ProcessPoolExecutor(num_processes) as pool:
-        for scenario in scenarios:
-            results.append(_bench_scenario(scenario, effort, pool))
-            progress(scenario.name)
-        reproduction = reproduce(effort, pool) if with_reproduction else []
-    return {
+    results: dict[str, Any] = {
         "gllm_ray": version("gllm_ray"),
         "commit": _commit(),
         "python": python_version(),
@@ -60,9 +54,16 @@ def bench_policies(
         "max_requests": effort.max_requests,
         "num_offline": effort.num_offline,
         "ttft_limit_s": TTFT_LIMIT_S,
-        "scenarios": results,
-        "reproduction": reproduction,
+        "scenarios": [],
+        "reproduction": [],
     }
+    with ProcessPoolExecutor(num_processes) as pool:
+        for scenario in scenarios:
+            results["scenarios"].append(_bench_scenario(scenario, effort, pool))
+            on_result(results)
+        if with_reproduction:
+            results["reproduction"] = reproduce(effort, pool)
+    return results
 
 
 def _bench_scenario(scenario: Scenario, effort: Effort, pool: Executor) -> dict[str, Any]:

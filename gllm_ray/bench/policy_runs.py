@@ -14,6 +14,7 @@ from gllm_ray.simulation.workload_config import SyntheticWorkloadConfig
 _MEASURES: dict[str, Callable[[Report], float]] = {
     "tokens_per_s": lambda report: report.input_tokens_per_s + report.output_tokens_per_s,
     "ttft_p90_s": lambda report: report.ttft_s.p90,
+    "ttft_p99_s": lambda report: report.ttft_s.p99,
     "tpot_p99_s": lambda report: report.tpot_s.p99,
     "itl_p99_s": lambda report: report.itl_s.p99,
     "queue_p50_s": lambda report: report.queue_s.p50,

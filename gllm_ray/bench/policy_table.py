@@ -131,7 +131,7 @@ def _scenario(scenario: Results) -> str:
     heads = ["offline" if rate is None else f"{rate:g}/s" for rate in rates]
     rows = [[name, *(_cell(column[name]) for column in columns)] for name in columns[0]]
     lines = [
-        f"**{scenario['name']}**: tokens/s, p90 TTFT s, p99 TPOT ms, utilization",
+        f"**{scenario['name']}**: tokens/s, p90 and p99 TTFT s, p99 TPOT ms, utilization",
         markdown_table(["policy", *heads], rows),
         f"{OURS} to the best, throughput, TTFT, TPOT: "
         + "; ".join(map(_frontier, frontier_goals(scenario)))
@@ -142,8 +142,8 @@ def _scenario(scenario: Results) -> str:
 
 def _cell(run: Results) -> str:
     return (
-        f"{run['tokens_per_s']:.0f}, {run['ttft_p90_s']:.2f}, {1000 * run['tpot_p99_s']:.0f}, "
-        f"{run['utilization']:.2f}"
+        f"{run['tokens_per_s']:.0f}, {run['ttft_p90_s']:.2f} {run['ttft_p99_s']:.2f}, "
+        f"{1000 * run['tpot_p99_s']:.0f}, {run['utilization']:.2f}"
     )
 
 
