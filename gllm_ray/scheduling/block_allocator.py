@@ -20,8 +20,10 @@ class BlockAllocator:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._num_references = [0] * num_blocks
-        self._free = deque(range(num_blocks))
+        # Of the blocks that were ever taken, which are the first ones: a thousand simulated
+        # schedulers fit into memory.
+        self._num_references: list[int] = []
+        self._free: deque[int] = deque()  # those of them that are
         # In the order of eviction. Taking the first of a plain dict searches all that were taken.
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._blocks: dict[bytes, int] = {}  # used and cached ones, by the hash of their content
@@ -30,7 +32,8 @@ class BlockAllocator:
     @property
     def num_free_blocks(self) -> int:
         """Blocks that can be allocated: free ones, and cached ones that would be evicted."""
-        return len(self._free) + len(self._cached)
+        num_fresh = self.num_blocks - len(self._num_references)
+        return num_fresh + len(self._free) + len(self._cached)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold the KV of `num_tokens` tokens."""
@@ -87,6 +90,10 @@ class BlockAllocator:
         self._blocks.clear()
 
     def _take(self) -> int:
+        block = len(self._num_references)
+        if block < self.num_blocks:
+            self._num_references.append(1)
+            return block
         if self._free:
             block = self._free.popleft()
         else:

@@ -469,7 +469,7 @@ class Harness:
         self.owners = {b: {s.seq_id for s, _ in held} for b, held in places.items()}
         # Law 7: used + free + cached is constant, and each reference has an owner.
         parts = [*places, *allocator._free, *allocator._cached]
-        assert sorted(parts) == list(range(self.setting.num_blocks))
+        assert sorted(parts) == list(range(len(allocator._num_references)))
         assert allocator.num_free_blocks == self.setting.num_blocks - len(places)
         for block, num_references in enumerate(allocator._num_references):
             assert num_references == len(places.get(block, []))
