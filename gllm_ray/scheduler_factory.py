@@ -12,7 +12,7 @@ from gllm_ray.predictor_config import (
     StatisticsPredictorConfig,
 )
 from gllm_ray.scheduling import QueueLimits, SchedulerSettings
-from gllm_ray.scheduling.cost_model import FixedCostModel
+from gllm_ray.scheduling.calibrated_cost_model import CalibratedCostModel
 from gllm_ray.scheduling.learnt_cost_model import LearntCostModel
 from gllm_ray.scheduling.length_classifier import LengthClassifier, parse_classifier
 from gllm_ray.scheduling.length_predictor import HintPredictor, LengthPredictor, StatisticsPredictor
@@ -71,7 +71,7 @@ def make_cost_model(config: SchedulerConfig) -> CostModel:
     if not isinstance(calibration, dict):
         raise ConfigError(f"scheduler.cost_calibration={str(path)!r}: must hold a JSON object")
     try:
-        return FixedCostModel.from_calibration(calibration)
+        return CalibratedCostModel.from_calibration(calibration)
     except ConfigError as error:
         raise ConfigError(f"scheduler.cost_calibration={str(path)!r}: {error}") from error
 

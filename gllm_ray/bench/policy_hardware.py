@@ -7,14 +7,14 @@ from importlib.resources import files
 
 from gllm_ray.policy_config import PolicyConfig
 from gllm_ray.scheduling import Scheduler, SchedulerSettings, make_policy
-from gllm_ray.scheduling.cost_model import FixedCostModel
+from gllm_ray.scheduling.calibrated_cost_model import CalibratedCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
 from gllm_ray.scheduling.load import StepLoad
+from gllm_ray.simulation.cost_fit import fit_scheduler_cost
 from gllm_ray.simulation.cost_model import PipelineCost
 from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.devices import find_device
 from gllm_ray.simulation.hosts import find_host
-from gllm_ray.simulation.linear_fit import linear_fit
 from gllm_ray.simulation.links import find_link
 from gllm_ray.simulation.measured import MeasuredCost
 from gllm_ray.simulation.model_config import parse_model_shape
@@ -105,7 +105,7 @@ def round_trip_s(hardware: Hardware, step: StepLoad) -> float:
 
 
 def deployment(hardware: Hardware, policy: PolicyConfig) -> Deployment:
-    """One replica whose scheduler has the linear fit of a profile, as a calibration file gives it.
+    """One replica whose scheduler has the fit of a profile, as a calibration file gives it.
 
     It learns output lengths as it serves.
     """
@@ -135,9 +135,8 @@ def _timing(hardware: Hardware) -> Timing:
 
 
 @cache
-def _calibration(hardware: Hardware) -> FixedCostModel:
-    fit = linear_fit(pipeline_cost(hardware))
-    return FixedCostModel.from_calibration(fit | {"provenance": f"a profile of {hardware.name}"})
+def _calibration(hardware: Hardware) -> CalibratedCostModel:
+    return fit_scheduler_cost(pipeline_cost(hardware), f"a profile of {hardware.name}")
 
 
 def _num_blocks(hardware: Hardware, layout: PipelineLayout) -> int:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from gllm_ray.bench.recording import RecordedStep
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import StepInterval
-from gllm_ray.simulation.linear_fit import least_squares
+from gllm_ray.simulation.cost_fit import least_squares
 from gllm_ray.simulation.links import Link
 from gllm_ray.simulation.measured import MeasuredCost
 from gllm_ray.simulation.pipeline_layout import PipelineLayout

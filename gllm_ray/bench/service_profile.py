@@ -13,8 +13,8 @@ from gllm_ray.bench.stage_profiler import OnProgress, StageProfiler
 from gllm_ray.config import ServiceConfig
 from gllm_ray.messages import StageInfo
 from gllm_ray.model.checkpoint import open_checkpoint
-from gllm_ray.scheduling.cost_model import FixedCostModel
-from gllm_ray.simulation.linear_fit import linear_fit
+from gllm_ray.scheduling.calibrated_cost_model import CalibratedCostModel
+from gllm_ray.simulation.cost_fit import fit_scheduler_cost
 from gllm_ray.simulation.measured import MeasuredCost
 from gllm_ray.simulation.model_config import parse_model_shape
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
@@ -106,13 +106,11 @@ def service_layout(config: ServiceConfig) -> PipelineLayout:
     return PipelineLayout.explicit(shape, config.pipeline.layers)
 
 
-def calibrate(layout: PipelineLayout, profile: StageProfile) -> FixedCostModel:
-    """The scheduler's linear cost model that comes nearest to a profile.
+def calibrate(layout: PipelineLayout, profile: StageProfile) -> CalibratedCostModel:
+    """The scheduler's cost model that comes nearest to a profile.
 
     Raises:
         ConfigError: The measurements are too few or too noisy to tell what a row costs.
     """
-    coefficients = linear_fit(MeasuredCost.from_profile(layout, profile))
-    return FixedCostModel.from_calibration(
-        coefficients | {"provenance": f"linear fit to a profile: {profile.provenance}"}
-    )
+    cost = MeasuredCost.from_profile(layout, profile)
+    return fit_scheduler_cost(cost, f"fit to a profile: {profile.provenance}")

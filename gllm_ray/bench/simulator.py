@@ -7,12 +7,11 @@ from typing import Any
 from gllm_ray.engine.garbage import relax_garbage_collector
 from gllm_ray.policy_config import PolicyConfig
 from gllm_ray.scheduling import Scheduler, SchedulerSettings, make_policy
-from gllm_ray.scheduling.cost_model import FixedCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
+from gllm_ray.simulation.cost_fit import fit_scheduler_cost
 from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.devices import find_device
 from gllm_ray.simulation.hosts import find_host
-from gllm_ray.simulation.linear_fit import linear_fit
 from gllm_ray.simulation.model_config import parse_model_shape
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.roofline import RooflineCost
@@ -93,7 +92,7 @@ def saturable_deployment(
     """Pipelines of L20 whose KV caches each have room for about so many ShareGPT sequences."""
     layout = PipelineLayout.split(parse_model_shape(_MODEL), num_stages)
     cost = RooflineCost(layout, find_device("L20"), find_host("graphs"))
-    fit = FixedCostModel.from_calibration(linear_fit(cost) | {"provenance": "fit to the roofline"})
+    fit = fit_scheduler_cost(cost, "fit to the roofline")
     scheduler = SchedulerSettings(
         num_stages=num_stages,
         num_blocks=num_running * _HELD_TOKENS // _BLOCK_SIZE,

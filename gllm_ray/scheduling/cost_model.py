@@ -1,42 +1,26 @@
 """Predicted stage times from fixed coefficients, and what follows from such predictions."""
 
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
 
-from pydantic import Field
-
-from gllm_ray.errors import ConfigError
 from gllm_ray.scheduling.load import CostModel, StepLoad
-from gllm_ray.strict_schema import StrictModel, find_mistakes
-
-
-class _Calibration(StrictModel):
-    """What a calibration file holds."""
-
-    floor_s: float = Field(ge=0, description="A micro-batch of no rows: launches and weights.")
-    token_s: float = Field(gt=0, description="A row.")
-    context_token_s: float = Field(ge=0, description="A KV token that a decode reads.")
-    attention_pair_s: float = Field(ge=0, description="A query-key pair of a prefill chunk.")
-    tile: int = Field(ge=1, description="Rows are rounded up to a multiple of this.")
-    min_rows: int = Field(default=1, ge=1, description="Fewer rows cost as much as these.")
-    provenance: str = Field(min_length=1, description="What was measured, where and how.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FixedCostModel:
-    """A stage time that is linear in the load above `min_rows`, in seconds.
+class LinearCostModel:
+    """A stage time that is linear in the load, in seconds.
 
     ```
-    floor_s + token_s * max(rows, rounded up to the tile; min_rows)
+    floor_s + token_s * rows, rounded up to the tile
             + context_token_s * num_context_tokens + attention_pair_s * num_attention_pairs
     ```
 
     Attributes:
-        min_rows: Fewer rows cost as much as these, because they take no longer than the reading of
-            the weights.
-        provenance: What was measured, where and how.
+        floor_s: A micro-batch of no rows: launches and weights.
+        token_s: A row.
+        context_token_s: A KV token that a decode reads.
+        attention_pair_s: A query-key pair of a prefill chunk.
+        tile: Rows cost as much as the next multiple of this.
     """
 
     floor_s: float
@@ -44,23 +28,6 @@ class FixedCostModel:
     context_token_s: float
     attention_pair_s: float
     tile: int
-    provenance: str
-    min_rows: int = 1
-
-    @classmethod
-    def from_calibration(cls, calibration: Mapping[str, Any]) -> Self:
-        """Read what `to_calibration` wrote.
-
-        Raises:
-            ConfigError: One line for each missing, unknown or impossible value.
-        """
-        if mistakes := find_mistakes(_Calibration, calibration):
-            raise ConfigError("\n".join(mistakes))
-        return cls(**calibration)
-
-    def to_calibration(self) -> dict[str, Any]:
-        """The coefficients as JSON has them."""
-        return asdict(self)
 
     @property
     def is_calibrated(self) -> bool:
@@ -71,7 +38,7 @@ class FixedCostModel:
         """The time of the slowest stage, in seconds."""
         return (
             self.floor_s
-            + self.token_s * priced_rows(load.num_tokens, self.tile, self.min_rows)
+            + self.token_s * priced_rows(load.num_tokens, self.tile)
             + self.context_token_s * load.num_context_tokens
             + self.attention_pair_s * load.num_attention_pairs
         )
@@ -80,9 +47,9 @@ class FixedCostModel:
         """Nothing: fixed coefficients do not follow measurements."""
 
 
-def priced_rows(num_tokens: int, tile: int, min_rows: int = 1) -> int:
+def priced_rows(num_tokens: int, tile: int) -> int:
     """The rows that a micro-batch of so many tokens costs."""
-    return max(-(-num_tokens // tile) * tile, min_rows)
+    return -(-num_tokens // tile) * tile
 
 
 def with_chunk(decodes: StepLoad, start: int, num_tokens: int) -> StepLoad:

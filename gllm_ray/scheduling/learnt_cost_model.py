@@ -3,19 +3,18 @@
 from collections.abc import Sequence
 from math import inf
 
-from gllm_ray.scheduling.cost_model import FixedCostModel, priced_rows
+from gllm_ray.scheduling.cost_model import LinearCostModel, priced_rows
 from gllm_ray.scheduling.load import StepLoad
 
 # One row costs 1. A context token costs a thousandth of it and an attention pair a thirty
 # thousandth, which is within a factor of 5 for dense models of 13 to 70 billion parameters on L20
 # and A100.
-_TOKEN_COUNTS = FixedCostModel(
+_TOKEN_COUNTS = LinearCostModel(
     floor_s=0.0,
     token_s=1.0,
     context_token_s=1e-3,
     attention_pair_s=1 / 30_000,
     tile=1,
-    provenance="token counts, in units of one row's time",
 )
 _TILES = (128, 1, 64, 256)  # the first is in use until another proves better
 _FORGETTING = 0.998  # a memory of 500 micro-batches along each direction of the load
@@ -29,7 +28,7 @@ _SPREAD = 2  # the most rows seen, over the fewest
 
 
 class LearntCostModel:
-    """Learns the coefficients of `FixedCostModel` online, and which tile fits best.
+    """Learns the coefficients of `LinearCostModel` online, and which tile fits best.
 
     There is one regression for each candidate tile: the one in use learns from each sample, the
     others take turns, and one that is clearly better takes its place. Predictions are token counts
@@ -49,7 +48,7 @@ class LearntCostModel:
         return self._coefficients is not _TOKEN_COUNTS
 
     @property
-    def calibration(self) -> FixedCostModel | None:
+    def calibration(self) -> LinearCostModel | None:
         """What is learnt so far; None until it is calibrated."""
         return self._coefficients if self.is_calibrated else None
 
@@ -138,15 +137,14 @@ class _Regression:
         self._information = [[0.0] * 4 for _ in range(4)]
         self._moment = [0.0] * 4
 
-    def coefficients(self) -> FixedCostModel:
+    def coefficients(self) -> LinearCostModel:
         floor_s, token_s, context_token_s, attention_pair_s = self.weights
-        return FixedCostModel(
+        return LinearCostModel(
             floor_s=floor_s,
             token_s=token_s,
             context_token_s=context_token_s,
             attention_pair_s=attention_pair_s,
             tile=self.tile,
-            provenance="learnt while serving",
         )
 
     def observe(self, load: StepLoad, time_s: float) -> float:

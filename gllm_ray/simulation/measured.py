@@ -15,8 +15,8 @@ from gllm_ray.simulation.attention_cost import (
     attention_costs,
     attention_time_s,
 )
+from gllm_ray.simulation.cost_fit import least_squares
 from gllm_ray.simulation.devices import Device
-from gllm_ray.simulation.linear_fit import least_squares
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.stage_profile import StageProfile
 

@@ -7,11 +7,10 @@ from typing import Any
 
 from gllm_ray.scheduler_factory import make_cost_model, make_length_predictor, make_settings
 from gllm_ray.scheduling import Scheduler, make_policy
-from gllm_ray.scheduling.cost_model import FixedCostModel
 from gllm_ray.simulation.autoscaling import Autoscaler
+from gllm_ray.simulation.cost_fit import fit_scheduler_cost
 from gllm_ray.simulation.deployment import Deployment, StageLoss
 from gllm_ray.simulation.hardware import Hardware, build_hardware
-from gllm_ray.simulation.linear_fit import linear_fit
 from gllm_ray.simulation.metrics import Slo
 from gllm_ray.simulation.simulation_config import (
     SimulationConfig,
@@ -84,14 +83,13 @@ def _scheduler_factory(config: SimulationConfig, hardware: Hardware) -> Callable
         max_in_flight=config.pipeline.max_in_flight,
     )
     is_fitted = options.cost_calibration is None and config.cost_model == "fitted"
-    if is_fitted:
-        fit = linear_fit(hardware.cost) | {"provenance": "a fit to the simulated stage times"}
+    fit = fit_scheduler_cost(hardware.cost, "the simulated stage times") if is_fitted else None
 
     def make_scheduler() -> Scheduler:
         return Scheduler(
             make_policy(options.policy),
             settings,
-            cost=FixedCostModel.from_calibration(fit) if is_fitted else make_cost_model(options),
+            cost=fit or make_cost_model(options),
             predictor=make_length_predictor(options.length_predictor),
         )
 

@@ -153,7 +153,7 @@ class SimulationConfig(StrictModel):
     cost_model: Literal["fitted", "learnt"] = Field(
         default="fitted",
         description="What the scheduler knows of stage times without a cost_calibration: the "
-        "linear fit to the simulated ones, or what it learns of them.",
+        "fit to the simulated ones, or what it learns of them.",
     )
     timing: TimingConfig = TimingConfig()
     workload: WorkloadConfig

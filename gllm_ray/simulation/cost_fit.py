@@ -1,59 +1,77 @@
-"""Least squares without a tensor library, and the linear cost model of the scheduler from it."""
+"""Least squares without a tensor library, and what the scheduler knows of a pipeline's cost."""
 
-from collections.abc import Sequence
-from itertools import chain, combinations, product
-from math import fsum, inf, sqrt
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain, combinations, product
+from math import fsum, sqrt
 
-from gllm_ray.scheduling.cost_model import priced_rows
+from gllm_ray.scheduling.calibrated_cost_model import CalibratedCostModel
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.simulation.cost_model import PipelineCost
 
 _TILES = (1, 16, 32, 64, 128, 256)
-_MIN_ROWS = (1, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384)
 _NUM_DECODES = (0, 1, 8, 32, 100, 256)
 _CONTEXTS = (200, 1000, 4000)
 _CHUNKS = (0, 50, 128, 250, 512, 900, 2048)
 _CHUNK_STARTS = (0, 3000)
 
 
-def linear_fit(cost: PipelineCost) -> dict[str, float]:
-    """The coefficients of the scheduler's linear cost model that come nearest to a pipeline's cost.
+def fit_scheduler_cost(cost: PipelineCost, provenance: str) -> CalibratedCostModel:
+    """What a scheduler needs of a pipeline's cost: the slowest stage's time.
 
-    They minimise the relative error of the slowest stage's time over loads of up to 256 decodes of
-    up to 4,000 tokens and a chunk of up to 2,048 tokens; `tile` and `min_rows` are the candidates
-    that fit best.
+    The time of rows is taken over as it is, at the steps of any tile. What a context token and an
+    attention pair cost minimises the relative error over loads of up to 256 decodes of up to 4,000
+    tokens and a chunk of up to 2,048 tokens.
 
-    Returns:
-        `floor_s`, `token_s`, `context_token_s`, `attention_pair_s`, `tile` and `min_rows`.
+    Raises:
+        ConfigError: More rows do not take longer: measurements are too few or too noisy.
     """
-    loads = _grid()
     stages = range(cost.layout.num_stages)
-    times_s = [max(cost.stage_time_s(stage, load) for stage in stages) for load in loads]
-    best: tuple[float, int, int, list[float]] = (inf, 1, 1, [])
-    for tile, min_rows in product(_TILES, _MIN_ROWS):
-        rows = [
-            (
-                1,
-                priced_rows(load.num_tokens, tile, min_rows),
-                load.num_context_tokens,
-                load.num_attention_pairs,
-            )
-            for load in loads
-        ]
-        weights = least_squares(rows, times_s, times_s)
-        errors = (
-            _dot(weights, row) / time_s - 1 for row, time_s in zip(rows, times_s, strict=True)
-        )
-        best = min(best, (fsum(error * error for error in errors), tile, min_rows, weights))
-    _, tile, min_rows, (floor_s, token_s, context_token_s, attention_pair_s) = best
-    return {
-        "floor_s": floor_s,
-        "token_s": token_s,
-        "context_token_s": context_token_s,
-        "attention_pair_s": attention_pair_s,
-        "tile": tile,
-        "min_rows": min_rows,
+
+    def time_s(load: StepLoad) -> float:
+        return max(cost.stage_time_s(stage, load) for stage in stages)
+
+    row_times_s = {rows: time_s(StepLoad(num_prefill_tokens=rows)) for rows in _table_rows()}
+    calibration = {
+        "rows": list(row_times_s),
+        "row_times_s": list(accumulate(row_times_s.values(), max)),
+        "context_token_s": 0.0,
+        "attention_pair_s": 0.0,
+        "tile": _best_tile(row_times_s),
+        "provenance": provenance,
     }
+    rows_alone = CalibratedCostModel.from_calibration(calibration)
+    loads = _grid()
+    times_s = [time_s(load) for load in loads]
+    calibration["context_token_s"], calibration["attention_pair_s"] = least_squares(
+        [(load.num_context_tokens, load.num_attention_pairs) for load in loads],
+        [
+            time - rows_alone.stage_time(load._replace(num_context_tokens=0, num_attention_pairs=0))
+            for load, time in zip(loads, times_s, strict=True)
+        ],
+        times_s,
+    )
+    return CalibratedCostModel.from_calibration(calibration)
+
+
+def _table_rows() -> list[int]:
+    """Both sides of every step that a tile of at least 32 rows may make; beyond 512, 128 rows."""
+    edges = [*range(32, 512, 32), *range(512, 2049, 128)]
+    return [1, 8, *chain.from_iterable((edge, edge + 1) for edge in edges), 4096]
+
+
+def _best_tile(row_times_s: Mapping[int, float]) -> int:
+    """The tile whose multiples come nearest to the time of rows, as a line over them."""
+    targets = list(row_times_s.values())
+
+    def error(tile: int) -> float:
+        samples = [(1, -(-rows // tile) * tile) for rows in row_times_s]
+        weights = least_squares(samples, targets, targets)
+        return fsum(
+            (_dot(weights, sample) / target - 1) ** 2
+            for sample, target in zip(samples, targets, strict=True)
+        )
+
+    return min(_TILES, key=error)
 
 
 def least_squares(

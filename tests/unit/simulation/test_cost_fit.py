@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gllm_ray.scheduling.load import StepLoad
+from gllm_ray.simulation.cost_fit import least_squares, linear_fit
 from gllm_ray.simulation.devices import find_device
 from gllm_ray.simulation.hosts import find_host
-from gllm_ray.simulation.linear_fit import least_squares, linear_fit
 from gllm_ray.simulation.model_config import parse_model_shape
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.roofline import RooflineCost
