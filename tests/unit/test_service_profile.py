@@ -9,7 +9,7 @@ import pytest
 from gllm_ray.bench.profile_grid import PipelineLimits, ProfilePoint, Span, profile_grid
 from gllm_ray.bench.service_profile import calibrate, profile_service, service_layout
 from gllm_ray.cli import main
-from gllm_ray.scheduling.cost_model import FixedCostModel
+from gllm_ray.scheduling.calibrated_cost_model import CalibratedCostModel
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.simulation.measured import MeasuredCost
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
@@ -148,7 +148,7 @@ def test_the_cost_measured_from_a_profile_never_falls(service, profile):
 
 def test_a_calibration_of_a_profile_is_one_that_the_scheduler_reads(service, profile):
     calibration = calibrate(service_layout(service), profile).to_calibration()
-    model = FixedCostModel.from_calibration(json.loads(json.dumps(calibration)))
+    model = CalibratedCostModel.from_calibration(json.loads(json.dumps(calibration)))
     assert model.stage_time(StepLoad(num_prefill_tokens=512)) > model.stage_time(StepLoad(1, 1))
     assert profile.provenance in model.provenance
 
@@ -183,7 +183,7 @@ def test_the_command_writes_profile_and_calibration(tmp_path, tiny_llama, capsys
     assert main(["profile", str(serve_file(tmp_path, tiny_llama)), *arguments]) == 0
     profile = parse_stage_profile(output.read_text(encoding="utf-8"))
     assert profile.num_stages == 2
-    FixedCostModel.from_calibration(json.loads(calibration.read_text(encoding="utf-8")))
+    CalibratedCostModel.from_calibration(json.loads(calibration.read_text(encoding="utf-8")))
     captured = capsys.readouterr()
     assert f"wrote {output}" in captured.out
     assert f"{len(profile.samples)} of " in captured.err

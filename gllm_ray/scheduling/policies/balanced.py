@@ -12,23 +12,24 @@ from gllm_ray.scheduling.policies.base import TokenBudget
 
 # How far the target may move within one round of as many micro-batches as stages. A round's
 # slowest micro-batch sets its pace, so a faster move would be a bubble in every stage.
-_MAX_RISE = 2.0
+_MAX_RISE = 4.0
 _MAX_FALL = 0.9
 # A row costs at most this many times what one more row of a large micro-batch costs, where
 # token_budget lets it; the rows are two tiles or more.
 _MAX_ROW_COST = 1.2
-_MAX_DEEP_ROW_COST = 1.05
+_MAX_DEEP_ROW_COST = 1.03
 _NEARLY = 1.1  # micro-batches nine tenths full count as full
 _UNCALIBRATED_ROWS = 512  # where that is not known
-# A backlog is deep from so many rounds on, and until half of them are left.
+# A backlog is deep from so many rounds on, and until half of them are left. The pipeline then takes
+# one more micro-batch than it has stages.
 _DEEP_ROUNDS = 8
 # So many rounds at least take the KV cache from empty to full: near full, prefill takes up what
 # ended sequences release, evenly.
 _KV_ROUNDS = 12
 _NUM_SIZES = 4  # of chunks that are compared
-# The pipeline takes one more micro-batch than it has stages from so many rounds of backlog on, and
-# until half of them are left.
-_DEEP_ROUNDS = 8
+# The largest chunk is taken whose drain takes at most this share longer than the shortest: for so
+# little, fewer micro-batches are better.
+_NEARLY_SOONEST = 1.05
 # Over so many rows, a multiple of every tile, and so much context a marginal cost is taken.
 _STEP_ROWS = 256
 _STEP_CONTEXT = 65_536
@@ -58,9 +59,10 @@ class BalancedPolicy:
     room      tokens that the KV cache can take above the reserve
     backlog   waiting tokens, at most room
     chunk     backlog / n with the n for which n * (time - time of the decodes' rows and reads)
-              + (S - 1) * time is least, where time = time(share + backlog / n): n micro-batches
-              have then brought the backlog through the pipeline, and decodes are no cost to it;
-              at most room / 12S, and what the share leaves of the rows
+              + (S - 1) * time is least, or the smallest n with 1.05 times that, where
+              time = time(share + backlog / n): n micro-batches have then brought the backlog
+              through the pipeline, and decodes are no cost to it; at most room / 12S, and what the
+              share leaves of the rows
     target    time(share + chunk), a bounded change from the micro-batch before, and at most
               tbt_target_s / groups
     prefill   as many tokens as bring the decodes that are ready to the target; at least
@@ -68,7 +70,7 @@ class BalancedPolicy:
     ```
 
     A backlog of 8 rounds or more is deep. Throughput then counts: groups is max_in_flight, S + 1 if
-    nothing else is configured, and rows rise to those at 1.05 times the marginal cost, half their
+    nothing else is configured, and rows rise to those at 1.03 times the marginal cost, half their
     number above what the micro-batches in flight hold.
 
     It also holds before the cost model is calibrated; time is then a token count, and rows are 512.
@@ -187,7 +189,9 @@ class BalancedPolicy:
         full = max(1, frame.max_rows - share.num_decodes)
         most = min(full, ceil(room / (_KV_ROUNDS * num_stages)))
         step = max(cost.tile, ceil(full / _NUM_SIZES))
-        chunk = min((*range(step, most, step), most), key=drain_time)
+        times = {chunk: drain_time(chunk) for chunk in (*range(step, most, step), most)}
+        latest = _NEARLY_SOONEST * min(times.values())
+        chunk = max(chunk for chunk, drain in times.items() if drain <= latest)
         return time(ceil(backlog / ceil(backlog / chunk)))
 
     def _bounded(self, view: LoadView, target: float) -> float:

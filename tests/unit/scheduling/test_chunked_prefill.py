@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gllm_ray.policy_config import ChunkedPrefillConfig
-from gllm_ray.scheduling.cost_model import FixedCostModel, with_chunk
+from gllm_ray.scheduling.cost_model import LinearCostModel, with_chunk
 from gllm_ray.scheduling.learnt_cost_model import LearntCostModel
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.scheduling.policies import make_policy
@@ -67,13 +67,12 @@ def test_prefill_gets_what_the_decodes_that_run_leave_not_those_that_are_ready()
     assert shares == [(0, 1), (1, 1), (4, 14)]
 
 
-COST = FixedCostModel(
+COST = LinearCostModel(
     floor_s=4e-3,
     token_s=1.45e-4,
     context_token_s=1e-7,
     attention_pair_s=5e-9,
     tile=1,
-    provenance="made up",
 )
 SLO = ChunkedPrefillConfig(tbt_target_s=0.4)
 

@@ -1,4 +1,3 @@
-import json
 import random
 from dataclasses import replace
 from math import inf, nan
@@ -7,18 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gllm_ray.errors import ConfigError
-from gllm_ray.scheduling.cost_model import FixedCostModel, most_prefill_tokens
+from gllm_ray.scheduling.cost_model import LinearCostModel, most_prefill_tokens
 from gllm_ray.scheduling.learnt_cost_model import LearntCostModel
 from gllm_ray.scheduling.load import StepLoad
 
-TRUTH = FixedCostModel(
+TRUTH = LinearCostModel(
     floor_s=0.01,
     token_s=1e-4,
     context_token_s=4e-7,
     attention_pair_s=1e-8,
     tile=1,
-    provenance="made up",
 )
 LOADS = st.builds(
     StepLoad,
@@ -213,42 +210,6 @@ def test_the_total_lands_on_a_tile_where_tokens_are_cheaper_there(num_decodes, m
     cost = replace(TRUTH, tile=128)
     decodes = StepLoad(num_decodes=num_decodes, num_context_tokens=num_decodes * 100)
     assert most_prefill_tokens(cost, decodes, 0, 10.0, most) == expected
-
-
-def test_a_calibration_survives_json():
-    cost = replace(TRUTH, tile=64, min_rows=160)
-    assert FixedCostModel.from_calibration(json.loads(json.dumps(cost.to_calibration()))) == cost
-
-
-def test_fewer_rows_than_the_least_cost_as_much_as_those():
-    cost = replace(TRUTH, tile=128, min_rows=192)
-    times = [cost.stage_time(StepLoad(num_decodes=rows)) for rows in (1, 128, 129, 300)]
-    assert times == pytest.approx([0.0292, 0.0292, 0.0356, 0.0484])
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"token_s": 0}, ["token_s=0", "> 0"]),
-        ({"floor_s": -1.0}, ["floor_s=-1.0", ">= 0"]),
-        ({"tile": 1.5}, ["tile=1.5", "integer"]),
-        ({"token_s": nan}, ["token_s=nan"]),
-        ({"token_ms": 1.0}, ["token_ms", "token_s"]),
-        ({"provenance": ""}, ["provenance"]),
-    ],
-)
-def test_a_calibration_that_cannot_be_is_refused_with_the_key(changes, words):
-    with pytest.raises(ConfigError) as error:
-        FixedCostModel.from_calibration(TRUTH.to_calibration() | changes)
-    assert all(word in str(error.value) for word in words)
-
-
-@pytest.mark.parametrize("key", sorted(TRUTH.to_calibration().keys() - {"min_rows"}))
-def test_a_calibration_needs_every_key(key):
-    calibration = TRUTH.to_calibration()
-    del calibration[key]
-    with pytest.raises(ConfigError, match=key):
-        FixedCostModel.from_calibration(calibration)
 
 
 def test_fixed_coefficients_ignore_measurements():

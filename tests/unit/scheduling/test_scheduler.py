@@ -9,7 +9,7 @@ from gllm_ray.policy_config import (
     ChunkedPrefillConfig,
     TokenThrottlingConfig,
 )
-from gllm_ray.scheduling.cost_model import FixedCostModel
+from gllm_ray.scheduling.cost_model import LinearCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
 from gllm_ray.scheduling.load import StepLoad
 from tests.factories import make_request, make_scheduler, result_of
@@ -157,13 +157,11 @@ def test_a_low_priority_request_finishes_under_an_endless_flow_of_high_ones():
 def test_stage_times_teach_the_cost_model_the_time_of_the_slowest_stage():
     learnt = []
 
-    class Listener(FixedCostModel):
+    class Listener(LinearCostModel):
         def observe(self, load, time_s):
             learnt.append((load, time_s))
 
-    free = FixedCostModel(
-        floor_s=0, token_s=1, context_token_s=0, attention_pair_s=0, tile=1, provenance="a test"
-    )
+    free = LinearCostModel(floor_s=0, token_s=1, context_token_s=0, attention_pair_s=0, tile=1)
     scheduler = make_scheduler(num_stages=2, cost=Listener(**asdict(free)))
     scheduler.add(make_request(num_prompt_tokens=6))
     result = result_of(scheduler.schedule())

@@ -261,8 +261,8 @@ def test_a_wrong_profile_is_named(tmp_path):
 
 def test_the_scheduler_may_read_its_cost_model(tmp_path):
     path = tmp_path / "cost.json"
-    slow = {"floor_s": 0.0, "token_s": 1.0, "context_token_s": 0.0, "attention_pair_s": 0.0}
-    path.write_text(json.dumps(slow | {"tile": 1, "provenance": "a test"}))
+    slow = {"rows": [0, 1], "row_times_s": [0.0, 1.0], "tile": 1, "provenance": "a test"}
+    path.write_text(json.dumps(slow | {"context_token_s": 0.0, "attention_pair_s": 0.0}))
     balanced = changed({"scheduler": {"policy": {"name": "balanced", "tbt_target_s": 0.5}}})
     changes = {"scheduler.cost_calibration": str(path)}
     assert (
