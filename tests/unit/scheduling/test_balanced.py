@@ -253,7 +253,7 @@ def test_the_target_moves_by_a_bounded_factor_from_one_micro_batch_to_the_next()
     times = [pipeline.cost.stage_time(load) for load in pipeline.steps(20)]
     assert times[-1] > 3 * times[0]
     for before, after in pairwise(times):
-        assert after < before * 2 ** (1 / 4) * 1.02
+        assert after < before * 4 ** (1 / 4) * 1.02
 
 
 def test_asking_again_for_the_same_micro_batch_gives_the_same_answer():

@@ -71,13 +71,15 @@ def test_a_calibration_survives_json():
 )
 def test_a_calibration_that_cannot_be_is_refused_with_the_key(changes, words):
     with pytest.raises(ConfigError) as error:
-        CalibratedCostModel.from_calibration(COST.to_calibration() | changes)
+        CalibratedCostModel.from_calibration(
+            json.loads(json.dumps(COST.to_calibration())) | changes
+        )
     assert all(word in str(error.value) for word in words)
 
 
 @pytest.mark.parametrize("key", sorted(COST.to_calibration()))
 def test_a_calibration_needs_every_key(key):
-    calibration = COST.to_calibration()
+    calibration = json.loads(json.dumps(COST.to_calibration()))
     del calibration[key]
     with pytest.raises(ConfigError, match=key):
         CalibratedCostModel.from_calibration(calibration)

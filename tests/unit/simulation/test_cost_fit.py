@@ -50,7 +50,7 @@ def test_a_linear_pipeline_is_met_on_its_slowest_stage_and_its_tile_is_found(
     fit = fit_scheduler_cost(UnevenPipeline(truth), "made up")
     assert fit.tile == tile
     for load in (StepLoad(1, 900), StepLoad(100, 10**5, 200, 10**5), StepLoad(0, 0, 512, 10**6)):
-        assert fit.stage_time(load) == pytest.approx(truth.stage_time(load), rel=1e-4)
+        assert fit.stage_time(load) == pytest.approx(truth.stage_time(load), rel=5e-3)
 
 
 def test_a_roofline_is_met_within_5_percent_at_every_load():

@@ -184,7 +184,7 @@ def test_screening_simulates_one_replica_with_its_share_of_the_requests():
 def test_the_slo_holds_at_the_headroom_and_not_an_eighth_of_its_octave_above():
     workload = {"arrivals": 20, "lengths": {"prompt": 1000, "output": 20}, "num_requests": 60}
     changes = {"workload": workload, "search": {"stages": [1], "replicas": [1]}}
-    config = plan(**changes, slo={"ttft_s": 0.3})
+    config = plan(**changes, slo={"ttft_s": 0.2})
     choice = only_choice(config)
 
     def misses(multiple):
