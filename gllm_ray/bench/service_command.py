@@ -1,4 +1,4 @@
-"""`gllm-ray bench serve`, `front`, `offline`, `engine`, `stage`, `transport`, `compare`, `table`."""
+"""The benchmarks of a service and of its parts, as commands of `gllm-ray bench`."""
 
 import argparse
 import asyncio

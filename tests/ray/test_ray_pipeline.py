@@ -131,8 +131,8 @@ def test_a_step_of_another_epoch_is_refused_and_harms_nothing(
     async def run() -> list[list[int]]:
         pipeline = await stages.pipeline()
         epoch = stages.group.epoch + epochs_off
+        metadata = MetadataEncoder().encode(make_batch(0, [1]))
         with pytest.raises(PipelineError, match=f"refuses a micro-batch of epoch {epoch}"):
-            metadata = MetadataEncoder().encode(make_batch(0, [1]))
             await stages.group.stages[0].step.remote(epoch, metadata, None)
         return await generate_greedily(pipeline, reference)
 

@@ -68,9 +68,7 @@ def test_nccl_is_chosen_only_where_each_stage_has_a_gpu_of_its_own(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_columns", [33, MAX_CARRIED_BYTES])
-def test_hidden_states_arrive_bit_by_bit(
-    edge: Edge, dtype: torch.dtype, num_columns: int
-) -> None:
+def test_hidden_states_arrive_bit_by_bit(edge: Edge, dtype: torch.dtype, num_columns: int) -> None:
     upstream, downstream = edge
     sent = torch.randn(7, num_columns).to(dtype)
     carried = upstream.send(0, sent)
