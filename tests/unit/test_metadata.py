@@ -63,13 +63,13 @@ def test_a_decode_of_a_long_context_tells_its_new_block_alone() -> None:
 
 def test_sequences_that_ended_are_forgotten_at_both_ends() -> None:
     encoder, decoder = MetadataEncoder(), MetadataDecoder()
-    table = tuple(range(100))
     sizes = []
     for batch_id in range(2000):
-        batch = MicroBatch(batch_id=batch_id, sequences=(sequence(batch_id, table),))
+        batch = MicroBatch(batch_id=batch_id, sequences=(sequence(batch_id, (1, 2, 3)),))
         assert decoder.decode(encoder.encode(batch)) == batch
-        sizes.append(len(pickle.dumps((encoder, decoder))))
-    assert max(sizes[1024:]) <= 1.1 * max(sizes[:1024])
+        if batch_id % 100 == 99:
+            sizes.append(len(pickle.dumps((encoder, decoder))))
+    assert max(sizes[10:]) <= 1.1 * max(sizes[:10])
 
 
 def test_a_sequence_that_rested_long_is_told_anew() -> None:
