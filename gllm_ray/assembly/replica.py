@@ -73,7 +73,8 @@ class PipelineReplica:
 
     async def next_events(self) -> list[TokenEvent]:
         """Wait for events; see `EngineEndpoint.next_events`."""
-        return await _ask_scheduler(self._scheduler.next_events.remote())
+        events = await _ask_scheduler(self._scheduler.next_events.remote())
+        return [TokenEvent(*event) for event in events]
 
     async def load(self) -> EngineLoad:
         """How much the pipeline holds now.

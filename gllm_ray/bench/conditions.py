@@ -2,13 +2,21 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import psutil
 
 # Tells the CPU seconds that some processes have taken so far.
 CpuClock = Callable[[], float]
+# What the processes of our services are called.
+_PARTS = {
+    "proxy": ("haproxy", "ray::ProxyActor"),
+    "replica": ("ray::ServeReplica",),
+    "scheduler": ("ray::SchedulerActor",),
+    "stages": ("ray::StageActor",),
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,16 +55,29 @@ def descendants_cpu_s() -> float:
     return tree_cpu_s(os.getpid()) - own_cpu_s()
 
 
-def tree_cpu_s(pid: int) -> float:
+def part_clocks(pid: int) -> dict[str, CpuClock]:
+    """A clock for each part of a service of ours, of which `pid` is the root."""
+    return {name: partial(tree_cpu_s, pid, titles) for name, titles in _PARTS.items()}
+
+
+def tree_cpu_s(pid: int, titles: Sequence[str] = ("",)) -> float:
     """CPU seconds of a process and its descendants on this machine, ended ones included.
 
     Of a process that is gone they are not known, and are 0.
+
+    Args:
+        pid: The root.
+        titles: Only processes count whose command, by which Ray tells what they are, has one of
+            these in it.
     """
     total_s = 0.0
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         for process in (root, *root.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
+                command = " ".join(process.cmdline()[:1])
+                if not any(title in command for title in titles):
+                    continue
                 times = process.cpu_times()
                 total_s += times.user + times.system
                 total_s += times.children_user + times.children_system

@@ -137,11 +137,11 @@ class RecordingScheduler:
         """See `EngineEndpoint.abort`."""
         await self._engine.abort(request_id)
 
-    async def next_events(self) -> list[TokenEvent]:
-        """See `EngineEndpoint.next_events`."""
+    async def next_events(self) -> list[list[object]]:
+        """See `SchedulerActor.next_events`."""
         events = await self._engine.next_events()
         self._note_first(events)
-        return events
+        return [[*event] for event in events]
 
     def take(self) -> Record:
         """What was noted since the last call, by an engine that is idle now."""

@@ -26,6 +26,7 @@ class RequestFigures:
         errors: The commonest reasons of those, and how often each came.
         num_input_tokens: Prompt tokens of requests that finished.
         num_output_tokens: Their output tokens.
+        num_messages: In how many messages those came.
         requests_per_s: Requests that finished, over the wall time.
         output_tokens_per_s: Their output tokens, over the wall time.
         max_lag_s: By how much a request was sent late at most; not much below the latencies, if
@@ -45,6 +46,7 @@ class RequestFigures:
     errors: dict[str, int]
     num_input_tokens: int
     num_output_tokens: int
+    num_messages: int
     requests_per_s: float
     output_tokens_per_s: float
     max_lag_s: float
@@ -71,6 +73,7 @@ class RequestFigures:
             errors=dict(Counter(failed).most_common(_MAX_ERRORS)),
             num_input_tokens=sum(record.num_prompt_tokens for record in finished),
             num_output_tokens=num_output_tokens,
+            num_messages=sum(len(record.message_times_s) for record in finished),
             requests_per_s=len(finished) / load.wall_s,
             output_tokens_per_s=num_output_tokens / load.wall_s,
             max_lag_s=max(record.lag_s for record in load.records),

@@ -59,6 +59,7 @@ def read_result(path: Path) -> Result:
 def failures(result: Result) -> dict[str, int]:
     """Why requests failed, in all runs of a result, and how many for each reason."""
     runs = [result["run"]] if "run" in result else []
+    runs += [each["run"] for each in result.get("runs", ())]
     runs += [run for pair in result.get("pairs", ()) for run in pair.values()]
     errors: Counter[str] = Counter()
     for run in runs:

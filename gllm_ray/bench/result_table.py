@@ -11,6 +11,7 @@ from gllm_ray.bench.result_file import Result
 LATENCIES = {"ttft": "ttft_s", "tpot": "tpot_s", "itl": "itl_s", "e2el": "e2e_s"}
 _REQUEST_BENCHMARKS = ("serve", "engine", "offline")
 _BARE_KEYS = ("wall_s", "cpu_s")
+_FRONT_PARTS = ("proxy", "replica", "scheduler", "stages")
 _NONE = "-"
 
 
@@ -144,10 +145,36 @@ def _transport(results: Sequence[Result], _: Sequence[str]) -> str:
     return markdown_table(head, rows)
 
 
+def _front(results: Sequence[Result], _: Sequence[str]) -> str:
+    """A row for each run; CPU time for each output token."""
+    head = ["streams", "proxy", "output tokens/s", "tokens a message", "TPOT ms"]
+    head += [f"{name} us/token" for name in (*_FRONT_PARTS, "all", "client")]
+    rows = []
+    for each in (each for result in results for each in result["runs"]):
+        figures, cpu_s = each["run"]["figures"], each["run"]["conditions"]["cpu_s"]
+        num_tokens = figures["num_output_tokens"]
+        rows.append(
+            [
+                str(each["num_streams"]),
+                each["proxy"],
+                f"{figures['output_tokens_per_s']:.0f}",
+                f"{num_tokens / figures['num_messages']:.2f}",
+                _quantiles(figures["tpot_s"]),
+                *(
+                    f"{1e6 * cpu_s[name] / num_tokens:.0f}"
+                    for name in (*_FRONT_PARTS, "service", "client")
+                ),
+                _load_average(each["run"]["conditions"]),
+            ]
+        )
+    return markdown_table([*head, "load average"], rows)
+
+
 _TABLES: dict[str, Callable[[Sequence[Result], Sequence[str]], str]] = {
     "requests": _requests,
     "stage": _stage,
     "transport": _transport,
+    "front": _front,
     "compare": _compare,
 }
 

@@ -1,4 +1,4 @@
-"""`gllm-ray bench serve`, `offline`, `engine`, `stage`, `transport`, `compare` and `table`."""
+"""The benchmarks of a service and of its parts, as commands of `gllm-ray bench`."""
 
 import argparse
 import asyncio
@@ -41,6 +41,7 @@ def add_service_benchmarks(benchmarks: Any) -> None:  # noqa: ANN401 - argparse 
     _add_engine(benchmarks)
     _add_stage(benchmarks)
     _add_transport(benchmarks)
+    _add_front(benchmarks)
     _add_compare(benchmarks)
     _add_table(benchmarks)
 
@@ -168,6 +169,39 @@ def _transport(options: argparse.Namespace) -> int:
                     on_step=show_step,
                 )
             )
+
+    return _report(options, measure)
+
+
+def _add_front(benchmarks: Any) -> None:  # noqa: ANN401
+    parser = benchmarks.add_parser(
+        "front",
+        help="CPU time of a streamed token by process, behind each HTTP proxy",
+        description="Stream from a model of one random layer through the default proxy of Ray "
+        "Serve and through HAProxy, in turns.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--streams", type=positive, nargs="+", default=[64, 256], help="requests at once"
+    )
+    parser.add_argument("--output-len", type=positive, default=128, help="tokens of each")
+    parser.add_argument("--rounds", type=positive, default=3, help="of all of it")
+    add_json_option(parser)
+    parser.set_defaults(run=_front)
+
+
+def _front(options: argparse.Namespace) -> int:
+    def measure() -> "Result":
+        from gllm_ray.bench.front_bench import bench_front
+
+        return asyncio.run(
+            bench_front(
+                num_streams=options.streams,
+                num_tokens=options.output_len,
+                num_rounds=options.rounds,
+                on_step=show_step,
+            )
+        )
 
     return _report(options, measure)
 

@@ -7,7 +7,6 @@ a `RayPipeline` on the group, which may cross a process border in between.
 import asyncio
 import contextlib
 import logging
-import pickle
 from collections import deque
 from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from gllm_ray.errors import GllmRayError, PipelineError, StageLostError
 from gllm_ray.messages import MicroBatch, MicroBatchResult, StageInfo, StageTime
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.partition import describe_stage, size_kv_cache
+from gllm_ray.stages.metadata import MetadataEncoder
 from gllm_ray.stages.placement import start_stage
 
 logger = logging.getLogger(__name__)
@@ -148,6 +148,7 @@ class RayPipeline:
 
     def __init__(self, group: StageGroup) -> None:
         self._group = group
+        self._encoder = MetadataEncoder()
         self._in_flight: deque[tuple[int, list[ray.ObjectRef]]] = deque()
         self._failure: GllmRayError | None = None
 
@@ -155,7 +156,7 @@ class RayPipeline:
         """Call every stage. A broken pipeline drops the micro-batch; `next_result` says why."""
         if self._failure is not None:
             return
-        metadata = pickle.dumps(batch, protocol=pickle.HIGHEST_PROTOCOL)  # once for all stages
+        metadata = self._encoder.encode(batch)  # once for all stages
         ref, refs = None, []
         for stage in self._group.stages:
             ref = stage.step.remote(self._group.epoch, metadata, ref)

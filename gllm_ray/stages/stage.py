@@ -1,7 +1,6 @@
 """A stage among its neighbours: order, epochs and transport around a `StageWorker`."""
 
 import logging
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ import torch
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError, GllmRayError, PipelineError
 from gllm_ray.messages import EdgeAddress, MicroBatch, StageInfo, StepInterval
+from gllm_ray.stages.metadata import MetadataDecoder
 from gllm_ray.stages.stopwatch import Stopwatch, event_type
 from gllm_ray.stages.transport import (
     DOWNSTREAM,
@@ -48,6 +48,7 @@ class Stage:
         self._outbound: ActivationChannel | None = None
         self._epoch: int | None = None
         self._last_batch_id = -1
+        self._decoder = MetadataDecoder()
         self._stopwatch = self._new_stopwatch()
 
     def load(self) -> StageInfo:
@@ -101,6 +102,7 @@ class Stage:
                 if self._store is not None:
                     self._outbound = join_edge(self._transport, self._store, UPSTREAM, self._host)
             self._last_batch_id = -1
+            self._decoder = MetadataDecoder()
             self._stopwatch = self._new_stopwatch()  # micro-batch ids begin anew
             self._epoch = epoch
 
@@ -109,7 +111,7 @@ class Stage:
 
         Args:
             epoch: The epoch the caller believes the pipeline is in.
-            metadata: The pickled `MicroBatch`.
+            metadata: The `MicroBatch`, as the caller's `MetadataEncoder` spelled it.
             previous: The answer of the previous stage's step: orders the two, carries its failure,
                 and on the object store its hidden states. None for the first stage.
 
@@ -126,7 +128,8 @@ class Stage:
                 f"stage {self._stage_id} refuses a micro-batch of epoch {epoch}: it is connected "
                 f"for epoch {self._epoch}"
             )
-        batch: MicroBatch = pickle.loads(metadata)
+        with self._outermost("read a micro-batch"):
+            batch = self._decoder.decode(metadata)
         with self._outermost(f"run micro-batch {batch.batch_id}"):
             if batch.batch_id <= self._last_batch_id:
                 raise PipelineError(

@@ -25,6 +25,8 @@ _TIMEOUT = timedelta(seconds=60)
 # Sends that may be under way at once; each keeps its hidden states alive.
 _MAX_PENDING_SENDS = 4
 _NUM_TAGS = 2**31
+# With what else an answer holds, this stays below the 100 KB up to which Ray sends it in line.
+MAX_CARRIED_BYTES = 2**16
 
 
 class ActivationChannel(Protocol):
@@ -114,6 +116,40 @@ class ProcessGroupChannel:
         del self._group  # for gloo, abort does nothing, but the last reference ends the connection
 
 
+class BySizeChannel:
+    """Small hidden states go with the step's answer, large ones over another channel.
+
+    Over gloo the two ends exchange messages before the data flows, for which a receiving stage
+    waits idly, and the longer the busier the cores are.
+
+    Args:
+        large: Takes what is larger than `max_carried_bytes`.
+        max_carried_bytes: Of the largest that goes with the answer.
+    """
+
+    def __init__(
+        self, large: ActivationChannel, max_carried_bytes: int = MAX_CARRIED_BYTES
+    ) -> None:
+        self._small = ObjectStoreChannel()
+        self._large = large
+        self._max_carried_bytes = max_carried_bytes
+
+    def send(self, batch_id: int, hidden: torch.Tensor) -> object:
+        """See `ActivationChannel`."""
+        return self._channel_of(hidden).send(batch_id, hidden)
+
+    def receive(self, batch_id: int, carried: object, hidden: torch.Tensor) -> None:
+        """See `ActivationChannel`."""
+        self._channel_of(hidden).receive(batch_id, carried, hidden)
+
+    def close(self) -> None:
+        """See `ActivationChannel`."""
+        self._large.close()
+
+    def _channel_of(self, hidden: torch.Tensor) -> ActivationChannel:
+        return self._small if hidden.nbytes <= self._max_carried_bytes else self._large
+
+
 def resolve_transport(pipeline: PipelineConfig) -> Transport:
     """The transport in force: `auto` never puts two ranks of NCCL on one GPU."""
     if pipeline.activation_transport != "auto":
@@ -155,7 +191,7 @@ def join_edge(
     else:
         channel.receive(0, None, probe)
         probe.item()  # on a GPU `receive` returns before the data is there
-    return channel
+    return channel if transport == "nccl" else BySizeChannel(channel)
 
 
 def _open_group(

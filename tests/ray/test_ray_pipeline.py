@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import pickle
 import signal
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError, PipelineError, StageLostError
 from gllm_ray.messages import SamplingParams, StepInterval
+from gllm_ray.stages.metadata import MetadataEncoder
 from gllm_ray.stages.placement import bundles
 from gllm_ray.stages.ray_pipeline import RayPipeline, start_stage_group
 from tests.pipelines import (
@@ -131,8 +131,9 @@ def test_a_step_of_another_epoch_is_refused_and_harms_nothing(
     async def run() -> list[list[int]]:
         pipeline = await stages.pipeline()
         epoch = stages.group.epoch + epochs_off
+        metadata = MetadataEncoder().encode(make_batch(0, [1]))
         with pytest.raises(PipelineError, match=f"refuses a micro-batch of epoch {epoch}"):
-            await stages.group.stages[0].step.remote(epoch, pickle.dumps(make_batch(0, [1])), None)
+            await stages.group.stages[0].step.remote(epoch, metadata, None)
         return await generate_greedily(pipeline, reference)
 
     assert asyncio.run(run()) == reference.outputs

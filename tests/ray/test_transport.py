@@ -9,6 +9,7 @@ import torch
 from gllm_ray.config import PipelineConfig
 from gllm_ray.stages.transport import (
     DOWNSTREAM,
+    MAX_CARRIED_BYTES,
     UPSTREAM,
     ActivationChannel,
     EdgeAddress,
@@ -44,6 +45,11 @@ def edge(request: pytest.FixtureRequest) -> Iterator[Edge]:
     downstream.close()
 
 
+def make_large() -> torch.Tensor:
+    """Hidden states that do not go with the answer."""
+    return torch.randn(4, MAX_CARRIED_BYTES)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -61,9 +67,10 @@ def test_nccl_is_chosen_only_where_each_stage_has_a_gpu_of_its_own(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_hidden_states_arrive_bit_by_bit(edge: Edge, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("num_columns", [33, MAX_CARRIED_BYTES])
+def test_hidden_states_arrive_bit_by_bit(edge: Edge, dtype: torch.dtype, num_columns: int) -> None:
     upstream, downstream = edge
-    sent = torch.randn(7, 33).to(dtype)
+    sent = torch.randn(7, num_columns).to(dtype)
     carried = upstream.send(0, sent)
     received = torch.empty_like(sent)
     downstream.receive(0, carried, received)
@@ -72,25 +79,25 @@ def test_hidden_states_arrive_bit_by_bit(edge: Edge, dtype: torch.dtype) -> None
 
 def test_micro_batches_under_way_are_told_apart_by_id(edge: Edge) -> None:
     upstream, downstream = edge
-    sent = {batch_id: torch.randn(2, 4) for batch_id in (0, 5, 2**31 + 7)}
+    sent = {batch_id: make_large() for batch_id in (0, 5, 2**31 + 7)}
     carried = {batch_id: upstream.send(batch_id, hidden) for batch_id, hidden in sent.items()}
     for batch_id in reversed(sent):
-        received = torch.empty(2, 4)
+        received = torch.empty(4, MAX_CARRIED_BYTES)
         downstream.receive(batch_id, carried[batch_id], received)
         assert torch.equal(received, sent[batch_id])
 
 
 def test_a_strided_tensor_is_sent_whole(edge: Edge) -> None:
     upstream, downstream = edge
-    sent = torch.arange(24.0).view(4, 6)[:, ::2]
-    received = torch.empty(4, 3)
+    sent = torch.arange(24.0).repeat(MAX_CARRIED_BYTES).view(4, -1)[:, ::2]
+    received = torch.empty(sent.shape)
     downstream.receive(1, upstream.send(1, sent), received)
     assert torch.equal(received, sent)
 
 
 def send_many(upstream: ActivationChannel, sent: list[int]) -> None:
     for batch_id in range(NUM_MANY):
-        upstream.send(batch_id, torch.zeros(4, 4))
+        upstream.send(batch_id, make_large())
         sent.append(batch_id)
 
 
@@ -102,16 +109,16 @@ def test_a_stage_far_ahead_waits_for_the_next_one() -> None:
         wait([sending], timeout=0.3)
         assert 1 < len(sent) < NUM_MANY
         for batch_id in range(NUM_MANY):
-            downstream.receive(batch_id, None, torch.empty(4, 4))
+            downstream.receive(batch_id, None, torch.empty(4, MAX_CARRIED_BYTES))
         sending.result()
 
 
 def test_closing_the_upstream_end_fails_a_receive_instead_of_leaving_it_waiting() -> None:
     downstream, upstream = join_gloo()
-    upstream.send(0, torch.zeros(4, 4))
+    upstream.send(0, make_large())
     upstream.close()
     with pytest.raises(RuntimeError):
-        downstream.receive(0, None, torch.empty(4, 4))
+        downstream.receive(0, None, torch.empty(4, MAX_CARRIED_BYTES))
 
 
 def test_closing_the_downstream_end_fails_a_send_instead_of_leaving_it_waiting() -> None:
@@ -119,3 +126,14 @@ def test_closing_the_downstream_end_fails_a_send_instead_of_leaving_it_waiting()
     downstream.close()
     with pytest.raises(RuntimeError):
         send_many(upstream, [])
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_only_small_hidden_states_go_with_the_answer(is_small: bool) -> None:
+    downstream, upstream = join_gloo()
+    sent = torch.randn(MAX_CARRIED_BYTES // 4 + (not is_small))
+    carried = upstream.send(0, sent)
+    assert (carried is not None) == is_small
+    received = torch.empty_like(sent)
+    downstream.receive(0, carried, received)
+    assert torch.equal(received, sent)

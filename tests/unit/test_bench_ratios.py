@@ -1,11 +1,14 @@
 """Two services in turns: their ratios, pair by pair, and the tables of results."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from gllm_ray.bench.conditions import Conditions, own_cpu_s, watch_conditions
+from gllm_ray.bench.conditions import Conditions, own_cpu_s, part_clocks, watch_conditions
 from gllm_ray.bench.load_generator import Load, RequestRecord
 from gllm_ray.bench.paired_ratios import Pair, paired_ratios
 from gllm_ray.bench.request_figures import RequestFigures
@@ -65,6 +68,19 @@ def test_cpu_seconds_are_those_of_what_ran_within():
         while own_cpu_s() < end_s:
             pass
     assert 0.04 < conditions.cpu_s["self"] < 0.5
+
+
+def test_cpu_seconds_are_told_apart_by_what_processes_are_called():
+    work = "import time\nwhile time.process_time() < 0.1: pass\nprint(flush=True); input()"
+    command = ["/somewhere/haproxy", "-c", work]
+    with subprocess.Popen(
+        command, executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        cpu_s = {name: clock() for name, clock in part_clocks(os.getpid()).items()}
+        process.communicate(b"\n")
+    assert 0.05 < cpu_s.pop("proxy") < 5
+    assert set(cpu_s.values()) == {0.0}
 
 
 LOAD = RequestLoad(
@@ -159,6 +175,6 @@ def test_what_is_no_result_has_no_table(tmp_path, capsys, text):
 
 def test_the_readme_has_the_tables_of_the_committed_results():
     root = Path(__file__).parents[2]
-    names = ("serve", "engine", "stage", "transport", "compare")
+    names = ("serve", "engine", "stage", "stage_15m", "stage_500m", "transport", "front", "compare")
     results = [read_result(root / f"gllm_ray/bench/results/{name}.json") for name in names]
     assert result_tables(results, ["ttft", "tpot"]) in (root / "README.md").read_text("utf-8")
