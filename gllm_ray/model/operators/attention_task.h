@@ -63,13 +63,6 @@ struct Task {
 // What a thread computes with; sized by the largest task it has seen.
 struct Workspace {
   std::vector<float> query, keys, values, scores, output;
-
-  static float* of(std::vector<float>& buffer, int64_t size) {
-    // Room to start at a cache line.
-    if (static_cast<int64_t>(buffer.size()) < size + 16) buffer.resize(size + 16);
-    auto address = reinterpret_cast<std::uintptr_t>(buffer.data());
-    return reinterpret_cast<float*>((address + 63) / 64 * 64);
-  }
 };
 
 // The keys and values of up to `kChunk` positions, wherever their blocks lie.
