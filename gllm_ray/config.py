@@ -66,8 +66,8 @@ class ModelConfig(StrictModel):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Of weights, KV cache and activations; auto: as in config.json, but float32 for "
-        "float16 on cpu.",
+        description="Of weights, KV cache and activations; auto: as in config.json, but on cpu "
+        "float32 for float16.",
     )
     quantization: Literal["int8"] | None = Field(
         default=None,

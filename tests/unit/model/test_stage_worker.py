@@ -40,7 +40,9 @@ def load_stages(path, num_stages, **settings):
 def logits(workers):
     """Those of the last of a few tokens of a prompt, `[1, vocab_size]`."""
     seen = []
-    workers[-1]._shard.model.lm_head.register_forward_hook(lambda _, __, output: seen.append(output))
+    workers[-1]._shard.model.lm_head.register_forward_hook(
+        lambda _, __, output: seen.append(output)
+    )
     batch = workers[0]._batch_in_block_0([4], 4)
     hidden = None
     for worker in workers:
