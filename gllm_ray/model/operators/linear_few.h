@@ -18,20 +18,20 @@ constexpr int64_t kRows = (kNumRegisters - 8) / kColumns;  // so that a tile's s
 constexpr int64_t kReusingRows = 4;  // up to which a weight is not worth a copy as floats
 constexpr int64_t kMinTaskSize = 16384;  // products
 
-// Output columns `column` to `column + Columns` of `Rows` rows, from rows of floats.
-template <int64_t Rows, int64_t Columns, bool Prefetch, typename T, typename W, typename V>
+// Output columns `column` to `column + Columns` of `Rows` rows, from rows of floats. `Fetched` pieces
+// of what lies at `next` are fetched meanwhile, with each vector.
+template <int64_t Rows, int64_t Columns, int64_t Fetched, typename T, typename W, typename V>
 void tile(const Problem<T, W>& problem, const float* rows, const V* weight, int64_t row,
-          int64_t column) {
+          int64_t column, const char* next) {
   const int64_t depth = problem.depth;
   const float* input = rows + row * depth;
   Vec sums[Rows][Columns] = {};
   int64_t k = 0;
   for (; k + kLanes <= depth; k += kLanes) {
     Vec factors[Columns];
-    for (int64_t j = 0; j < Columns; ++j) {
-      factors[j] = load(weight + j * depth + k);
-      if (Prefetch) __builtin_prefetch(weight + (Columns + j) * depth + k);
-    }
+    for (int64_t j = 0; j < Columns; ++j) factors[j] = load(weight + j * depth + k);
+    for (int64_t piece = 0; piece < Fetched; ++piece, next += sizeof(Vec))
+      __builtin_prefetch(next);
     for (int64_t i = 0; i < Rows; ++i) {
       const Vec values = load(input + i * depth + k);
       for (int64_t j = 0; j < Columns; ++j) sums[i][j] += values * factors[j];
@@ -50,33 +50,36 @@ void tile(const Problem<T, W>& problem, const float* rows, const V* weight, int6
   }
 }
 
-// Calls `tile` for the largest number of rows up to `rows`, which the compiler must know.
-template <int64_t Rows, int64_t Columns, bool Prefetch, typename T, typename W, typename V>
+// Calls `tile` for the largest number of rows up to `Rows`, which the compiler must know.
+template <int64_t Rows, int64_t Columns, int64_t Fetched, typename T, typename W, typename V>
 int64_t largest_tile(const Problem<T, W>& problem, const float* rows, const V* weight, int64_t row,
-                     int64_t column) {
+                     int64_t column, const char* next) {
   if constexpr (Rows > 1)
     if (problem.rows - row < Rows)
-      return largest_tile<Rows - 1, Columns, Prefetch>(problem, rows, weight, row, column);
-  tile<Rows, Columns, Prefetch>(problem, rows, weight, row, column);
+      return largest_tile<Rows - 1, Columns, Fetched>(problem, rows, weight, row, column, next);
+  tile<Rows, Columns, Fetched>(problem, rows, weight, row, column, next);
   return row + Rows;
 }
 
 template <int64_t Columns, typename T, typename W>
 void panel(const Problem<T, W>& problem, const float* rows, int64_t column, float* converted) {
+  const int64_t size = Columns * problem.depth;
   const W* weight = problem.weight + column * problem.depth;
-  if (!std::is_same_v<W, float> && problem.rows > kReusingRows) {
-    // What is used by many rows is converted once, while the next is fetched.
-    const int64_t size = Columns * problem.depth;
-    for (int64_t at = 0; at < size; at += 64 / sizeof(W))
-      __builtin_prefetch(weight + size + at);
-    to_floats(converted, weight, size);
-    for (int64_t row = 0; row < problem.rows;)
-      row = largest_tile<kRows, Columns, false>(problem, rows, converted, row, column);
+  const char* next = reinterpret_cast<const char*>(weight + size);
+  if (std::is_same_v<W, float> || problem.rows <= kReusingRows) {
+    int64_t row =
+        largest_tile<kRows, Columns, Columns * sizeof(W) / 4>(problem, rows, weight, 0, column, next);
+    while (row < problem.rows)
+      row = largest_tile<kRows, Columns, 0>(problem, rows, weight, row, column, next);
     return;
   }
-  int64_t row = largest_tile<kRows, Columns, true>(problem, rows, weight, 0, column);
-  while (row < problem.rows)
-    row = largest_tile<kRows, Columns, false>(problem, rows, weight, row, column);
+  // What is used by many rows is converted once. The next panel comes in little by little.
+  to_floats(converted, weight, size);
+  const char* end = next + size * sizeof(W);
+  for (int64_t row = 0; row < problem.rows; next += 4 * problem.depth)
+    row = next < end
+              ? largest_tile<kRows, Columns, 1>(problem, rows, converted, row, column, next)
+              : largest_tile<kRows, Columns, 0>(problem, rows, converted, row, column, next);
 }
 
 // The input as floats, in a buffer if it has to be converted.
