@@ -65,7 +65,14 @@ class ModelConfig(StrictModel):
         default="safetensors", description="dummy: seeded random weights; only config.json is read."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Of weights, KV cache and activations; auto: as in config.json."
+        default="auto",
+        description="Of weights, KV cache and activations; auto: as in config.json, but on cpu "
+        "float32 for float16.",
+    )
+    quantization: Literal["int8"] | None = Field(
+        default=None,
+        description="int8: weights of linear layers are stored as int8 with a scale for each "
+        "output; cpu only. null: none.",
     )
     max_model_len: int | None = Field(
         default=None,
@@ -268,6 +275,11 @@ class ServiceConfig(StrictModel):
         if self.pipeline.device == "cpu" and self.kv_cache.kv_cache_bytes is None:
             raise ValueError(
                 f"kv_cache.kv_cache_bytes=null: must be {_BYTES} when pipeline.device is cpu"
+            )
+        if self.model.quantization is not None and self.pipeline.device != "cpu":
+            raise ValueError(
+                f"model.quantization={self.model.quantization!r}: must be null when "
+                f"pipeline.device is {self.pipeline.device}"
             )
         return self
 

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -294,6 +295,8 @@ def _report(options: argparse.Namespace, measure: Callable[[], "Result"]) -> int
     from gllm_ray.bench.result_file import failures, write_result
     from gllm_ray.bench.result_table import result_tables
 
+    # As a Ctrl-C does, a SIGTERM ends what was started.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         result = measure()
         latencies = getattr(options, "percentile_metrics", [])

@@ -18,6 +18,7 @@ from gllm_ray.errors import ConfigError
 from gllm_ray.model.attention.interface import PAGED, PROBE, cache_latents, probe_forward
 from gllm_ray.model.inputs import PackedInputs
 from gllm_ray.model.kv_cache import AttentionGeometry
+from gllm_ray.model.linear import quantize_linears
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +134,16 @@ class Shard:
                 )
         cache_latents(model)
         self.model = model
+
+    def quantize(self) -> None:
+        """Keep the weights of linear layers as int8; a tied head gets weights of its own.
+
+        Raises:
+            ConfigError: Most of the weights are in no linear layer.
+        """
+        quantize_linears(self.model)
+        if not self.is_first:  # then an embedding was there for a tied head alone
+            self.model.set_input_embeddings(_NoEmbedding())
 
     def probe(self, num_tokens: int, num_samples: int) -> dict[nn.Module, AttentionGeometry]:
         """Run the shard once without attention, and note what each attention module caches.

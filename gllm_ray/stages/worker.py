@@ -91,6 +91,9 @@ class StageWorker:
             shard.load(reader.tensors)
             self.bytes_read = reader.bytes_read
         self._shard = shard
+        num_parameters = shard.num_parameters
+        if self._config.model.quantization == "int8":
+            shard.quantize()
         kv_cache_bytes = self._probe(checkpoint.max_model_len)
         if self._device.type == "cpu":
             with suppress(OperatorsUnavailableError):  # then attention's description says why
@@ -103,7 +106,7 @@ class StageWorker:
             node=socket.gethostname(),
             first_layer=layers[0],
             last_layer=layers[1],
-            num_parameters=shard.num_parameters,
+            num_parameters=num_parameters,
             weight_bytes=shard.weight_bytes,
             kv_block_bytes=kv_block_bytes,
             max_kv_blocks=kv_cache_bytes // kv_block_bytes,
@@ -162,9 +165,11 @@ class StageWorker:
         name = self._config.model.dtype
         if name != "auto":
             return getattr(torch, name)
-        if model_config.dtype is not None:
-            return model_config.dtype
-        return torch.float32 if self._device.type == "cpu" else torch.bfloat16
+        stored = model_config.dtype
+        if self._device.type == "cpu":
+            # float16 has no operators there; every float16 is a float32.
+            return torch.float32 if stored in (None, torch.float16) else stored
+        return torch.bfloat16 if stored is None else stored
 
     def _probe(self, max_model_len: int) -> int:
         """Learn what the attention modules cache, and how many bytes their cache may take."""

@@ -178,3 +178,5 @@ def test_the_readme_has_the_tables_of_the_committed_results():
     names = ("serve", "engine", "stage", "stage_15m", "stage_500m", "transport", "front", "compare")
     results = [read_result(root / f"gllm_ray/bench/results/{name}.json") for name in names]
     assert result_tables(results, ["ttft", "tpot"]) in (root / "README.md").read_text("utf-8")
+    beside_vllm = read_result(root / "gllm_ray/bench/results/compare_vllm.json")
+    assert result_tables([beside_vllm], ["ttft", "tpot"]) in (root / "README.md").read_text("utf-8")

@@ -92,6 +92,7 @@ MISTAKES = [
     ("model.path", "", "='': must be text that is not empty"),
     ("model.path", "package://x", "='package://x': must be package://<package>/<directory>"),
     ("model.dtype", "fp8", "='fp8': must be auto, float32, bfloat16 or float16"),
+    ("model.quantization", "fp8", "='fp8': must be int8, or null"),
     ("kv_cache.kv_cache_bytes", "3 gigs", f"='3 gigs': {BYTES}, or null"),
     ("kv_cache.kv_cache_bytes", "infGiB", f"='infGiB': {BYTES}, or null"),
     ("kv_cache.kv_cache_bytes", 0, f"=0: {BYTES}, or null"),
@@ -343,6 +344,15 @@ def test_nccl_needs_a_whole_gpu_for_each_stage():
     (line,) = find_mistakes(ServiceConfig, args)
     assert line.startswith("pipeline.activation_transport='nccl': must be auto, gloo or object_")
     assert "gpus_per_stage=0.5" in line
+
+
+def test_quantized_weights_are_for_cpu_alone():
+    args = {"model": {"path": "org/model", "quantization": "int8"}}
+    assert find_mistakes(ServiceConfig, args) == [
+        "model.quantization='int8': must be null when pipeline.device is cuda"
+    ]
+    args |= {"pipeline": {"device": "cpu"}, "kv_cache": {"kv_cache_bytes": "1GiB"}}
+    assert find_mistakes(ServiceConfig, args) == []
 
 
 def test_a_package_path_is_a_directory_of_the_installed_package():

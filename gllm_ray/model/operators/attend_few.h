@@ -24,8 +24,7 @@ void score_few(const float* query, const T* const* keys, int64_t count, int64_t 
         for (int64_t i = 0; i < kTile; ++i) sums[row][i] += q * key[i];
       }
     }
-    for (int64_t row = 0; row < Rows; ++row)
-      for (int64_t i = 0; i < kTile; ++i) scores[row * kChunk + j + i] = sum(sums[row][i]);
+    for (int64_t row = 0; row < Rows; ++row) add_lanes<kTile>(sums[row], scores + row * kChunk + j);
   }
   for (; j < count; ++j) {
     Vec sums[Rows] = {};
@@ -107,9 +106,9 @@ void attend_few(const Problem& problem, const Task& task, int64_t kv_head, Works
   const int64_t rows = task.num_rows;
   const int64_t key_width = round_up(problem.key_width, kLanes);
   const int64_t value_width = round_up(problem.value_width, kLanes);
-  float* query = Workspace::of(workspace.query, rows * key_width);
-  float* scores = Workspace::of(workspace.scores, rows * kChunk);
-  float* output = Workspace::of(workspace.output, rows * value_width);
+  float* query = aligned(workspace.query, rows * key_width);
+  float* scores = aligned(workspace.scores, rows * kChunk);
+  float* output = aligned(workspace.output, rows * value_width);
   float highest[kFewRows], total[kFewRows], decay[kFewRows];
   std::fill_n(output, rows * value_width, 0.0f);
   for (int64_t row = 0; row < rows; ++row) {
@@ -132,7 +131,7 @@ void attend_few(const Problem& problem, const Task& task, int64_t kv_head, Works
       const int64_t padded = round_up(width, kLanes);
       if (width == padded) return body(from);
       const float* copies[kChunk];
-      float* copied = Workspace::of(buffer, kChunk * padded);
+      float* copied = aligned(buffer, kChunk * padded);
       copy_rows(from, count, width, padded, copied);
       for (int64_t j = 0; j < count; ++j) copies[j] = copied + j * padded;
       body(static_cast<const float* const*>(copies));

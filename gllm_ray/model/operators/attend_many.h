@@ -64,11 +64,11 @@ void attend_many(const Problem& problem, const Task& task, int64_t kv_head, Work
   constexpr int64_t kWidth = Vectors * kLanes;
   const int64_t key_width = problem.key_width;
   const int64_t value_width = round_up(problem.value_width, kTile);
-  float* query = Workspace::of(workspace.query, key_width * kWidth);
-  float* keys = Workspace::of(workspace.keys, kChunk * key_width);
-  float* values = Workspace::of(workspace.values, kChunk * value_width);
-  float* scores = Workspace::of(workspace.scores, kChunk * kWidth);
-  float* output = Workspace::of(workspace.output, value_width * kWidth);
+  float* query = aligned(workspace.query, key_width * kWidth);
+  float* keys = aligned(workspace.keys, kChunk * key_width);
+  float* values = aligned(workspace.values, kChunk * value_width);
+  float* scores = aligned(workspace.scores, kChunk * kWidth);
+  float* output = aligned(workspace.output, value_width * kWidth);
   std::fill_n(query, key_width * kWidth, 0.0f);
   std::fill_n(output, value_width * kWidth, 0.0f);
   alignas(64) float start_highest[kWidth], start_total[kWidth];

@@ -63,16 +63,10 @@ struct Task {
 // What a thread computes with; sized by the largest task it has seen.
 struct Workspace {
   std::vector<float> query, keys, values, scores, output;
-
-  static float* of(std::vector<float>& buffer, int64_t size) {
-    // Room to start at a cache line.
-    if (static_cast<int64_t>(buffer.size()) < size + 16) buffer.resize(size + 16);
-    auto address = reinterpret_cast<std::uintptr_t>(buffer.data());
-    return reinterpret_cast<float*>((address + 63) / 64 * 64);
-  }
 };
 
-// The keys and values of up to `kChunk` positions, wherever their blocks lie.
+// The keys and values of up to `kChunk` positions, wherever their blocks lie, on their way to the
+// cache.
 template <typename T>
 struct Chunk {
   const T* keys[kChunk];
@@ -91,6 +85,10 @@ void find_chunk(const Problem& problem, const Task& task, int64_t kv_head, int64
     for (; offset < problem.block_size && j < count; ++offset, ++j) {
       chunk.keys[j] = keys + (slots + offset) * problem.key_width;
       chunk.values[j] = values + (slots + offset) * problem.value_width;
+      for (int64_t d = 0; d < problem.key_width; d += 64 / sizeof(T))
+        __builtin_prefetch(chunk.keys[j] + d);
+      for (int64_t d = 0; d < problem.value_width; d += 64 / sizeof(T))
+        __builtin_prefetch(chunk.values[j] + d);
     }
   }
 }

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -27,6 +28,7 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
+typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
 
 inline Vec load(const float* from) {
   Vec vec;
@@ -43,9 +45,29 @@ inline Vec load(const BFloat16* from) {
   return vec;
 }
 
+inline Vec load(const int8_t* from) {
+#ifdef __AVX512F__
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#else
+  ByteVec bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, IntVec), Vec);
+#endif
+}
+
 inline void store(float* to, Vec vec) { std::memcpy(to, &vec, sizeof vec); }
 
-inline Vec fill(float value) { return Vec{} + value; }
+// Rounds to the nearest, to even between two.
+inline void store(BFloat16* to, Vec vec) {
+  UintVec bits;
+  std::memcpy(&bits, &vec, sizeof bits);
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  bits = vec == vec ? bits : UintVec{} + 0x7fc0;
+  const HalfVec half = __builtin_convertvector(bits, HalfVec);
+  std::memcpy(to, &half, sizeof half);
+}
+
+inline Vec fill(float value) { return value - Vec{}; }  // costs nothing, as adding 0 would
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
@@ -57,6 +79,40 @@ inline float sum(Vec vec) {
 #endif
 }
 
+// The sum of each vector; of four, for little more than one.
+template <int64_t Count>
+void add_lanes(const Vec* vecs, float* totals) {
+#ifdef __AVX512F__
+  if constexpr (Count == 4) {
+    const __m512 a = (__m512)vecs[0], b = (__m512)vecs[1];
+    const __m512 c = (__m512)vecs[2], d = (__m512)vecs[3];
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 quarters =  // each holds a part of all four
+        _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m512 halves = _mm512_add_ps(quarters, _mm512_shuffle_f32x4(quarters, quarters, 0x4e));
+    const __m512 whole = _mm512_add_ps(halves, _mm512_shuffle_f32x4(halves, halves, 0xb1));
+    return _mm_storeu_ps(totals, _mm512_castps512_ps128(whole));
+  }
+#endif
+  for (int64_t i = 0; i < Count; ++i) totals[i] = sum(vecs[i]);
+}
+
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// The values as floats.
+template <typename T>
+void to_floats(float* to, const T* from, int64_t size) {
+  int64_t at = 0;
+  for (; at + kLanes <= size; at += kLanes) store(to + at, load(from + at));
+  for (; at < size; ++at) to[at] = static_cast<float>(from[at]);
+}
+
+// Room for `size` floats that starts at a cache line, in a buffer that grows.
+inline float* aligned(std::vector<float>& buffer, int64_t size) {
+  if (static_cast<int64_t>(buffer.size()) < size + 16) buffer.resize(size + 16);
+  auto address = reinterpret_cast<std::uintptr_t>(buffer.data());
+  return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
 
 }  // namespace

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from gllm_ray.errors import ConfigError
 from gllm_ray.model import linear
-from gllm_ray.model.linear import FewRowsLinear, speed_up_linears
+from gllm_ray.model.linear import Int8Linear, OperatorLinear, quantize_linears, speed_up_linears
 from gllm_ray.model.operators.build import OperatorsUnavailableError, load_operators
 
 
@@ -25,12 +26,12 @@ def make_linear(depth, columns, *, bias, dtype, seed=0):
     plain = nn.Linear(depth, columns, bias=bias).to(dtype).requires_grad_(False)
     plain.load_state_dict(layer.state_dict())
     speed_up_linears(layer)
-    assert type(layer) is FewRowsLinear
+    assert type(layer) is OperatorLinear
     return layer, plain
 
 
 @given(
-    rows=st.integers(0, 40) | st.integers(60, 70),
+    rows=st.integers(0, 40) | st.integers(60, 100),
     depth=st.sampled_from([1, 7, 16, 24, 48, 200]),
     columns=st.sampled_from([1, 3, 4, 5, 64, 130]),
     bias=st.booleans(),
@@ -42,7 +43,6 @@ def make_linear(depth, columns, *, bias, dtype, seed=0):
 def test_outputs_are_those_of_torch(rows, depth, columns, bias, dtype, emulated, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "cpu_description", lambda: "" if emulated else "avx512_bf16")
-        patch.setattr(linear, "_NUM_CONVERTED", 50)
         layer, plain = make_linear(depth, columns, bias=bias, dtype=dtype, seed=seed)
         inputs = torch.randn(1, rows, depth).to(dtype)
         output, expected = layer(inputs), plain.double()(inputs.double())
@@ -73,24 +73,23 @@ def test_strided_inputs_are_read():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "features", "max_rows"),
+    ("dtype", "features", "num_by_operator"),
     [
-        (torch.float32, "avx2", 16),
-        (torch.bfloat16, "avx512f avx512_bf16", 16),
-        (torch.bfloat16, "avx512f", 64),
+        (torch.float32, "avx2", 2),
+        (torch.bfloat16, "avx512f avx512_bf16", 2),
+        (torch.bfloat16, "avx512f", 4),
     ],
 )
-def test_torch_multiplies_many_rows_and_more_are_few_where_it_emulates_the_type(
-    dtype, features, max_rows, monkeypatch
+def test_torch_multiplies_many_rows_of_types_that_the_cpu_knows(
+    dtype, features, num_by_operator, monkeypatch
 ):
     monkeypatch.setattr(linear, "cpu_description", lambda: f"x86_64\nflags\t: fpu {features}")
     layer, _ = make_linear(16, 16, bias=False, dtype=dtype)
-    assert layer.max_rows == max_rows
     calls = []
     layer.operator = lambda *arguments: calls.append(arguments)
-    for rows in (1, max_rows, max_rows + 1, 100):
+    for rows in (1, 16, 17, 100):
         layer(torch.randn(rows, 16).to(dtype))
-    assert len(calls) == 2
+    assert len(calls) == num_by_operator
 
 
 def test_only_plain_linears_of_known_types_change():
@@ -100,5 +99,70 @@ def test_only_plain_linears_of_known_types_change():
     model = nn.Sequential(nn.Linear(4, 4), Own(4, 4), nn.Linear(4, 4).half(), nn.LayerNorm(4))
     keys = list(model.state_dict())
     speed_up_linears(model)
-    assert [type(module) for module in model] == [FewRowsLinear, Own, nn.Linear, nn.LayerNorm]
+    assert [type(module) for module in model] == [OperatorLinear, Own, nn.Linear, nn.LayerNorm]
     assert list(model.state_dict()) == keys
+
+
+def make_int8_linear(depth, columns, *, bias, dtype, seed=0):
+    torch.manual_seed(seed)
+    layer = nn.Linear(depth, columns, bias=bias).to(dtype).requires_grad_(False)
+    weight = layer.weight.clone()
+    quantize_linears(nn.Sequential(layer))
+    return layer, weight
+
+
+@given(
+    rows=st.integers(0, 40) | st.integers(60, 100),
+    depth=st.sampled_from([1, 7, 16, 24, 48, 200]),
+    columns=st.sampled_from([1, 3, 4, 5, 64, 130]),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 100),
+)
+@settings(deadline=None, max_examples=200)
+def test_int8_outputs_are_those_of_the_weights_that_are_kept(
+    rows, depth, columns, bias, dtype, seed
+):
+    layer, _ = make_int8_linear(depth, columns, bias=bias, dtype=dtype, seed=seed)
+    speed_up_linears(layer)
+    inputs = torch.randn(1, rows, depth).to(dtype)
+    kept = layer.int8_weight.double() * layer.scales.double()[:, None]
+    expected = inputs.double() @ kept.T + (layer.bias.double() if bias else 0)
+    tolerance = 1e-5 if dtype is torch.float32 else 8e-3
+    torch.testing.assert_close(layer(inputs).double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_weights_are_off_by_half_a_step_at_most_also_without_the_operator(dtype):
+    layer, weight = make_int8_linear(48, 33, bias=False, dtype=dtype)
+    kept = layer.int8_weight * layer.scales[:, None]
+    half_step = weight.float().abs().amax(dim=1) / 127 / 2
+    assert ((kept - weight.float()).abs() <= half_step[:, None] * (1 + 1e-5)).all()
+    inputs = torch.randn(3, 48).to(dtype)
+    assert torch.equal(layer(inputs), nn.functional.linear(inputs, kept.to(dtype)))
+    assert layer(inputs).dtype is dtype
+
+
+def test_a_row_of_zeros_stays_zero_as_int8():
+    layer = nn.Linear(8, 2, bias=False).requires_grad_(False)
+    layer.weight[0] = 0
+    quantize_linears(nn.Sequential(layer))
+    assert (layer(torch.randn(4, 8))[:, 0] == 0).all()
+
+
+def test_int8_takes_a_quarter_of_the_memory_of_float32_and_a_scale_for_each_output():
+    layer, weight = make_int8_linear(64, 32, bias=False, dtype=torch.float32)
+    assert type(layer) is Int8Linear
+    held = sum(tensor.nbytes for tensor in layer.state_dict().values())
+    assert held == weight.nbytes / 4 + 32 * 4
+
+
+def test_int8_is_refused_where_linear_layers_hold_little():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.Parameter(torch.zeros(4, 64, 64))
+            self.head = nn.Linear(64, 64)
+
+    with pytest.raises(ConfigError, match=r"quantization='int8': must be left out, because 4096 "):
+        quantize_linears(Experts())

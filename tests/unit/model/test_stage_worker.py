@@ -37,6 +37,20 @@ def load_stages(path, num_stages, **settings):
     return workers, [worker.load() for worker in workers]
 
 
+def logits(workers):
+    """Those of the last of a few tokens of a prompt, `[1, vocab_size]`."""
+    seen = []
+    workers[-1]._shard.model.lm_head.register_forward_hook(
+        lambda _, __, output: seen.append(output)
+    )
+    batch = workers[0]._batch_in_block_0([4], 4)
+    hidden = None
+    for worker in workers:
+        worker.allocate_kv_cache(num_blocks=1)
+        hidden = worker.execute(batch, hidden)
+    return seen[0][0]
+
+
 def parameters(worker):
     return dict(worker._shard.model.named_parameters())
 
@@ -143,6 +157,24 @@ def test_dtype_is_the_configured_one_or_that_of_config_json(checkpoint, tmp_path
     assert worker.dtype is torch.bfloat16
     assert 2 * half.weight_bytes == info.weight_bytes
     assert 2 * half.kv_block_bytes == info.kv_block_bytes
+    stored_half = checkpoint("llama") / "config.json"
+    config = json.loads(stored_half.read_text()) | {"dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (worker,), _ = load_stages(tmp_path, 1, load_format="dummy")
+    assert worker.dtype is torch.float32
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_int8_weights_take_less_memory_and_compute_nearly_the_same(num_stages, checkpoint):
+    path = checkpoint("llama_tied")
+    whole, infos = load_stages(path, num_stages)
+    quantized, quantized_infos = load_stages(path, num_stages, quantization="int8")
+    for info, quantized_info in zip(infos, quantized_infos, strict=True):
+        assert quantized_info.num_parameters == info.num_parameters
+        assert quantized_info.weight_bytes < 0.5 * info.weight_bytes
+    assert ("model.embed_tokens.weight" in parameters(quantized[-1])) == (num_stages == 1)
+    expected, got = (logits(workers) for workers in (whole, quantized))
+    assert 0 < (got - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_more_stages_than_layers_are_refused(checkpoint):
