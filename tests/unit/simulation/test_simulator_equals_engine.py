@@ -85,9 +85,7 @@ def make_deployment(policy, timeout_s, ring):
 @pytest.mark.parametrize("timeout_s", [None, 0.3])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
-def test_engine_and_simulator_form_the_same_micro_batches(
-    policy, seed, timeout_s, ring
-):
+def test_engine_and_simulator_form_the_same_micro_batches(policy, seed, timeout_s, ring):
     deployment, requests = make_deployment(policy, timeout_s, ring), make_requests(seed)
     submitted, ends = run_engine(deployment, requests, seed)
     result = Simulation(deployment, requests, seed=seed, keep_decisions=True).run()
