@@ -64,7 +64,7 @@ class Scheduler:
         self._admission = AdmissionControl(settings)
         self._pool = SequencePool(settings, overtaking=policy.overtaking)
         self._max_in_flight = settings.max_in_flight or settings.num_stages + policy.num_ahead
-        self._num_full = min(self._max_in_flight, settings.num_stages)
+        self._num_full = min(self._max_in_flight, settings.num_stages)  # no stage is left idle
         self._stage_times = StageTimes(
             cost, settings.num_stages, self._max_in_flight + settings.ring
         )
