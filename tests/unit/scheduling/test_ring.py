@@ -124,3 +124,12 @@ def test_nothing_is_preempted_for_a_token_that_is_not_known_or_while_it_is_not()
     scheduler.commit(result_of(prompts))
     assert len(scheduler.schedule().sequences) == 1
     assert scheduler.num_preemptions == 1
+
+
+def test_a_sequence_that_begins_again_forgets_a_token_that_is_not_known():
+    sequence = Sequence(0, make_request(prompt=(1, 2)))
+    sequence.token_ids += [TOKEN, ~0]
+    sequence.restart()
+    assert sequence.token_ids == [1, 2, TOKEN]
+    sequence.restart()
+    assert sequence.token_ids == [1, 2, TOKEN]
