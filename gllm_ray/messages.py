@@ -95,7 +95,8 @@ class ScheduledSequence(NamedTuple):
         seq_id: The sequence, unique in the life of a scheduler.
         epoch: How often the sequence's KV was given up before; the same when the result comes.
         start: Position of the first of `token_ids`, so the tokens whose KV exists already.
-        token_ids: The tokens to compute, at positions `start`, `start + 1`, ...
+        token_ids: The tokens to compute, at positions `start`, `start + 1`, ... In a micro-batch
+            that continues another, the one of a decode may be `~i`, see `MicroBatch.continues`.
         block_table: Ids of the KV blocks for positions 0 up to the last of `token_ids`.
         sampling: How to draw the next token, or None for a chunk that does not end its prompt.
     """
@@ -127,11 +128,14 @@ class MicroBatch:
         sequences: Decodes first, then prefill chunks; each sequence at most once.
         block_copies: Source and target of KV blocks that each layer copies after it has written
             this micro-batch's KV and before any row attends. No source is a target.
+        continues: An earlier micro-batch whose result may not be known yet: a token id `~i` here
+            stands for the i-th token of it. None: all token ids are known.
     """
 
     batch_id: int
     sequences: tuple[ScheduledSequence, ...]
     block_copies: tuple[tuple[int, int], ...] = ()
+    continues: int | None = None
 
     @cached_property
     def num_tokens(self) -> int:

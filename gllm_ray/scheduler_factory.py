@@ -27,6 +27,7 @@ def make_settings(
     block_size: int,
     max_model_len: int,
     max_in_flight: int | None,
+    ring: bool,
 ) -> SchedulerSettings:
     """What a configuration and a pipeline tell the scheduler; see `SchedulerSettings`.
 
@@ -37,6 +38,7 @@ def make_settings(
         block_size: Tokens a block holds.
         max_model_len: Prompt and output tokens a sequence may have.
         max_in_flight: Micro-batches in flight; None: as the policy wants.
+        ring: Whether one more may continue the oldest of them.
     """
     return SchedulerSettings(
         num_stages=num_stages,
@@ -44,6 +46,7 @@ def make_settings(
         block_size=block_size,
         max_model_len=max_model_len,
         max_in_flight=max_in_flight,
+        ring=ring,
         max_decodes=config.max_decodes,
         prefix_caching=config.prefix_caching,
         fair_share=config.fair_share,

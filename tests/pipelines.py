@@ -46,6 +46,7 @@ def make_batch(
     seq_id: int = 0,
     start: int = 0,
     sampling: SamplingParams | None = GREEDY,
+    continues: int | None = None,
 ) -> MicroBatch:
     """One sequence's chunk; every sequence owns the blocks of `MAX_MODEL_LEN` tokens."""
     first_block = seq_id * (MAX_MODEL_LEN // BLOCK_SIZE)
@@ -58,7 +59,7 @@ def make_batch(
         block_table=tuple(range(first_block, first_block + num_blocks)),
         sampling=sampling,
     )
-    return MicroBatch(batch_id=batch_id, sequences=(sequence,))
+    return MicroBatch(batch_id=batch_id, sequences=(sequence,), continues=continues)
 
 
 @dataclass(frozen=True)
@@ -69,34 +70,40 @@ class Reference:
     outputs: list[list[int]]
 
 
-async def generate_greedily(pipeline: Pipeline, reference: Reference) -> list[list[int]]:
+async def generate_greedily(
+    pipeline: Pipeline, reference: Reference, *, ring: bool = False
+) -> list[list[int]]:
     """As many output tokens as the reference has, from the same prompts.
 
     Each sequence runs in micro-batches of its own, all sequences are in flight at the same time,
-    and prompts go in two chunks.
+    and prompts go in two chunks. With the ring, a decode is submitted before its token has come.
     """
     prompts, num_tokens = reference.prompts, len(reference.outputs[0])
     batch_ids = itertools.count()
-    in_flight: deque[tuple[int, int]] = deque()
+    in_flight: deque[tuple[int, int, int]] = deque()
     outputs: list[list[int]] = [[] for _ in prompts]
 
     def submit(seq_id: int, start: int, token_ids: Sequence[int], **kwargs: Any) -> None:
         batch = make_batch(next(batch_ids), token_ids, seq_id=seq_id, start=start, **kwargs)
         pipeline.submit(batch)
-        in_flight.append((batch.batch_id, seq_id))
+        in_flight.append((batch.batch_id, seq_id, start + len(token_ids)))
 
     for seq_id, prompt in enumerate(prompts):
         half = len(prompt) // 2
         submit(seq_id, 0, prompt[:half], sampling=None)
         submit(seq_id, half, prompt[half:])
     while in_flight:
-        batch_id, seq_id = in_flight.popleft()
+        batch_id, seq_id, end = in_flight.popleft()
+        num_output = max(0, end + 1 - len(prompts[seq_id]))
+        goes_on = 0 < num_output < num_tokens
+        if goes_on and ring:
+            submit(seq_id, end, [~0], continues=batch_id)
         result = await pipeline.next_result()
         assert result.batch_id == batch_id
-        output = outputs[seq_id]
-        output += result.token_ids
-        if result.token_ids and len(output) < num_tokens:
-            submit(seq_id, len(prompts[seq_id]) + len(output) - 1, output[-1:])
+        outputs[seq_id] += result.token_ids
+        assert len(outputs[seq_id]) == num_output
+        if goes_on and not ring:
+            submit(seq_id, end, result.token_ids)
     return outputs
 
 

@@ -25,6 +25,7 @@ def build_scheduler(config: ServiceConfig, *, num_blocks: int, max_model_len: in
         block_size=config.kv_cache.block_size,
         max_model_len=max_model_len,
         max_in_flight=config.pipeline.max_in_flight,
+        ring=config.pipeline.ring,
     )
     return Scheduler(
         make_policy(config.scheduler.policy),

@@ -108,9 +108,12 @@ def _run_stage(config: ServiceConfig, stage_id: int, num_blocks: int, pipe: Conn
         num_rows = max(batch.num_tokens for batch in batches)
         hidden = torch.randn(num_rows, worker.hidden_size).to(worker.device, worker.dtype)
 
+    any_tokens = (0,) * max(len(batch.sequences) for batch in batches)
+
     def run(some: Sequence[MicroBatch]) -> None:
         for batch in some:
-            worker.execute(batch, None if hidden is None else hidden[: batch.num_tokens])
+            received = None if hidden is None else hidden[: batch.num_tokens]
+            worker.execute(batch, received, any_tokens if worker.is_first else ())
         if worker.device.type == "cuda":
             torch.cuda.synchronize()
 

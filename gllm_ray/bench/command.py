@@ -57,6 +57,7 @@ def _add_scheduler(benchmarks: Any) -> None:  # noqa: ANN401
     parser.add_argument("--running", type=int, default=4096, help="sequences in decode")
     parser.add_argument("--waiting", type=int, default=10_000, help="requests that wait")
     parser.add_argument("--steps", type=int, default=4000, help="micro-batches to measure")
+    parser.add_argument("--ring", action="store_true", help="as with `pipeline.ring: true`")
     parser.add_argument("--output", type=Path, help="write the numbers to this file, as JSON")
     parser.set_defaults(run=_bench_scheduler)
 
@@ -72,6 +73,7 @@ def _bench_scheduler(options: argparse.Namespace) -> int:
             num_running=options.running,
             num_waiting=options.waiting,
             num_steps=options.steps,
+            ring=options.ring,
         )
         print(result.table_row(), flush=True)
         results.append(result.as_json())

@@ -76,6 +76,7 @@ def bench_scheduler(
     num_running: int = 4096,
     num_waiting: int = 10_000,
     num_steps: int = 4000,
+    ring: bool = False,
 ) -> SchedulerBenchResult:
     """Measure a policy under a load that stays as it is: who finishes is replaced.
 
@@ -83,7 +84,7 @@ def bench_scheduler(
     wait; lengths are spread by a fixed rule, and all prompts differ.
     """
     num_blocks = num_running * _HELD_TOKENS // _BLOCK_SIZE
-    load = _warmed_up(policy, num_stages, num_running + num_waiting, num_blocks)
+    load = _warmed_up(policy, num_stages, num_running + num_waiting, num_blocks, ring=ring)
     num_finished = load.num_finished
     relax_garbage_collector()
     times_ms = [1000 * load.step() for _ in range(num_steps)]
@@ -102,9 +103,14 @@ def bench_scheduler(
 
 
 def _warmed_up(
-    policy: PolicyConfig, num_stages: int, num_requests: int, num_blocks: int
+    policy: PolicyConfig,
+    num_stages: int,
+    num_requests: int,
+    num_blocks: int,
+    *,
+    ring: bool,
 ) -> "_SteadyLoad":
-    load = _SteadyLoad(policy, num_stages, num_requests, num_blocks)
+    load = _SteadyLoad(policy, num_stages, num_requests, num_blocks, ring=ring)
     while load.num_finished < num_requests // 2:
         load.step()
     return load
@@ -114,7 +120,13 @@ class _SteadyLoad:
     """A scheduler with as many micro-batches in flight as it allows."""
 
     def __init__(
-        self, policy: PolicyConfig, num_stages: int, num_requests: int, num_blocks: int
+        self,
+        policy: PolicyConfig,
+        num_stages: int,
+        num_requests: int,
+        num_blocks: int,
+        *,
+        ring: bool,
     ) -> None:
         self.num_finished = 0
         self._num_stages = num_stages
@@ -129,6 +141,7 @@ class _SteadyLoad:
                 block_size=_BLOCK_SIZE,
                 max_model_len=8192,
                 max_decodes=num_requests,
+                ring=ring,
             ),
             cost=LearntCostModel(),
             predictor=StatisticsPredictor(),

@@ -1,6 +1,7 @@
 """A stage that computes nothing: what is left of a step is what its messages cost."""
 
 import os
+from collections.abc import Sequence
 
 import ray
 import torch
@@ -35,7 +36,7 @@ class PassThroughWorker(StageWorker):
         return torch.float32
 
     def execute(
-        self, batch: MicroBatch, hidden: torch.Tensor | None
+        self, batch: MicroBatch, hidden: torch.Tensor | None, sampled: Sequence[int] = ()
     ) -> torch.Tensor | tuple[int, ...]:
         """See `StageWorker`."""
         if self.is_last:

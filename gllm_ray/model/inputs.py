@@ -1,5 +1,6 @@
 """A micro-batch as the tensors of one packed forward pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -48,7 +49,7 @@ class PackedInputs:
     """All sequences of a micro-batch side by side, without padding.
 
     Attributes:
-        input_ids: `[1, num_tokens]`.
+        input_ids: `[1, num_tokens]`; those that are not known are negative.
         position_ids: `[1, num_tokens]` position of each row in its own sequence.
         slot_mapping: `[num_tokens]` slot that each row's KV is written to; slot `s` is offset
             `s % block_size` of block `s // block_size`.
@@ -101,8 +102,18 @@ class PackedInputs:
         )
 
 
-def pack(batch: MicroBatch, block_size: int, device: torch.device) -> PackedInputs:
-    """Lay a micro-batch out as tensors on the device, without waiting for it."""
+def pack(
+    batch: MicroBatch, block_size: int, device: torch.device, sampled: Sequence[int] = ()
+) -> PackedInputs:
+    """Lay a micro-batch out as tensors on the device, without waiting for it.
+
+    Args:
+        batch: The micro-batch.
+        block_size: Slots of a block.
+        device: Where the stage computes.
+        sampled: The tokens of the micro-batch that this one continues; none where only a stage
+            before this one embeds tokens.
+    """
     sequences = batch.sequences
     starts = np.array([seq.start for seq in sequences], dtype=np.int64)
     counts = np.array([len(seq.token_ids) for seq in sequences], dtype=np.int64)
@@ -111,6 +122,8 @@ def pack(batch: MicroBatch, block_size: int, device: torch.device) -> PackedInpu
     tables = _block_tables(batch)
     blocks = tables[np.repeat(np.arange(len(sequences)), counts), positions // block_size]
     ids = np.fromiter(chain.from_iterable(seq.token_ids for seq in sequences), dtype=np.int64)
+    if sampled:
+        ids = np.where(ids < 0, np.array(sampled)[~np.minimum(ids, -1)], ids)
     is_sampled = np.array([seq.sampling is not None for seq in sequences], dtype=bool)
     return PackedInputs(
         input_ids=_to_device(ids[None], device),

@@ -75,7 +75,8 @@ class LoadView:
         num_waiting_tokens: Prompt tokens not yet scheduled, of waiting and prefilling sequences.
         num_prefilling: Sequences that hold blocks for a prompt that is not wholly scheduled.
         prefill_start: Position at which the next prefill chunk starts, prefix hits aside.
-        num_decoding: Sequences in decode, ready or in flight.
+        num_decoding: Sequences in decode, ready or in flight, and those whose decode in flight is
+            in vain.
         num_ready: Those of them that are not in flight.
         num_context_tokens: Tokens of the sequences in decode, ready or in flight.
         num_live: Sequences that hold blocks.

@@ -4,7 +4,7 @@ Admission takes blocks for a whole prompt at once, because two half-admitted pro
 what the other needs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
 from gllm_ray.scheduling.block_allocator import BlockAllocator
@@ -21,11 +21,15 @@ class SequencePool:
 
     A sequence with nothing left to schedule before its next token is in none of the three.
 
+    A sequence may be ready before its latest token is known: that token is in flight, and stands
+    for itself as `Sequence.token_ids` says.
+
     Attributes:
         waiting: They hold no block.
-        live: All others, by id, in the order of admission.
+        live: All others that go on, by id, in the order of admission.
         prefilling: They hold blocks for a prompt that is not wholly scheduled, by id.
-        ready: In decode and not in flight, by id; the one that waits longest comes first.
+        ready: In decode and without a decode in flight, but perhaps with the micro-batch that
+            samples what to decode; by id, the one that waits longest first.
         num_prefilling_tokens: Unscheduled tokens of `prefilling`.
         num_remaining_tokens: Output tokens to come, of all sequences in decode.
         num_context_tokens: Tokens of all sequences in decode.
@@ -78,7 +82,7 @@ class SequencePool:
                 return
             num_tokens = min(sequence.num_uncomputed_tokens, max_tokens)
             item = sequence.schedule_chunk(num_tokens)
-            self.prefix_cache.publish(sequence, item)
+            self.prefix_cache.publish(sequence, item.start)
             self.num_prefilling_tokens -= num_tokens
             if sequence.num_uncomputed_tokens == 0:
                 self._begin_decode(sequence)
@@ -107,8 +111,8 @@ class SequencePool:
             if not (has_room or self._grow(sequence, may_wait=may_wait)):
                 continue
             item = sequence.schedule_decode()
-            if num_tokens % block_size == 0:
-                self.prefix_cache.publish(sequence, item)
+            if num_tokens % block_size == 0 and item.token_ids[0] >= 0:
+                self.prefix_cache.publish(sequence, item.start)
             del ready[seq_id]
             items.append(item)
             sampling.append(sequence)
@@ -126,6 +130,30 @@ class SequencePool:
         self.allocator.release([source for source, _ in copies])
         return copies
 
+    def anticipate(self, sampling: Iterable[Sequence], now_s: float) -> None:
+        """Let sequences go on for which the oldest micro-batch in flight samples these tokens."""
+        num_tokens = 0
+        for index, sequence in enumerate(sampling):
+            if sequence.is_aborted or sequence.has_ended:
+                self.retire(sequence)
+                continue
+            num_tokens += 1
+            sequence.token_ids.append(~index)
+            if len(sequence.token_ids) == sequence.max_num_tokens:
+                self.retire(sequence)
+            else:
+                sequence.token_s = now_s
+                self.ready[sequence.seq_id] = sequence
+        self.count_output(num_tokens)
+
+    def confirm(self, sequence: Sequence, token_id: int) -> None:
+        """The token that was anticipated is known."""
+        token_ids = sequence.token_ids
+        token_ids[-1] = token_id
+        num_tokens = len(token_ids)
+        if num_tokens % self.allocator.block_size == 0 and sequence.num_in_flight:
+            self.prefix_cache.publish(sequence, num_tokens - 1)
+
     def count_output(self, num_tokens: int) -> None:
         """Note that sequences in decode got tokens, those among them included that then ended."""
         self.num_remaining_tokens -= num_tokens
@@ -137,11 +165,16 @@ class SequencePool:
             self.waiting.remove(sequence)
         elif self.prefilling.pop(sequence.seq_id, None) is not None:
             self.num_prefilling_tokens -= sequence.num_uncomputed_tokens
-        else:
-            self.ready.pop(sequence.seq_id, None)
+        elif self.ready.pop(sequence.seq_id, None) is not None and sequence.num_in_flight:
+            self.retire(sequence)
+
+    def retire(self, sequence: Sequence) -> None:
+        """Schedule a sequence no more, that keeps its blocks for what is in flight."""
+        self._leave(sequence)
+        sequence.state = SequenceState.ENDING
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop a sequence that no queue and no micro-batch holds, and free its blocks."""
+        """Drop a sequence that no micro-batch holds, and that does not wait or prefill."""
         self._release(sequence)
         del self._sequences[sequence.seq_id]
 
@@ -191,8 +224,13 @@ class SequencePool:
         self.num_context_tokens += sequence.num_tokens
 
     def _grow(self, sequence: Sequence, *, may_wait: bool) -> bool:
-        """Give a ready sequence one more block; False if it cannot have it now."""
+        """Give a ready sequence one more block; False if it cannot have it now.
+
+        While its latest token is not known it preempts none, because it may have ended.
+        """
         while not self.allocator.num_free_blocks:
+            if sequence.num_in_flight:
+                return False
             victim = self._last_preemptible()
             if victim is not sequence or not may_wait:
                 self._preempt(victim)
@@ -203,8 +241,13 @@ class SequencePool:
 
     def _last_preemptible(self) -> Sequence:
         """The sequence of the highest rank that holds blocks and is not in flight."""
-        idle = [s for s in self.prefilling.values() if not s.num_in_flight]
-        return max([*idle, *self.ready.values()], key=attrgetter("rank"))
+        idle = [
+            sequence
+            for queue in (self.prefilling, self.ready)
+            for sequence in queue.values()
+            if not sequence.num_in_flight
+        ]
+        return max(idle, key=attrgetter("rank"))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take all blocks of a sequence; it will be prefilled again, output included."""
@@ -215,8 +258,12 @@ class SequencePool:
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
-        self.live.pop(sequence.seq_id, None)
+        self._leave(sequence)
         self.allocator.release(sequence.block_table)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.ready.pop(sequence.seq_id, None)
+        self.live.pop(sequence.seq_id, None)
         if sequence.state is SequenceState.DECODING:
             self.num_remaining_tokens -= sequence.num_remaining_tokens
             self.num_context_tokens -= sequence.num_tokens

@@ -4,7 +4,6 @@ from hashlib import blake2b
 from struct import Struct, pack
 from typing import NamedTuple
 
-from gllm_ray.messages import ScheduledSequence
 from gllm_ray.scheduling.block_allocator import BlockAllocator
 from gllm_ray.scheduling.sequence import Sequence
 
@@ -70,8 +69,8 @@ class PrefixCache:
         self.num_queried_tokens += sequence.num_tokens
         self.num_hit_tokens += sequence.num_computed_tokens
 
-    def publish(self, sequence: Sequence, item: ScheduledSequence) -> None:
-        """Let the blocks be found that a scheduled share of the sequence fills.
+    def publish(self, sequence: Sequence, start: int) -> None:
+        """Let the blocks be found that what is scheduled of the sequence fills from `start` on.
 
         They can be shared at once, before the result is there: what is scheduled is neither
         preempted nor aborted, every stage runs micro-batches in the order of scheduling and
@@ -79,10 +78,10 @@ class PrefixCache:
         even in the same micro-batch, comes after the write. A lost stage voids everything.
         """
         block_size = self._allocator.block_size
-        first, end = item.start // block_size, item.end // block_size
+        first, end = start // block_size, sequence.num_computed_tokens // block_size
         if self._is_enabled and first < end:
             for index in range(first, end):
-                self._allocator.publish(item.block_table[index], self._hash(sequence, index))
+                self._allocator.publish(sequence.block_table[index], self._hash(sequence, index))
 
     def publish_end(self, sequence: Sequence) -> None:
         """Let the block be found that a prompt ends in, when all of it is scheduled."""

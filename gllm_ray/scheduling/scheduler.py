@@ -2,9 +2,15 @@
 
 Nothing in flight is ever preempted, freed or aborted, so a stage never writes to a block that has
 a new owner.
+
+With the ring, the oldest micro-batch in flight counts as committed while the pipeline is full: the
+next one is formed as if its tokens were here, and refers to them. The last stage has them for the
+first one sooner than for the scheduler, which learns at the commit what they are. A sequence that
+then turns out to have ended has decoded once in vain.
 """
 
 from collections import deque
+from itertools import islice
 
 from gllm_ray.errors import InvalidRequestError, PipelineError
 from gllm_ray.messages import (
@@ -58,16 +64,20 @@ class Scheduler:
         self._admission = AdmissionControl(settings)
         self._pool = SequencePool(settings, overtaking=policy.overtaking)
         self._max_in_flight = settings.max_in_flight or settings.num_stages + policy.num_ahead
-        self._stage_times = StageTimes(cost, settings.num_stages, self._max_in_flight)
+        self._num_full = min(self._max_in_flight, settings.num_stages)  # no stage is left idle
+        self._stage_times = StageTimes(
+            cost, settings.num_stages, self._max_in_flight + settings.ring
+        )
         self._seq_ids: dict[str, int] = {}
         self._in_flight: deque[InFlight] = deque()
+        self._num_anticipated = 0  # of these, the oldest; as if committed: one at most
         self._next_seq_id = 0
         self._next_batch_id = 0
 
     @property
     def num_requests(self) -> int:
         """Requests accepted and not ended."""
-        return len(self._pool)
+        return len(self._seq_ids)
 
     @property
     def num_waiting_requests(self) -> int:
@@ -81,7 +91,7 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """No request is alive."""
+        """No request is alive, and none that has ended is in flight."""
         return not self._pool
 
     @property
@@ -180,7 +190,10 @@ class Scheduler:
         Decodes go first, the one that waits longest before the others; then prompts under way;
         then waiting ones.
         """
-        if len(self._in_flight) >= self._max_in_flight or not self._pool.has_work:
+        if self._settings.ring:
+            self._anticipate(now_s)
+        num_in_flight = len(self._in_flight) - self._num_anticipated
+        if num_in_flight >= self._max_in_flight or not self._pool.has_work:
             return None
         step = self._select(self._policy.budget(self._view(now_s)))
         if not (step.items or self._in_flight):
@@ -197,29 +210,33 @@ class Scheduler:
             PipelineError: The result is not the one that is due.
         """
         flight = self._take_due(result)
+        is_anticipated, self._num_anticipated = bool(self._num_anticipated), 0
         self._stage_times.add(result.stage_times)
         ready = self._pool.ready
         events: list[TokenEvent] = []
         for sequence in flight.step.others:
             sequence.num_in_flight -= 1
-            if sequence.is_aborted and not sequence.num_in_flight:
-                events.append(self._finish(sequence, FinishReason.ABORT))
+            if sequence.is_aborted:
+                events += self._drop(sequence)
         num_tokens = 0
         for sequence, token_id in zip(flight.step.sampling, result.token_ids, strict=True):
             sequence.num_in_flight -= 1
-            if sequence.is_aborted:
-                # The chunk that ends a prompt is its last in flight.
-                events.append(self._finish(sequence, FinishReason.ABORT))
+            if sequence.is_aborted or sequence.has_ended:
+                events += self._drop(sequence)
                 continue
-            num_tokens += 1
-            sequence.token_ids.append(token_id)
+            if is_anticipated:
+                self._pool.confirm(sequence, token_id)
+            else:
+                num_tokens += 1
+                sequence.token_ids.append(token_id)
             sequence.token_s = now_s
             if token_id in sequence.stop_token_ids:
                 events.append(self._finish(sequence, FinishReason.STOP, token_id))
             elif len(sequence.token_ids) == sequence.max_num_tokens:
                 events.append(self._finish(sequence, FinishReason.LENGTH, token_id))
             else:
-                ready[sequence.seq_id] = sequence
+                if not is_anticipated:
+                    ready[sequence.seq_id] = sequence
                 events.append(
                     tuple.__new__(TokenEvent, (sequence.request_id, token_id, None, None, None))
                 )
@@ -233,16 +250,28 @@ class Scheduler:
             One terminal event for each request that was alive.
         """
         self._in_flight.clear()
+        self._num_anticipated = 0
         events = []
         for sequence in list(self._pool):
+            sequence.num_in_flight = 0
             self._pool.dequeue(sequence)
-            events.append(self._finish(sequence, FinishReason.ERROR, error=message))
+            if sequence.has_ended:
+                self._pool.forget(sequence)
+            else:
+                events.append(self._finish(sequence, FinishReason.ERROR, error=message))
         self._pool.allocator.forget_contents()
         return events
 
+    def _anticipate(self, now_s: float) -> None:
+        """Count the oldest micro-batch as committed, if the pipeline is full."""
+        if self._num_anticipated or len(self._in_flight) < self._num_full:
+            return
+        self._pool.anticipate(self._in_flight[0].step.sampling, now_s)
+        self._num_anticipated = 1
+
     def _view(self, now_s: float) -> LoadView:
         pool, allocator = self._pool, self._pool.allocator
-        steps = [flight.step for flight in self._in_flight]
+        steps = [flight.step for flight in islice(self._in_flight, self._num_anticipated, None)]
         num_decodes = sum([step.num_decodes for step in steps])
         num_items = sum([len(step.items) for step in steps])
         num_ending_tokens = sum([step.num_ending_tokens for step in steps])
@@ -303,6 +332,7 @@ class Scheduler:
             batch_id=self._next_batch_id,
             sequences=tuple(step.items),
             block_copies=self._pool.take_copies(),
+            continues=self._source_of(step),
         )
         self._next_batch_id += 1
         load = step.load()
@@ -312,6 +342,13 @@ class Scheduler:
             load.num_prefill_tokens, now_s, is_backlogged=bool(self._pool.waiting)
         )
         return batch
+
+    def _source_of(self, step: Step) -> int | None:
+        """The micro-batch whose tokens a step refers to."""
+        decodes = step.items[: step.num_decodes] if self._num_anticipated else ()
+        if any(item.token_ids[0] < 0 for item in decodes):
+            return self._in_flight[0].batch.batch_id
+        return None
 
     def _take_due(self, result: MicroBatchResult) -> InFlight:
         """The micro-batch that a result belongs to, in flight no more."""
@@ -326,6 +363,15 @@ class Scheduler:
             )
         return self._in_flight.popleft()
 
+    def _drop(self, sequence: Sequence) -> list[TokenEvent]:
+        """Forget a sequence that takes no more tokens, unless a later micro-batch holds it."""
+        if sequence.num_in_flight:
+            return []
+        if not sequence.has_ended:
+            return [self._finish(sequence, FinishReason.ABORT)]
+        self._pool.forget(sequence)
+        return []
+
     def _finish(
         self,
         sequence: Sequence,
@@ -333,8 +379,12 @@ class Scheduler:
         token_id: int | None = None,
         error: str | None = None,
     ) -> TokenEvent:
-        """Forget a sequence that no queue and no micro-batch holds."""
-        self._pool.forget(sequence)
+        """End a request, and forget its sequence unless a micro-batch holds it."""
+        if sequence.num_in_flight:
+            sequence.has_ended = True
+            self._pool.retire(sequence)
+        else:
+            self._pool.forget(sequence)
         request = sequence.request
         del self._seq_ids[request.request_id]
         if reason in (FinishReason.STOP, FinishReason.LENGTH):

@@ -13,6 +13,7 @@ class SequenceState(StrEnum):
     WAITING = "waiting"  # no block
     PREFILLING = "prefilling"  # blocks for its whole prompt, part of it not yet scheduled
     DECODING = "decoding"  # blocks for every computed token; grows block by block
+    ENDING = "ending"  # blocks only for what is in flight; nothing is scheduled any more
 
 
 class Sequence:
@@ -22,13 +23,15 @@ class Sequence:
     there is to prefill, and `num_computed_tokens` all that is done or on its way.
 
     Attributes:
-        token_ids: Prompt, then output.
+        token_ids: Prompt, then output. The last may be `~i`: the i-th token that the oldest
+            micro-batch in flight is going to sample.
         block_table: Ids of the blocks held, in the order of the positions they serve.
         block_hashes: The salt's hash, then those of the leading full blocks that were asked for.
         num_computed_tokens: Tokens whose KV exists or is in flight.
         num_in_flight: Submitted and uncommitted micro-batches that hold this sequence.
         epoch: How often its KV was given up.
         is_aborted: It ends at the commit of its last micro-batch in flight.
+        has_ended: It has ended, and is gone at the commit of its last micro-batch in flight.
         rank: Its place in the order of admission; given by the queue.
         predicted_output_tokens: How long the output will be in all, if there is a prediction.
         token_s: When its latest token came, on the driver's clock.
@@ -43,6 +46,7 @@ class Sequence:
         "block_hashes",
         "block_table",
         "epoch",
+        "has_ended",
         "is_aborted",
         "max_num_tokens",
         "num_computed_tokens",
@@ -76,6 +80,7 @@ class Sequence:
         self.epoch = 0
         self.state = SequenceState.WAITING
         self.is_aborted = False
+        self.has_ended = False
         self.rank: Rank = (0.0, 0.0, seq_id)
         self.predicted_output_tokens: int | None = None
         self.token_s = 0.0
@@ -124,7 +129,7 @@ class Sequence:
         """Put the one uncomputed token in flight."""
         start = self.num_computed_tokens
         self.num_computed_tokens = start + 1
-        self.num_in_flight = 1
+        self.num_in_flight += 1
         token = (self.token_ids[-1],)
         # The class itself takes three times as long, and this runs for every token.
         return tuple.__new__(
@@ -133,7 +138,9 @@ class Sequence:
         )
 
     def restart(self) -> None:
-        """Forget all computed KV; the caller has taken the blocks."""
+        """Forget all computed KV, and a token not known yet; the caller has taken the blocks."""
+        if self.token_ids[-1] < 0:
+            self.token_ids.pop()
         self.block_table = ()
         self.num_computed_tokens = 0
         self.epoch += 1

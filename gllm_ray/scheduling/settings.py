@@ -30,6 +30,8 @@ class SchedulerSettings:
         max_decodes: Decodes in one micro-batch, at most.
         max_in_flight: Micro-batches submitted and not yet committed, at most; None: as many as
             stages, and those that the policy wants ahead.
+        ring: Whether one more micro-batch may be in flight, whose decodes continue those of the
+            oldest one before its tokens are known here.
         prefix_caching: Whether sequences share the blocks of a common prefix.
         fair_share: Whether tenants take turns at prefill.
         queue: How much may wait, and for how long.
@@ -41,6 +43,7 @@ class SchedulerSettings:
     max_model_len: int
     max_decodes: int
     max_in_flight: int | None = None
+    ring: bool = False
     prefix_caching: bool = True
     fair_share: bool = False
     queue: QueueLimits = field(default_factory=QueueLimits)

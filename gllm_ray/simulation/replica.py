@@ -154,7 +154,7 @@ class SimulatedReplica:
             self._note_chunks(batch.sequences[load.num_decodes :], formed_s)
             self._batches.add(load)
             self._ideal.add(load)
-            result_s, times = self._pipeline.submit(batch.batch_id, load, formed_s)
+            result_s, times = self._pipeline.submit(batch.batch_id, load, formed_s, batch.continues)
             flying = FlyingBatch(batch, load.num_decodes, times, self.epoch)
             self._expect_result(result_s, self, flying)
             if self.decisions is not None:

@@ -81,6 +81,7 @@ def _scheduler_factory(config: SimulationConfig, hardware: Hardware) -> Callable
         block_size=config.kv_cache.block_size,
         max_model_len=hardware.max_model_len,
         max_in_flight=config.pipeline.max_in_flight,
+        ring=config.pipeline.ring,
     )
     is_fitted = options.cost_calibration is None and config.cost_model == "fitted"
     fit = fit_scheduler_cost(hardware.cost, "the simulated stage times") if is_fitted else None

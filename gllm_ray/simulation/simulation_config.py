@@ -66,6 +66,11 @@ class SimulatedPipelineConfig(StrictModel):
         description="Micro-batches in flight; null: as many as stages, and one "
         "more for balanced while prompts queue.",
     )
+    ring: bool = Field(
+        default=False,
+        description="Whether a decode may be submitted before its token has come from the last "
+        "stage: it goes on to the first one by itself. One more micro-batch is then in flight.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -120,6 +120,7 @@ class VirtualPipeline:
         self._free_s = [start_s] * num_stages
         self._link_free_s = [start_s] * num_stages
         self._counted_s = [start_s] * num_stages  # up to where the time of a stage is accounted for
+        self._results: deque[tuple[int, float]] = deque()  # on their way, and when they come
         self._passages: deque[_Passage] = deque()
         self._causes: list[tuple[float, float, IdleCause]] = []  # by time, none at once
 
@@ -138,9 +139,12 @@ class VirtualPipeline:
         del self._causes[: bisect_right(self._causes, min(self._counted_s), key=_END)]
 
     def submit(
-        self, batch_id: int, load: StepLoad, now_s: float
+        self, batch_id: int, load: StepLoad, now_s: float, continues: int | None = None
     ) -> tuple[float, tuple[StageTime, ...]]:
         """Start a micro-batch, now or at a later time that is known already.
+
+        The tokens of the micro-batch that it continues reach the first stage as soon as if the
+        scheduler passed them on when they come.
 
         Returns:
             When its result reaches the scheduler, and how long each stage computes.
@@ -151,7 +155,7 @@ class VirtualPipeline:
         label = f"{load.num_decodes}+{load.num_prefill_tokens}" if is_kept else ""
         stage_time_s, is_disturbed = self._cost.stage_time_s, timing.jitter or timing.slowdowns
         num_links = len(timing.links)
-        ready_s = now_s + timing.dispatch_s
+        ready_s = self._source_s(continues, now_s) + timing.dispatch_s
         starts_s, ends_s, times = [], [], []
         for stage_id, start_s in enumerate(free_s):
             if start_s < ready_s:
@@ -166,12 +170,15 @@ class VirtualPipeline:
             if stage_id < num_links:
                 ready_s = self._transfer(stage_id, num_bytes, ready_s)
         self._passages.append(_Passage(batch_id, label, starts_s, ends_s))
-        return ready_s + timing.result_s, tuple(times)
+        result_s = ready_s + timing.result_s
+        self._results.append((batch_id, result_s))
+        return result_s, tuple(times)
 
     def restart(self, now_s: float) -> None:
         """Forget what is under way."""
         self.close(now_s)
         self._passages.clear()
+        self._results.clear()
         self._causes.clear()
         self._free_s = [now_s] * len(self._free_s)
         self._link_free_s = [now_s] * len(self._free_s)
@@ -185,6 +192,13 @@ class VirtualPipeline:
             self._count(passage._replace(starts_s=starts_s, ends_s=ends_s))
         for stage_id in range(len(self._free_s)):
             self._count_idle(stage_id, now_s)
+
+    def _source_s(self, batch_id: int | None, now_s: float) -> float:
+        """When the result of a micro-batch comes that is on its way, at the earliest now."""
+        results = self._results
+        while results and results[0][1] <= now_s:
+            results.popleft()
+        return next((result_s for other, result_s in results if other == batch_id), now_s)
 
     def _disturbed_s(self, time_s: float, stage_id: int, start_s: float) -> float:
         """What jitter and slowdowns make of the time of a stage that begins now."""

@@ -33,6 +33,7 @@ class LocalPipeline:
             for stage_id, worker in enumerate(workers)
         )
         self._submitted: deque[MicroBatch] = deque()
+        self._sampled: dict[int, tuple[int, ...]] = {}  # of micro-batches that others continue
         self._failure: PipelineError | None = None
         self.stages = stages
         self.num_blocks = num_blocks
@@ -70,10 +71,14 @@ class LocalPipeline:
             raise self._failure.with_traceback(None)
         batch = self._submitted.popleft()
         try:
-            return await asyncio.to_thread(self._run, batch)
+            result = await asyncio.to_thread(self._run, batch)
         except Exception as error:
             self._failure = PipelineError(f"micro-batch {batch.batch_id} failed: {error!r}")
             raise self._failure from error
+        self._sampled[batch.batch_id] = result.token_ids
+        needed = {waiting.continues for waiting in self._submitted}
+        self._sampled = {key: self._sampled[key] for key in needed & self._sampled.keys()}
+        return result
 
     async def close(self) -> None:
         """Drop the stages; results not yet returned are lost."""
@@ -83,8 +88,9 @@ class LocalPipeline:
 
     def _run(self, batch: MicroBatch) -> MicroBatchResult:
         output, times = None, []
+        sampled = () if batch.continues is None else self._sampled[batch.continues]
         for worker, stopwatch in zip(self._workers, self._stopwatches, strict=True):
             with stopwatch.measure(batch.batch_id):
-                output = worker.execute(batch, output)
+                output = worker.execute(batch, output, sampled)
             times += stopwatch.take()
         return MicroBatchResult(batch_id=batch.batch_id, token_ids=output, stage_times=tuple(times))

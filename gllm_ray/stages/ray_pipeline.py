@@ -140,7 +140,9 @@ class RayPipeline:
     """Runs micro-batches through the stages of a group.
 
     A micro-batch is one actor call per stage. The object ref of a stage's call is an argument of
-    the next stage's call, so Ray carries order and failures down the chain.
+    the next stage's call, so Ray carries order and failures down the chain. Where a micro-batch
+    continues another, the ref of that one's last call closes the ring, and its tokens reach the
+    first stage without waiting for this process to see them.
 
     Args:
         group: Stages that no other `RayPipeline` drives.
@@ -157,7 +159,7 @@ class RayPipeline:
         if self._failure is not None:
             return
         metadata = self._encoder.encode(batch)  # once for all stages
-        ref, refs = None, []
+        ref, refs = self._source_of(batch), []
         for stage in self._group.stages:
             ref = stage.step.remote(self._group.epoch, metadata, ref)
             refs.append(ref)
@@ -185,6 +187,12 @@ class RayPipeline:
             token_ids=token_ids,
             stage_times=tuple(StageTime(*time) for time in times),
         )
+
+    def _source_of(self, batch: MicroBatch) -> ray.ObjectRef | None:
+        """What the last stage answers to the micro-batch that this one continues."""
+        if batch.continues is None:
+            return None
+        return next(refs[-1] for batch_id, refs in self._in_flight if batch_id == batch.continues)
 
     async def close(self) -> None:
         """Kill the stages; what is in flight is lost."""

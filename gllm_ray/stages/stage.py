@@ -113,7 +113,8 @@ class Stage:
             epoch: The epoch the caller believes the pipeline is in.
             metadata: The `MicroBatch`, as the caller's `MetadataEncoder` spelled it.
             previous: The answer of the previous stage's step: orders the two, carries its failure,
-                and on the object store its hidden states. None for the first stage.
+                and on the object store its hidden states. For the first stage the last stage's
+                answer to the micro-batch that this one continues; None if it continues none.
 
         Returns:
             The sampled token ids on the last stage, else what the next stage's `receive` needs;
@@ -137,10 +138,14 @@ class Stage:
                     f"{self._last_batch_id}"
                 )
             self._last_batch_id = batch.batch_id
-            carried, times = previous or (None, [])
-            hidden = self._receive(batch, carried)
+            carried, times = previous or ((), [])
+            if self._worker.is_first:
+                hidden, sampled = None, carried
+                times = []  # the scheduler gets those of the other micro-batch with its tokens
+            else:
+                hidden, sampled = self._receive(batch, carried), ()
             with self._stopwatch.measure(batch.batch_id):
-                output = self._worker.execute(batch, hidden)
+                output = self._worker.execute(batch, hidden, sampled)
             times += map(list, self._stopwatch.take())
             if not self._worker.is_last:
                 output = self._outbound.send(batch.batch_id, output)
@@ -153,11 +158,9 @@ class Stage:
     def _new_stopwatch(self) -> Stopwatch:
         return Stopwatch(self._stage_id, event_type(self._config.pipeline.device))
 
-    def _receive(self, batch: MicroBatch, carried: object) -> torch.Tensor | None:
-        """The previous stage's output, [batch.num_tokens, hidden_size]; None on the first stage."""
+    def _receive(self, batch: MicroBatch, carried: object) -> torch.Tensor:
+        """The previous stage's output, [batch.num_tokens, hidden_size]."""
         worker = self._worker
-        if worker.is_first:
-            return None
         hidden = torch.empty(
             batch.num_tokens, worker.hidden_size, dtype=worker.dtype, device=worker.device
         )

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -120,25 +121,26 @@ class StageWorker:
 
     @torch.inference_mode()
     def execute(
-        self, batch: MicroBatch, hidden: torch.Tensor | None
+        self, batch: MicroBatch, hidden: torch.Tensor | None, sampled: Sequence[int] = ()
     ) -> torch.Tensor | tuple[int, ...]:
         """Run a micro-batch through this stage.
 
         Args:
             batch: What to compute; every stage gets the same.
             hidden: `[num_tokens, hidden_size]` from the previous stage, None on the first.
+            sampled: For the first stage, the tokens of the micro-batch that this one continues.
 
         Returns:
             Hidden states of the same shape, or on the last stage one token id for each sequence
             whose `sampling` is set.
         """
-        inputs = pack(batch, self._config.kv_cache.block_size, self._device)
+        inputs = pack(batch, self._config.kv_cache.block_size, self._device, sampled)
         with paged_forward(inputs, self._caches, self._attention):
             output = self._shard.forward(inputs, hidden)
         if not self.is_last:
             return output
-        sampled = [seq for seq in batch.sequences if seq.sampling is not None]
-        return sample(output, [seq.sampling for seq in sampled], [seq.end for seq in sampled])
+        drawn = [seq for seq in batch.sequences if seq.sampling is not None]
+        return sample(output, [seq.sampling for seq in drawn], [seq.end for seq in drawn])
 
     def _prepare_device(self) -> None:
         transformers_logging.disable_progress_bar()

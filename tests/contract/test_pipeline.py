@@ -2,8 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,9 +59,12 @@ def test_results_come_back_in_submit_order_with_their_ids(stages: Stages) -> Non
     assert asyncio.run(run()) == list(range(8))
 
 
-def test_tokens_equal_those_of_transformers(stages: Stages, reference: Reference) -> None:
+@pytest.mark.parametrize("ring", [False, True], ids=["", "ring"])
+def test_tokens_equal_those_of_transformers(
+    stages: Stages, reference: Reference, *, ring: bool
+) -> None:
     async def run() -> list[list[int]]:
-        return await generate_greedily(await stages.pipeline(), reference)
+        return await generate_greedily(await stages.pipeline(), reference, ring=ring)
 
     assert asyncio.run(run()) == reference.outputs
 
@@ -131,6 +136,46 @@ def test_an_error_in_a_stage_ends_the_pipeline_after_the_results_before_it(
                 await pipeline.next_result()
             depths.append(len(failure.traceback))
         assert len(set(depths)) == 1
+
+    asyncio.run(run())
+
+
+def test_tokens_that_another_micro_batch_sampled_enter_at_their_places(stages: Stages) -> None:
+    prompts = ([1, 2, 3], [7, 6], [9])
+
+    def merge(batches: list[MicroBatch], **fields: Any) -> MicroBatch:
+        sequences = tuple(item for batch in batches for item in batch.sequences)
+        return replace(batches[0], sequences=sequences, **fields)
+
+    def step(batch_id: int, token_ids: Sequence[int], seq_ids: Sequence[int]) -> MicroBatch:
+        return merge(
+            [
+                make_batch(batch_id, [token], seq_id=seq_id, start=len(prompts[seq_id]))
+                for seq_id, token in zip(seq_ids, token_ids, strict=True)
+            ]
+        )
+
+    async def run() -> tuple[tuple[int, ...], tuple[int, ...]]:
+        pipeline = await stages.pipeline()
+        pipeline.submit(merge([make_batch(0, p, seq_id=i) for i, p in enumerate(prompts)]))
+        # Some of them, in another order, and one that is known.
+        pipeline.submit(replace(step(1, [~2, 5, ~0], [2, 1, 0]), continues=0))
+        first, ahead = [(await pipeline.next_result()).token_ids for _ in range(2)]
+        pipeline.submit(step(2, [first[2], 5, first[0]], [2, 1, 0]))
+        return ahead, (await pipeline.next_result()).token_ids
+
+    ahead, known = asyncio.run(run())
+    assert ahead == known
+
+
+def test_an_error_in_a_micro_batch_reaches_the_one_that_continues_it(stages: Stages) -> None:
+    async def run() -> None:
+        pipeline = await stages.pipeline()
+        pipeline.submit(make_batch(0, [10_000]))
+        pipeline.submit(make_batch(1, [~0], start=1, continues=0))
+        for _ in range(2):
+            with pytest.raises(PipelineError):
+                await pipeline.next_result()
 
     asyncio.run(run())
 

@@ -18,6 +18,12 @@ def small_model(tmp_path_factory):
     return make
 
 
+@pytest.fixture(params=[False, True], ids=["", "ring"])
+def ring(request):
+    """Whether decodes are submitted before the scheduler knows their tokens."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def local_pipeline(small_model):
     """A started pipeline of an architecture, made once for each number of stages."""

@@ -84,6 +84,7 @@ def run_rounds(
     block_size: int = 4,
     policy: PolicyConfig = WHOLE,
     num_blocks: int | None = None,
+    ring: bool = False,
     sampling: SamplingParams = GREEDY,
     prefix_caching: bool = True,
     aborted: frozenset[int] = frozenset(),
@@ -100,6 +101,7 @@ def run_rounds(
         block_size=block_size,
         max_model_len=64,
         max_in_flight=len(pipeline.stages),
+        ring=ring,
         max_decodes=8,
         prefix_caching=prefix_caching,
     )

@@ -25,18 +25,22 @@ def test_continuations_under_test_have_several_distinct_tokens(name, small_model
     "policy", [WHOLE, chunks_of(7), chunks_of(3)], ids=["whole", "sevens", "threes"]
 )
 def test_tokens_equal_generate_for_any_stages_and_chunks(
-    name, num_stages, policy, small_model, local_pipeline
+    name, num_stages, policy, ring, small_model, local_pipeline
 ):
     model = small_model(name)
-    result = run(local_pipeline(name, num_stages), model.prompts, MAX_TOKENS, policy=policy)
+    pipeline = local_pipeline(name, num_stages)
+    result = run(pipeline, model.prompts, MAX_TOKENS, policy=policy, ring=ring)
     assert result.tokens == model.continuations
+    assert any(batch.continues is not None for batch in result.batches) == ring
     if policy is not WHOLE:
         assert any(_is_mixed(batch) for batch in result.batches)
 
 
 @all_models
 @all_depths
-def test_tokens_equal_generate_under_preemption(name, num_stages, small_model, local_pipeline):
+def test_tokens_equal_generate_under_preemption(
+    name, num_stages, ring, small_model, local_pipeline
+):
     model = small_model(name)
     result = run(
         local_pipeline(name, num_stages),
@@ -44,6 +48,7 @@ def test_tokens_equal_generate_under_preemption(name, num_stages, small_model, l
         MAX_TOKENS,
         policy=chunks_of(7),
         num_blocks=12,
+        ring=ring,
     )
     assert result.num_preemptions > 0
     assert result.tokens == model.continuations
@@ -62,11 +67,13 @@ def test_tokens_equal_generate_under_preemption(name, num_stages, small_model, l
     ids=["throttling", "adaptive", "chunked", "sevens"],
 )
 def test_tokens_equal_generate_for_any_policy(
-    num_stages, num_blocks, policy, small_model, local_pipeline
+    num_stages, num_blocks, policy, ring, small_model, local_pipeline
 ):
     model = small_model("llama")
     pipeline = local_pipeline("llama", num_stages)
-    result = run(pipeline, model.prompts, MAX_TOKENS, policy=policy, num_blocks=num_blocks)
+    result = run(
+        pipeline, model.prompts, MAX_TOKENS, policy=policy, num_blocks=num_blocks, ring=ring
+    )
     assert result.tokens == model.continuations
 
 
@@ -83,14 +90,24 @@ def test_prompts_outgrow_the_sliding_window(small_model):
     assert max(map(len, prompts)) > 2 * WINDOW
 
 
-def test_sampled_tokens_depend_neither_on_stages_nor_on_chunks(small_model, local_pipeline):
+def test_sampled_tokens_depend_neither_on_stages_nor_on_chunks_nor_on_the_ring(
+    small_model, local_pipeline
+):
     prompts = small_model("llama").prompts
     sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=7)
     results = [
-        run(local_pipeline("llama", stages), prompts, MAX_TOKENS, policy=policy, sampling=sampling)
+        run(
+            local_pipeline("llama", stages),
+            prompts,
+            MAX_TOKENS,
+            policy=policy,
+            sampling=sampling,
+            ring=ring,
+        )
         for stages, policy in [(1, WHOLE), (2, chunks_of(5)), (4, chunks_of(3))]
+        for ring in (False, True)
     ]
-    assert results[0].tokens == results[1].tokens == results[2].tokens
+    assert all(result.tokens == results[0].tokens for result in results)
     assert results[0].tokens != small_model("llama").continuations
 
 

@@ -32,9 +32,10 @@ def conversations(small_model, local_pipeline):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_shared_prefixes_do_not_change_the_tokens(name, conversations, local_pipeline):
+def test_shared_prefixes_do_not_change_the_tokens(name, ring, conversations, local_pipeline):
     rounds, expected = conversations(name)
-    result = run_rounds(local_pipeline(name, 2), rounds, MAX_TOKENS, policy=chunks_of(5))
+    pipeline = local_pipeline(name, 2)
+    result = run_rounds(pipeline, rounds, MAX_TOKENS, policy=chunks_of(5), ring=ring)
     assert result.tokens == expected
     # The second round alone finds five prompts and answers but for their ends.
     assert result.num_prefix_hit_tokens >= 5 * 20
@@ -43,17 +44,20 @@ def test_shared_prefixes_do_not_change_the_tokens(name, conversations, local_pip
 @all_depths
 @pytest.mark.parametrize("policy", [WHOLE, chunks_of(7), chunks_of(3)], ids=["whole", "7", "3"])
 def test_hits_are_right_for_any_stages_and_chunks(
-    num_stages, policy, conversations, local_pipeline
+    num_stages, policy, ring, conversations, local_pipeline
 ):
     rounds, expected = conversations("llama")
-    result = run_rounds(local_pipeline("llama", num_stages), rounds, MAX_TOKENS, policy=policy)
+    pipeline = local_pipeline("llama", num_stages)
+    result = run_rounds(pipeline, rounds, MAX_TOKENS, policy=policy, ring=ring)
     assert result.tokens == expected
     if policy is WHOLE:
         assert _is_shared_within(result.batches[0]), "no prompt read what its micro-batch wrote"
 
 
 @all_depths
-def test_hits_are_right_under_preemption_and_eviction(num_stages, conversations, local_pipeline):
+def test_hits_are_right_under_preemption_and_eviction(
+    num_stages, ring, conversations, local_pipeline
+):
     rounds, expected = conversations("llama")
     result = run_rounds(
         local_pipeline("llama", num_stages),
@@ -61,6 +65,7 @@ def test_hits_are_right_under_preemption_and_eviction(num_stages, conversations,
         MAX_TOKENS,
         policy=chunks_of(7),
         num_blocks=14,
+        ring=ring,
     )
     assert result.num_preemptions > 0
     assert any(seq.epoch > 0 for seq in _hits(result.batches))
@@ -68,7 +73,9 @@ def test_hits_are_right_under_preemption_and_eviction(num_stages, conversations,
 
 
 @all_depths
-def test_hits_on_what_aborted_requests_left_are_right(num_stages, conversations, local_pipeline):
+def test_hits_on_what_aborted_requests_left_are_right(
+    num_stages, ring, conversations, local_pipeline
+):
     rounds, expected = conversations("llama")
     aborted = frozenset({0, 3})
     result = run_rounds(
@@ -77,6 +84,7 @@ def test_hits_on_what_aborted_requests_left_are_right(num_stages, conversations,
         MAX_TOKENS,
         policy=chunks_of(5),
         num_blocks=24,
+        ring=ring,
         aborted=aborted,
     )
     assert result.num_prefix_hit_tokens > 0

@@ -25,12 +25,13 @@ PROMPTS = [
 MAX_TOKENS = 24
 
 
-def demo_config(policy):
+def demo_config(policy, *, ring):
     text = DEMO.read_text()
     args = "    args:\n"
     assert args in text
     text = text.replace(args, f"{args}      scheduler: {{policy: {policy}}}\n")
     (application,) = yaml.safe_load(text)["applications"]
+    application["args"]["pipeline"]["ring"] = ring
     return parse_service_config(application["args"])
 
 
@@ -81,11 +82,14 @@ async def run(config, prompts):
         await replica.close()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "ring"),
+    [*((policy, False) for policy in POLICIES), ("token_throttling", True), ("balanced", True)],
+)
 def test_each_policy_gives_the_same_greedy_tokens_and_loses_nothing(
-    policy, ray_cluster, prompts, greedy
+    policy, ring, ray_cluster, prompts, greedy
 ):
-    config = demo_config(policy)
+    config = demo_config(policy, ring=ring)
     assert config.scheduler.policy.name == policy
     answers, load = asyncio.run(run(config, prompts))
     assert [tokens for tokens, _ in answers] == greedy

@@ -82,6 +82,7 @@ MISTAKES = [
     ("pipeline.accelerator_type", "L40S", "='L40S': must be left out when device is cpu"),
     ("pipeline.cpus_per_stage", float("inf"), "=inf: must be finite: a number > 0"),
     ("pipeline.max_in_flight", 0, "=0: must be an integer >= 1, or null"),
+    ("pipeline.ring", 1, "=1: must be true or false"),
     (
         "pipeline.activation_transport",
         "nccl",

@@ -18,9 +18,10 @@ async def drain(engine, num_requests):
     return events
 
 
-def test_every_request_gets_its_tokens_and_one_end():
+@pytest.mark.parametrize("ring", [False, True], ids=["", "ring"])
+def test_every_request_gets_its_tokens_and_one_end(ring):
     async def scenario():
-        engine = Engine(make_scheduler(), FakePipeline())
+        engine = Engine(make_scheduler(ring=ring), FakePipeline())
         engine.start()
         for name in "abc":
             await engine.add(make_request(name, max_tokens=5))

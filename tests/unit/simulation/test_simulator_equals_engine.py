@@ -63,7 +63,7 @@ def make_requests(seed):
     return requests
 
 
-def make_deployment(policy, timeout_s):
+def make_deployment(policy, timeout_s, ring):
     return Deployment(
         cost=linear_cost(NUM_STAGES, 4e-3, token_s=5e-5, context_token_s=1e-6),
         make_scheduler=lambda: make_scheduler(
@@ -71,6 +71,7 @@ def make_deployment(policy, timeout_s):
             num_blocks=300,
             max_model_len=400,
             policy=policy,
+            ring=ring,
             prefix_caching=True,
             fair_share=True,
             queue=QueueLimits(timeout_s=timeout_s, max_requests=60),
@@ -80,14 +81,16 @@ def make_deployment(policy, timeout_s):
     )
 
 
+@pytest.mark.parametrize("ring", [False, True], ids=["", "ring"])
 @pytest.mark.parametrize("timeout_s", [None, 0.3])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
-def test_engine_and_simulator_form_the_same_micro_batches(policy, seed, timeout_s):
-    deployment, requests = make_deployment(policy, timeout_s), make_requests(seed)
+def test_engine_and_simulator_form_the_same_micro_batches(policy, seed, timeout_s, ring):
+    deployment, requests = make_deployment(policy, timeout_s, ring), make_requests(seed)
     submitted, ends = run_engine(deployment, requests, seed)
     result = Simulation(deployment, requests, seed=seed, keep_decisions=True).run()
     assert result.decisions[0] == submitted
+    assert any(batch.continues is not None for batch in submitted) == ring
     simulated = Counter(result.report.num_ended)
     num_refused = len(requests) - ends.total()
     assert +simulated == ends + Counter({FinishReason.EXPIRED: num_refused})

@@ -67,6 +67,13 @@ def test_dispatch_and_result_each_add_their_latency():
     assert result_times_s(make_pipeline(3, Timing(dispatch_s=0.25, result_s=0.5))) == [3.75]
 
 
+@pytest.mark.parametrize("now_s", [0.0, 3.25, 3.5, 5.0])
+def test_a_micro_batch_that_continues_another_starts_a_dispatch_after_its_result(now_s):
+    pipeline = make_pipeline(3, Timing(dispatch_s=0.25, result_s=0.25))
+    assert pipeline.submit(0, LOAD, 0.0)[0] == 3.5
+    assert pipeline.submit(1, LOAD, now_s, continues=0)[0] == max(now_s, 3.5) + 3.5
+
+
 def test_a_slow_stage_slows_what_begins_while_it_is_slow():
     slow = Slowdown(stage_id=1, start_s=2.0, end_s=4.5, factor=3.0)
     intervals = []

@@ -71,7 +71,8 @@ class VirtualTimePipeline:
     def submit(self, batch):
         now_s = asyncio.get_running_loop().time()
         load = self._scheduler.latest_load
-        self._on_the_way.append((batch, *self._stages.submit(batch.batch_id, load, now_s)))
+        passage = self._stages.submit(batch.batch_id, load, now_s, batch.continues)
+        self._on_the_way.append((batch, *passage))
         self.submitted.append(batch)
 
     async def next_result(self):
