@@ -140,6 +140,13 @@ class SequencePool:
         else:
             self.ready.pop(sequence.seq_id, None)
 
+    def requeue(self, sequence: Sequence) -> None:
+        """Take all blocks of a sequence; it will be prefilled again, output included."""
+        self.dequeue(sequence)
+        self._release(sequence)
+        sequence.restart()
+        self.waiting.add(sequence)
+
     def forget(self, sequence: Sequence) -> None:
         """Drop a sequence that no queue and no micro-batch holds, and free its blocks."""
         self._release(sequence)
@@ -195,7 +202,8 @@ class SequencePool:
         while not self.allocator.num_free_blocks:
             victim = self._last_preemptible()
             if victim is not sequence or not may_wait:
-                self._preempt(victim)
+                self.requeue(victim)
+                self.num_preemptions += 1
             if victim is sequence:
                 return False
         sequence.block_table += self.allocator.allocate(1)
@@ -205,14 +213,6 @@ class SequencePool:
         """The sequence of the highest rank that holds blocks and is not in flight."""
         idle = [s for s in self.prefilling.values() if not s.num_in_flight]
         return max([*idle, *self.ready.values()], key=attrgetter("rank"))
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take all blocks of a sequence; it will be prefilled again, output included."""
-        self.dequeue(sequence)
-        self._release(sequence)
-        sequence.restart()
-        self.waiting.add(sequence)
-        self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
         self.live.pop(sequence.seq_id, None)

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ import torch
 
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError, GllmRayError, PipelineError
-from gllm_ray.messages import EdgeAddress, MicroBatch, StageInfo, StepInterval
+from gllm_ray.messages import EdgeAddress, MicroBatch, StageInfo, StepInterval, StepUnderWay
 from gllm_ray.stages.stopwatch import Stopwatch, event_type
 from gllm_ray.stages.transport import (
     DOWNSTREAM,
@@ -48,6 +49,7 @@ class Stage:
         self._outbound: ActivationChannel | None = None
         self._epoch: int | None = None
         self._last_batch_id = -1
+        self._under_way: tuple[MicroBatch, float] | None = None  # and when it began
         self._stopwatch = self._new_stopwatch()
 
     def load(self) -> StageInfo:
@@ -134,6 +136,7 @@ class Stage:
                     f"{self._last_batch_id}"
                 )
             self._last_batch_id = batch.batch_id
+            self._under_way = (batch, time.monotonic())
             carried, times = previous or (None, [])
             hidden = self._receive(batch, carried)
             with self._stopwatch.measure(batch.batch_id):
@@ -141,7 +144,19 @@ class Stage:
             times += map(list, self._stopwatch.take())
             if not self._worker.is_last:
                 output = self._outbound.send(batch.batch_id, output)
+            self._under_way = None
             return [output, times]
+
+    def step_under_way(self) -> StepUnderWay | None:
+        """What the stage computes now, the time in which it waits for its neighbours included."""
+        if (under_way := self._under_way) is None:
+            return None
+        batch, start_s = under_way
+        return StepUnderWay(
+            batch_id=batch.batch_id,
+            num_tokens=batch.num_tokens,
+            elapsed_s=time.monotonic() - start_s,
+        )
 
     def intervals(self) -> tuple[StepInterval, ...]:
         """When this stage computed its latest micro-batches, oldest first."""
@@ -180,7 +195,7 @@ class Stage:
             ) from error
 
     def _break(self) -> None:
-        self._epoch = None
+        self._epoch = self._under_way = None
         # Else the previous stage would wait for receives that never come. The other edge stays:
         # the next stage may still have to receive earlier micro-batches.
         self._close_inbound()
