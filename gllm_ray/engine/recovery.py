@@ -63,12 +63,12 @@ class PoisonSearch:
     Prefill repeats all that a request has computed. So one that breaks the pipeline when it
     computes a certain token does so again before it gets another output token: who was in flight at
     two faults and got no token in between is a suspect. The suspects are tried in halves while all
-    others wait. A group that breaks the pipeline is halved again, or, if it is one request, that is
-    the one. A group whose members all get a token, or end, is innocent, and stays admitted.
+    others wait. A group that breaks the pipeline is halved again, and one whose members all get a
+    token, or end, is innocent and runs on. A single request is to blame if it breaks the pipeline
+    with nobody else in flight; it may have to be tried once more for that.
 
-    Each trial removes or divides a group, so the search ends: after at most 2 n - 1 trials of n
-    suspects, and about 2 log2(n) if one of them is to blame. Nobody is blamed who did not break the
-    pipeline as the only suspect in flight, after two faults before.
+    Each trial removes or divides a group, so the search ends: after about 2 log2(n) trials of n
+    suspects if one is to blame, and after some 3 n at most.
 
     Attributes:
         is_explained: The latest fault was that of a trial, and requests got tokens since the one
@@ -81,6 +81,7 @@ class PoisonSearch:
         self._groups: deque[list[str]] = deque()  # to try, the one on trial first
         self._on_trial: set[str] = set()  # of its members those that got no token yet
         self._innocent: set[str] = set()
+        self._is_alone = False  # the innocent wait, too
         self._has_blamed = False
         self._has_progress = False  # since the latest fault
         self.is_explained = False
@@ -89,7 +90,9 @@ class PoisonSearch:
     @property
     def admitted(self) -> AbstractSet[str] | None:
         """The requests that may run now; None for all."""
-        return self._innocent | set(self._groups[0]) if self._groups else None
+        if not self._groups:
+            return None
+        return set(self._groups[0]) | (set() if self._is_alone else self._innocent)
 
     def note_fault(self, in_flight: Mapping[str, int]) -> str | None:
         """The pipeline broke.
@@ -105,7 +108,7 @@ class PoisonSearch:
         if self._groups:
             guilty = [n for n in self._groups[0] if n in self._on_trial and n in in_flight]
             self.is_explained = has_progress and bool(guilty)
-            return self._narrow(guilty) if guilty else None
+            return self._narrow(guilty, in_flight) if guilty else None
         suspects = [name for name, count in in_flight.items() if self._before.get(name) == count]
         if in_flight:
             self._before = dict(in_flight)
@@ -132,24 +135,29 @@ class PoisonSearch:
         while self._groups and not self._on_trial:
             self._innocent.update(self._groups.popleft())
             self._start_trial()
+            self._is_alone = False  # the innocent run already
         return True
 
-    def _narrow(self, guilty: list[str]) -> str | None:
+    def _narrow(self, guilty: list[str], in_flight: Mapping[str, int]) -> str | None:
         """The group on trial broke the pipeline, by those of it that were in flight."""
         others = [name for name in self._groups.popleft() if name not in guilty]
         self._innocent.update(set(others) - self._on_trial)
         if untried := [name for name in others if name in self._on_trial]:
             self._groups.append(untried)
-        blamed = guilty[0] if len(guilty) == 1 else None
-        if blamed is None:
+        blamed = None
+        if len(guilty) > 1:
             self._groups.extend(_halves(guilty))
+        elif len(in_flight) > 1:
+            self._groups.appendleft(guilty)
         else:
+            blamed = guilty[0]
             self._has_blamed = True
         self._start_trial()
         return blamed
 
     def _start_trial(self) -> None:
         self._on_trial = set(self._groups[0]) if self._groups else set()
+        self._is_alone = len(self._on_trial) == 1
         if not self._groups:
             self.is_solved = self._has_blamed and bool(self._innocent)
             self._before, self._innocent, self._has_blamed = {}, set(), False

@@ -2,12 +2,10 @@
 
 import asyncio
 import logging
-import signal
 import time
 
 import pytest
 
-from gllm_ray.messages import FinishReason
 from tests.faults.replicas import make_config, make_request, make_requests, running
 from tests.ray.test_ray_pipeline import stage_processes
 
