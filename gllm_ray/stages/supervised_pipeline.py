@@ -65,7 +65,11 @@ class SupervisedPipeline(RayPipeline):
         self._faults.put_nowait(
             Fault(cause=str(self._failure), broken=self._broken, detect_s=self._detect_s)
         )
-        self._group = await self._repaired
+        try:
+            self._group = await self._repaired
+        except PipelineError as error:
+            self._failure = error
+            raise
         self._failure, self._broken = None, frozenset()
 
     async def next_fault(self) -> Fault:

@@ -15,30 +15,29 @@ from gllm_ray.messages import GenerationRequest, SamplingParams, TokenEvent
 DEMO_MODEL = "package://gllm_ray/demo/model"
 
 
-def make_config(num_stages=2, *, scheduler=None, **recovery):
+def make_config(num_stages, **recovery):
     return parse_service_config(
         {
             "model": {"path": DEMO_MODEL},
             "pipeline": {"device": "cpu", "num_stages": num_stages, "cpus_per_stage": 0.5},
             "kv_cache": {"kv_cache_bytes": "16MiB"},
-            "scheduler": scheduler or {},
             "recovery": {"backoff_s": 0.05, "heartbeat_s": 0.2, **recovery},
         }
     )
 
 
-def make_request(name, *, num_prompt_tokens=40, max_tokens=40, **options):
-    prompt = tuple(5 + (7 * ord(name[-1]) + 13 * i) % 900 for i in range(num_prompt_tokens))
+def make_request(name, *, prompt=None, max_tokens=40, **options):
+    prompt = prompt or tuple(5 + (7 * ord(name[-1]) + 13 * i) % 900 for i in range(40))
     return GenerationRequest(
         request_id=name, prompt_token_ids=prompt, max_tokens=max_tokens, **options
     )
 
 
-def make_requests(*, num_prompt_tokens=40, max_tokens=40):
+def make_requests():
     """Greedy ones, and ones that sample with a seed."""
     sampled = SamplingParams(temperature=1.0, seed=17)
     return [
-        make_request(name, num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens, **options)
+        make_request(name, **options)
         for name, options in [
             ("greedy a", {}),
             ("greedy b", {}),
@@ -76,14 +75,8 @@ class Running:
         return pid
 
     async def until_busy(self, num_requests):
-        while (await self.replica.load()).num_requests < num_requests:
+        while (await self.replica.load()).num_requests < num_requests:  # noqa: ASYNC110
             await asyncio.sleep(0.002)
-
-    async def until_idle(self):
-        async with asyncio.timeout(10):
-            while (load := await self.replica.load()).num_requests or load.num_in_flight:
-                await asyncio.sleep(0.01)
-        return load
 
 
 @asynccontextmanager
@@ -98,8 +91,18 @@ async def running(config, placement_group=None):
         await replica.close()
 
 
-async def until(is_true, timeout_s):
-    deadline = time.monotonic() + timeout_s
+async def until(is_true, timeout_s=10):
+    """Wait for what no event tells; returns the seconds it took."""
+    start_s = time.monotonic()
     while not is_true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        await asyncio.sleep(0.02)
+        assert time.monotonic() < start_s + timeout_s, "it did not happen in time"
+        await asyncio.sleep(0.005)
+    return time.monotonic() - start_s
+
+
+CAUSE, RECOVERED = "the pipeline stands still", "recovered"
+
+
+def logged(caplog, start):
+    """The lines of the log that begin so."""
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith(start)]
