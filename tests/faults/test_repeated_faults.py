@@ -4,12 +4,14 @@ import asyncio
 import logging
 import os
 import pickle
+import re
 import signal
+import time
 
 import pytest
 import ray
 
-from gllm_ray.errors import PipelineError
+from gllm_ray.errors import PipelineError, StageTimeoutError
 from gllm_ray.messages import FinishReason
 from gllm_ray.stages import placement
 from gllm_ray.stages.actor import StageActor
@@ -28,9 +30,17 @@ class PoisonedStage(StageActor.__ray_metadata__.modified_class):
         return super().step(epoch, metadata, previous)
 
 
-PoisonedStageActor = ray.remote(
+class HangingStage(StageActor.__ray_metadata__.modified_class):
+    """A stage that lives, and never ends a step."""
+
+    def step(self, epoch, metadata, previous):
+        self._stage._worker.execute = lambda batch, hidden: time.sleep(3600)
+        return super().step(epoch, metadata, previous)
+
+
+as_actor = ray.remote(
     max_restarts=0, max_task_retries=0, enable_task_events=False, concurrency_groups={"ctl": 2}
-)(PoisonedStage)
+)
 
 
 def test_the_request_that_kills_a_stage_each_time_fails_alone(ray_cluster, monkeypatch, caplog):
@@ -47,7 +57,7 @@ def test_the_request_that_kills_a_stage_each_time_fails_alone(ray_cluster, monke
         return expected, answer, failed, load
 
     caplog.set_level(logging.INFO, "gllm_ray")
-    monkeypatch.setattr(placement, "StageActor", PoisonedStageActor)
+    monkeypatch.setattr(placement, "StageActor", as_actor(PoisonedStage))
     expected, answer, failed, load = asyncio.run(scenario())
     assert answer == expected
     (event,) = failed
@@ -55,6 +65,23 @@ def test_the_request_that_kills_a_stage_each_time_fails_alone(ray_cluster, monke
     assert event.error.startswith("a stage of the pipeline failed each time it computed")
     assert (load.num_requests, load.kv_utilization) == (0, 0)
     assert len(logged(caplog, CAUSE)) == 3, "together, again, and alone"
+
+
+def test_a_stage_that_answers_and_makes_no_progress_is_found_by_the_deadline_of_its_step(
+    ray_cluster, monkeypatch
+):
+    async def scenario():
+        config = make_config(1, enabled=False, step_timeout_s=1)
+        async with running(config) as pipeline:
+            (event,) = await pipeline.collect(make_request("a"))
+            with pytest.raises(StageTimeoutError) as caught:
+                await pipeline.replica.check_health()
+            return event, str(caught.value)
+
+    monkeypatch.setattr(placement, "StageActor", as_actor(HangingStage))
+    event, message = asyncio.run(scenario())
+    assert event.error == StageTimeoutError.public_message
+    assert re.match(r"stage 0 \(layers .*\) hangs: micro-batch 0 of 40 tokens takes 1\.", message)
 
 
 async def kill_new_stages(spared):
