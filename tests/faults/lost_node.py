@@ -40,7 +40,8 @@ async def scenario(cluster: Cluster) -> dict:
         cluster.remove_node(lost, allow_graceful=False)
         answers = await asyncio.gather(*streams)
         return {
-            "is_equal": answers == expected,
+            "answers": answers,
+            "expected": expected,
             "lost": lost.node_id,
             "before": nodes,
             "after": [await node_of(stage) for stage in pipeline.replica.group.stages],
