@@ -1,6 +1,7 @@
 """One pipeline on a Ray cluster, owned by the process that starts it."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable
 from typing import Self, TypeVar
@@ -11,9 +12,10 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gllm_ray.assembly.scheduler_actor import SchedulerActor
-from gllm_ray.config import ServiceConfig
+from gllm_ray.config import RecoveryConfig, ServiceConfig
 from gllm_ray.errors import GllmRayError, PipelineError
 from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
+from gllm_ray.stages.heartbeat import first_fault
 from gllm_ray.stages.placement import SCHEDULER_CPUS
 from gllm_ray.stages.ray_errors import ask
 from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group, stop_stages
@@ -113,7 +115,11 @@ class PipelineReplica:
         self, config: ServiceConfig, placement_group: PlacementGroup | None
     ) -> None:
         while True:
-            fault = await _ask_scheduler(self._scheduler.next_fault.remote())
+            watching = asyncio.create_task(self._watch(config.recovery))
+            try:
+                fault = await _ask_scheduler(self._scheduler.next_fault.remote())
+            finally:
+                watching.cancel()
             logger.warning("the pipeline stands still: %s", fault.cause)
             try:
                 self.group = await repair_stage_group(config, self.group, fault, placement_group)
@@ -122,6 +128,11 @@ class PipelineReplica:
             else:
                 outcome = self.group
             await _ask_scheduler(self._scheduler.resume.remote(outcome))
+
+    async def _watch(self, config: RecoveryConfig) -> None:
+        fault = await first_fault(self.group.stages, self.group.infos, config)
+        with contextlib.suppress(PipelineError):  # without a scheduler nobody needs to know
+            await _ask_scheduler(self._scheduler.report.remote(*fault))
 
 
 async def _ask_scheduler(answer: Awaitable[T]) -> T:

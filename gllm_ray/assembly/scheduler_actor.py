@@ -33,14 +33,13 @@ class SchedulerActor:
         Raises:
             ConfigError: A file that the configuration names cannot be used.
         """
-        recovery = self._config.recovery
-        self._pipeline = SupervisedPipeline(self._group, recovery)
+        self._pipeline = SupervisedPipeline(self._group)
         self._engine = build_engine(
             self._config,
             self._pipeline,
             num_blocks=self._group.num_blocks,
             max_model_len=self._group.max_model_len,
-            supervisor=Supervisor(self._pipeline, recovery),
+            supervisor=Supervisor(self._pipeline, self._config.recovery),
         )
         relax_garbage_collector()
         self._engine.start()
@@ -60,6 +59,10 @@ class SchedulerActor:
     async def load(self) -> EngineLoad:
         """How much the engine holds; raises what broke it."""
         return self._engine.load()
+
+    async def report(self, stage_id: int, error: PipelineError) -> None:
+        """Their owner found that a stage died or hangs."""
+        self._pipeline.report(stage_id, error)
 
     async def next_fault(self) -> Fault:
         """Wait for a fault of the stages that their owner is to repair."""

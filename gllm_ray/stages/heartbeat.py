@@ -2,19 +2,21 @@
 
 A process that does not answer hangs; one that answers and computes for long is slow, and that is no
 fault until the deadline of its step.
+
+Ray keeps the order of one caller's calls of an actor, so a ping from the process that schedules
+would wait for a step that waits for an earlier stage. Hence the owner asks.
 """
 
 import asyncio
-from typing import NoReturn, TypeVar
+from collections.abc import Sequence
+from typing import NoReturn
 
 from ray.actor import ActorHandle
 
 from gllm_ray.config import RecoveryConfig
-from gllm_ray.errors import StageTimeoutError
+from gllm_ray.errors import PipelineError, StageTimeoutError
 from gllm_ray.messages import StageInfo, StepUnderWay
 from gllm_ray.stages.ray_errors import ask
-
-T = TypeVar("T")
 
 # The tokens of a micro-batch to which `step_timeout_s` refers.
 _STEP_TOKENS = 1024
@@ -37,7 +39,25 @@ async def ping(stage: ActorHandle, name: str, timeout_s: float) -> StepUnderWay 
         return await ask(stage.step_under_way.remote(), name)
 
 
-async def watch_stage(stage: ActorHandle, name: str, config: RecoveryConfig) -> NoReturn:
+async def first_fault(
+    stages: Sequence[ActorHandle], infos: Sequence[StageInfo], config: RecoveryConfig
+) -> tuple[int, PipelineError]:
+    """Wait until a stage dies or hangs; returns its id and what happened."""
+    watches = [
+        asyncio.create_task(_watch_stage(stage, name_stage(info), config))
+        for stage, info in zip(stages, infos, strict=True)
+    ]
+    try:
+        await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+        stage_id = next(i for i, watch in enumerate(watches) if watch.done())
+        return stage_id, watches[stage_id].exception()
+    finally:
+        for watch in watches:
+            watch.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
+
+
+async def _watch_stage(stage: ActorHandle, name: str, config: RecoveryConfig) -> NoReturn:
     """Ask a stage again and again.
 
     Raises:

@@ -1,6 +1,7 @@
 """Puts a pipeline's stages together again: only what broke is replaced."""
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -63,7 +64,7 @@ async def _repair(
     placement_group: PlacementGroup | None,
 ) -> StageGroup:
     start_s = time.monotonic()
-    broken = sorted(fault.broken | await _find_lost(config, group))
+    broken = sorted(fault.broken | await _find_lost(config, group, fault.broken))
     await stop_stages([group.stages[stage_id] for stage_id in broken])
     fresh = {stage_id: start_stage(config, stage_id, placement_group) for stage_id in broken}
     try:
@@ -92,16 +93,16 @@ async def _repair(
     )
 
 
-async def _find_lost(config: ServiceConfig, group: StageGroup) -> frozenset[int]:
-    """The stages that are dead or do not answer."""
+async def _find_lost(
+    config: ServiceConfig, group: StageGroup, known: frozenset[int]
+) -> frozenset[int]:
+    """The stages that are dead or do not answer, those apart that are known to be broken."""
+    others = [i for i in range(len(group.stages)) if i not in known]
     timeout_s = config.recovery.heartbeat_timeout_s
-    pings = (
-        ping(stage, name_stage(info), timeout_s)
-        for stage, info in zip(group.stages, group.infos, strict=True)
-    )
+    pings = (ping(group.stages[i], name_stage(group.infos[i]), timeout_s) for i in others)
     answers = await asyncio.gather(*pings, return_exceptions=True)
     is_lost = [isinstance(answer, (StageLostError, TimeoutError)) for answer in answers]
-    return frozenset(stage_id for stage_id, lost in enumerate(is_lost) if lost)
+    return frozenset(itertools.compress(others, is_lost))
 
 
 async def _load(stages: Mapping[int, ActorHandle], num_blocks: int) -> dict[int, StageInfo]:

@@ -4,9 +4,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from gllm_ray.config import RecoveryConfig
 from gllm_ray.errors import PipelineError
-from gllm_ray.stages.heartbeat import watch_stage
 from gllm_ray.stages.ray_pipeline import RayPipeline, StageGroup
 
 
@@ -26,37 +24,30 @@ class Fault:
 
 
 class SupervisedPipeline(RayPipeline):
-    """A `RepairablePipeline`; its owner calls `next_fault`, and then `resume`.
+    """A `RepairablePipeline`; its owner calls `report`, `next_fault`, and then `resume`.
 
     Args:
         group: Stages that no other pipeline drives.
-        config: How often to look at them, and when they hang.
     """
 
-    def __init__(self, group: StageGroup, config: RecoveryConfig) -> None:
+    def __init__(self, group: StageGroup) -> None:
         super().__init__(group)
-        self._config = config
+        self._reports: asyncio.Queue[tuple[int, PipelineError]] = asyncio.Queue()
         self._faults: asyncio.Queue[Fault] = asyncio.Queue()
         self._repaired: asyncio.Future[StageGroup] | None = None
         self._detect_s = 0.0
 
     async def watch(self) -> None:
         """See `RepairablePipeline.watch`."""
-        watches = {
-            asyncio.create_task(watch_stage(stage, name, self._config)): stage_id
-            for stage_id, (stage, name) in enumerate(self._named_stages())
-        }
-        try:
-            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
-            if self._failure is not None:
-                await asyncio.Event().wait()  # for `next_result`, which has noticed it too
-            first = done.pop()
-            await self._fail(first.exception(), frozenset({watches[first]}))
-            raise self._failure
-        finally:
-            for watch in watches:
-                watch.cancel()
-            await asyncio.gather(*watches, return_exceptions=True)
+        while True:
+            stage_id, error = await self._reports.get()
+            if self._failure is None:  # else `next_result` has noticed it
+                await self._fail(error, frozenset({stage_id}))
+                raise self._failure
+
+    def report(self, stage_id: int, error: PipelineError) -> None:
+        """The owner found that a stage died or hangs."""
+        self._reports.put_nowait((stage_id, error))
 
     async def repair(self) -> None:
         """See `RepairablePipeline.repair`."""
@@ -71,6 +62,8 @@ class SupervisedPipeline(RayPipeline):
             self._failure = error
             raise
         self._failure, self._broken = None, frozenset()
+        while not self._reports.empty():  # of the stages that were
+            self._reports.get_nowait()
 
     async def next_fault(self) -> Fault:
         """Wait for a fault that is to be repaired."""
