@@ -235,6 +235,54 @@ class SchedulerConfig(StrictModel):
         return self.policy.max_batch_tokens(self.max_decodes)
 
 
+class RecoveryConfig(StrictModel):
+    """What happens when a stage dies or hangs."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Replace the stage and go on with every request; false: they end with an "
+        "error, and Serve replaces the replica.",
+    )
+    max_attempts: int = Field(
+        default=8,
+        ge=1,
+        description="Faults in a row that are recovered from; one more and Serve replaces the "
+        "replica.",
+    )
+    backoff_s: float = Field(
+        default=0.5,
+        ge=0,
+        description="Seconds before the second attempt in a row; they double with each.",
+    )
+    max_backoff_s: float = Field(default=30, ge=0, description="Most seconds before an attempt.")
+    calm_s: float = Field(
+        default=60, gt=0, description="Seconds after which a new fault is the first in a row."
+    )
+    restart_timeout_s: float = Field(
+        default=600, gt=0, description="Seconds to place a new stage, load it and connect it."
+    )
+    heartbeat_s: float = Field(
+        default=1, gt=0, description="Seconds between two questions whether a stage lives."
+    )
+    heartbeat_timeout_s: float = Field(
+        default=10, gt=0, description="Seconds without an answer after which a stage hangs."
+    )
+    step_timeout_s: float = Field(
+        default=120,
+        gt=0,
+        description="Seconds a stage may compute a micro-batch of 1024 tokens or fewer before it "
+        "hangs; in proportion for larger ones.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.backoff_s > self.max_backoff_s:
+            raise ValueError(
+                f"backoff_s={self.backoff_s:g}: must be <= max_backoff_s={self.max_backoff_s:g}"
+            )
+        return self
+
+
 class DeploymentConfig(StrictModel):
     """How Ray Serve runs the replicas, one pipeline each."""
 
@@ -273,6 +321,7 @@ class ServiceConfig(StrictModel):
     pipeline: PipelineConfig = PipelineConfig()
     kv_cache: KvCacheConfig = KvCacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     deployment: DeploymentConfig = DeploymentConfig()
 
     @model_validator(mode="after")

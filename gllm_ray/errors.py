@@ -6,7 +6,8 @@ GllmRayError
 ├── OverloadedError         the client may retry the same request later
 ├── ConfigError             the operator must change the configuration or the model files
 └── PipelineError           the pipeline broke while it held accepted requests
-    └── StageLostError      a stage process died
+    ├── StageLostError      a stage process died
+    └── StageTimeoutError   a stage process hangs
 ```
 A message says what was given, what the limit is, and what to change.
 """
@@ -80,3 +81,9 @@ class StageLostError(PipelineError):
     """A stage process died."""
 
     public_message = "a stage of the pipeline was lost while it held the request; send it again"
+
+
+class StageTimeoutError(PipelineError):
+    """A stage process hangs: it does not answer, or has made no progress for too long."""
+
+    public_message = "a stage of the pipeline hung while it held the request; send it again"

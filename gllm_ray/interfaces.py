@@ -29,6 +29,24 @@ class Pipeline(Protocol):
         """Stop the stages; results not yet returned are lost."""
 
 
+class RepairablePipeline(Pipeline, Protocol):
+    """A pipeline whose stages can be replaced; implemented by Ray actors, and by a fake."""
+
+    async def watch(self) -> None:
+        """Wait until the pipeline breaks, also where no result would tell.
+
+        Raises:
+            PipelineError: What broke it.
+        """
+
+    async def repair(self) -> None:
+        """Make a broken pipeline work again. What was in flight, and all KV, is lost.
+
+        Raises:
+            PipelineError: It could not be done; it may be tried again.
+        """
+
+
 class EngineEndpoint(Protocol):
     """How a client reaches an engine: in this process, or behind a Ray actor handle."""
 

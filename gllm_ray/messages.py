@@ -196,6 +196,21 @@ class StageInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepUnderWay:
+    """What a stage computes at this moment.
+
+    Attributes:
+        batch_id: The micro-batch.
+        num_tokens: Its tokens.
+        elapsed_s: Since the stage began with it.
+    """
+
+    batch_id: int
+    num_tokens: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepInterval:
     """When a stage computed a micro-batch, in seconds of the node's wall clock.
 

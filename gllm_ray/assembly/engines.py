@@ -3,17 +3,23 @@
 from gllm_ray.assembly.length_predictors import build_length_predictor
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.engine import Engine
+from gllm_ray.engine.supervisor import Supervisor
 from gllm_ray.interfaces import Pipeline
 from gllm_ray.scheduler_factory import make_cost_model, make_settings
 from gllm_ray.scheduling import Scheduler, make_policy
 
 
 def build_engine(
-    config: ServiceConfig, pipeline: Pipeline, *, num_blocks: int, max_model_len: int
+    config: ServiceConfig,
+    pipeline: Pipeline,
+    *,
+    num_blocks: int,
+    max_model_len: int,
+    supervisor: Supervisor | None = None,
 ) -> Engine:
     """An engine over a running pipeline whose stages have `num_blocks` KV blocks each."""
     scheduler = build_scheduler(config, num_blocks=num_blocks, max_model_len=max_model_len)
-    return Engine(scheduler, pipeline)
+    return Engine(scheduler, pipeline, supervisor)
 
 
 def build_scheduler(config: ServiceConfig, *, num_blocks: int, max_model_len: int) -> Scheduler:

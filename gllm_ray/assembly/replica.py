@@ -1,6 +1,8 @@
 """One pipeline on a Ray cluster, owned by the process that starts it."""
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Awaitable
 from typing import Self, TypeVar
 
@@ -10,11 +12,16 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gllm_ray.assembly.scheduler_actor import SchedulerActor
-from gllm_ray.config import ServiceConfig
-from gllm_ray.errors import PipelineError
+from gllm_ray.config import RecoveryConfig, ServiceConfig
+from gllm_ray.errors import GllmRayError, PipelineError
 from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
+from gllm_ray.stages.heartbeat import first_fault
 from gllm_ray.stages.placement import SCHEDULER_CPUS
-from gllm_ray.stages.ray_pipeline import StageGroup, ask, start_stage_group, stop_stages
+from gllm_ray.stages.ray_errors import ask
+from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group, stop_stages
+from gllm_ray.stages.repair import repair_stage_group
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -22,7 +29,8 @@ T = TypeVar("T")
 class PipelineReplica:
     """The stage actors and the scheduler actor of one pipeline; implements `EngineEndpoint`.
 
-    The actors die with the process that called `start`.
+    The actors die with the process that called `start`. It replaces stages when the scheduler tells
+    of a fault.
 
     Attributes:
         group: The stages and what they hold.
@@ -31,6 +39,7 @@ class PipelineReplica:
     def __init__(self, group: StageGroup, scheduler: ActorHandle) -> None:
         self.group = group
         self._scheduler = scheduler
+        self._repairs: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
@@ -61,6 +70,7 @@ class PipelineReplica:
         except BaseException:
             await replica.close()
             raise
+        replica._repairs = asyncio.create_task(replica._repair_for_ever(config, placement_group))
         return replica
 
     async def add(self, request: GenerationRequest) -> None:
@@ -85,19 +95,45 @@ class PipelineReplica:
         return await _ask_scheduler(self._scheduler.load.remote())
 
     async def check_health(self) -> None:
-        """Find out whether every process of the pipeline lives.
+        """Find out whether the pipeline works, or is being repaired.
 
         Raises:
-            PipelineError: One is gone, or the engine gave up.
+            PipelineError: The scheduler is gone, or the engine gave up.
         """
-        stages = enumerate(self.group.stages)
-        pings = (ask(stage.ping.remote(), f"stage {stage_id}") for stage_id, stage in stages)
-        await asyncio.gather(self.load(), *pings)
+        if self._repairs is not None and self._repairs.done():
+            await self._repairs
+        await self.load()
 
     async def close(self) -> None:
         """End the scheduler and the stages, whichever of them still live."""
+        if self._repairs is not None:
+            self._repairs.cancel()
+            await asyncio.wait([self._repairs])
         ray.kill(self._scheduler)
         await stop_stages(self.group.stages)
+
+    async def _repair_for_ever(
+        self, config: ServiceConfig, placement_group: PlacementGroup | None
+    ) -> None:
+        while True:
+            watching = asyncio.create_task(self._watch(config.recovery))
+            try:
+                fault = await _ask_scheduler(self._scheduler.next_fault.remote())
+            finally:
+                watching.cancel()
+            logger.warning("the pipeline stands still: %s", fault.cause)
+            try:
+                self.group = await repair_stage_group(config, self.group, fault, placement_group)
+            except GllmRayError as error:
+                outcome = PipelineError(str(error))
+            else:
+                outcome = self.group
+            await _ask_scheduler(self._scheduler.resume.remote(outcome))
+
+    async def _watch(self, config: RecoveryConfig) -> None:
+        fault = await first_fault(self.group.stages, self.group.infos, config)
+        with contextlib.suppress(PipelineError):  # without a scheduler nobody needs to know
+            await _ask_scheduler(self._scheduler.report.remote(*fault))
 
 
 async def _ask_scheduler(answer: Awaitable[T]) -> T:

@@ -5,8 +5,11 @@ import ray
 from gllm_ray.assembly.engines import build_engine
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.garbage import relax_garbage_collector
+from gllm_ray.engine.supervisor import Supervisor
+from gllm_ray.errors import PipelineError
 from gllm_ray.messages import EngineLoad, GenerationRequest
-from gllm_ray.stages.ray_pipeline import RayPipeline, StageGroup
+from gllm_ray.stages.ray_pipeline import StageGroup
+from gllm_ray.stages.supervised_pipeline import Fault, SupervisedPipeline
 
 
 # A process of its own, so that HTTP work never holds the lock that the engine loop needs. One that
@@ -30,11 +33,13 @@ class SchedulerActor:
         Raises:
             ConfigError: A file that the configuration names cannot be used.
         """
+        self._pipeline = SupervisedPipeline(self._group)
         self._engine = build_engine(
             self._config,
-            RayPipeline(self._group),
+            self._pipeline,
             num_blocks=self._group.num_blocks,
             max_model_len=self._group.max_model_len,
+            supervisor=Supervisor(self._pipeline, self._config.recovery),
         )
         relax_garbage_collector()
         self._engine.start()
@@ -58,3 +63,15 @@ class SchedulerActor:
     async def load(self) -> EngineLoad:
         """How much the engine holds; raises what broke it."""
         return self._engine.load()
+
+    async def report(self, stage_id: int, error: PipelineError) -> None:
+        """Their owner found that a stage died or hangs."""
+        self._pipeline.report(stage_id, error)
+
+    async def next_fault(self) -> Fault:
+        """Wait for a fault of the stages that their owner is to repair."""
+        return await self._pipeline.next_fault()
+
+    async def resume(self, outcome: StageGroup | PipelineError) -> None:
+        """Go on with repaired stages, or learn why they could not be repaired."""
+        self._pipeline.resume(outcome)

@@ -20,7 +20,8 @@ from gllm_ray.engine.client import EngineClient
 from gllm_ray.errors import PipelineError
 from gllm_ray.messages import MicroBatch
 from gllm_ray.stages.placement import SCHEDULER_CPUS
-from gllm_ray.stages.ray_pipeline import StageGroup, ask, start_stage_group
+from gllm_ray.stages.ray_errors import ask
+from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

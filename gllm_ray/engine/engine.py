@@ -6,7 +6,9 @@ It is the only event loop that touches the scheduler, so the scheduler needs no 
 import asyncio
 import contextlib
 import logging
+from typing import NoReturn
 
+from gllm_ray.engine.supervisor import Supervisor
 from gllm_ray.errors import OverloadedError, PipelineError
 from gllm_ray.interfaces import Pipeline
 from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
@@ -24,11 +26,16 @@ class Engine:
     Args:
         scheduler: Decides; the engine is its only caller.
         pipeline: Computes; closed with the engine.
+        supervisor: Repairs it; None leaves it broken, and ends every request with an error.
     """
 
-    def __init__(self, scheduler: Scheduler, pipeline: Pipeline) -> None:
+    def __init__(
+        self, scheduler: Scheduler, pipeline: Pipeline, supervisor: Supervisor | None = None
+    ) -> None:
         self._scheduler = scheduler
         self._pipeline = pipeline
+        self._supervisor = supervisor
+        self._is_paused = False
         self._events: list[TokenEvent] = []
         self._has_events = asyncio.Event()
         self._has_work = asyncio.Event()
@@ -117,7 +124,8 @@ class Engine:
         self._deliver(self._scheduler.commit(result, _now_s()))
 
     def _fill_pipeline(self) -> None:
-        while self._failure is None and (batch := self._scheduler.schedule(_now_s())) is not None:
+        is_working = self._failure is None and not self._is_paused
+        while is_working and (batch := self._scheduler.schedule(_now_s())) is not None:
             self._pipeline.submit(batch)
 
     def _set_alarm(self) -> None:
@@ -134,13 +142,21 @@ class Engine:
 
     async def _run(self) -> None:
         try:
-            while True:
-                await self.step()
+            while self._supervisor is not None:
+                error = await self._supervisor.run_until_broken(self._step_for_ever())
+                self._is_paused = True
+                await self._supervisor.recover(error, self._scheduler, self._deliver)
+                self._is_paused = False
+            await self._step_for_ever()
         except PipelineError as error:
             self._fail(error)
         except Exception as error:
             logger.exception("engine loop broke")
             self._fail(PipelineError(f"internal error: {type(error).__name__}"))
+
+    async def _step_for_ever(self) -> NoReturn:
+        while True:
+            await self.step()
 
     def _fail(self, error: PipelineError) -> None:
         logger.error("pipeline lost: %s", error)
@@ -152,6 +168,8 @@ class Engine:
         if events:
             self._events += events
             self._has_events.set()
+            if self._supervisor is not None:
+                self._supervisor.observe(events, self._scheduler)
 
     def _raise_if_broken(self) -> None:
         if self._failure is not None:

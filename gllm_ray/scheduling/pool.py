@@ -173,6 +173,13 @@ class SequencePool:
         self._leave(sequence)
         sequence.state = SequenceState.ENDING
 
+    def requeue(self, sequence: Sequence) -> None:
+        """Take all blocks of a sequence; it will be prefilled again, output included."""
+        self.dequeue(sequence)
+        self._release(sequence)
+        sequence.restart()
+        self.waiting.add(sequence)
+
     def forget(self, sequence: Sequence) -> None:
         """Drop a sequence that no micro-batch holds, and that does not wait or prefill."""
         self._release(sequence)
@@ -233,7 +240,8 @@ class SequencePool:
                 return False
             victim = self._last_preemptible()
             if victim is not sequence or not may_wait:
-                self._preempt(victim)
+                self.requeue(victim)
+                self.num_preemptions += 1
             if victim is sequence:
                 return False
         sequence.block_table += self.allocator.allocate(1)
@@ -248,14 +256,6 @@ class SequencePool:
             if not sequence.num_in_flight
         ]
         return max(idle, key=attrgetter("rank"))
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take all blocks of a sequence; it will be prefilled again, output included."""
-        self.dequeue(sequence)
-        self._release(sequence)
-        sequence.restart()
-        self.waiting.add(sequence)
-        self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
         self._leave(sequence)

@@ -10,6 +10,7 @@ then turns out to have ended has decoded once in vain.
 """
 
 from collections import deque
+from collections.abc import Set as AbstractSet
 from itertools import islice
 
 from gllm_ray.errors import InvalidRequestError, PipelineError
@@ -25,10 +26,10 @@ from gllm_ray.scheduling.length_predictor import LengthPredictor
 from gllm_ray.scheduling.load import CostModel, LoadView, StepLoad
 from gllm_ray.scheduling.policies.base import Policy, TokenBudget
 from gllm_ray.scheduling.pool import SequencePool
-from gllm_ray.scheduling.sequence import Sequence
+from gllm_ray.scheduling.sequence import Sequence, SequenceState
 from gllm_ray.scheduling.settings import SchedulerSettings
 from gllm_ray.scheduling.stage_times import StageTimes
-from gllm_ray.scheduling.step import InFlight, Step
+from gllm_ray.scheduling.step import InFlight, Requeued, Step
 
 # Prefill tokens that run where a policy's budget would leave an idle pipeline idle.
 _STALL_TOKENS = 256
@@ -261,6 +262,50 @@ class Scheduler:
                 events.append(self._finish(sequence, FinishReason.ERROR, error=message))
         self._pool.allocator.forget_contents()
         return events
+
+    def requeue_all(self) -> Requeued:
+        """Begin again with every sequence, because the stages lost their KV and what was in flight.
+
+        Each is prefilled once more, its output included; its place in the queue is the old one.
+        """
+        lost = [
+            s for flight in self._in_flight for s in (*flight.step.sampling, *flight.step.others)
+        ]
+        self._in_flight.clear()
+        self._num_anticipated = 0
+        events = []
+        for sequence in list(self._pool):
+            sequence.num_in_flight = 0
+            if sequence.has_ended:
+                self._pool.forget(sequence)
+            elif sequence.is_aborted:
+                events.append(self._finish(sequence, FinishReason.ABORT))
+            elif sequence.state is not SequenceState.WAITING:
+                self._pool.requeue(sequence)
+        self._pool.allocator.forget_contents()
+        alive = (s for s in lost if not (s.is_aborted or s.has_ended))
+        return Requeued(events, {s.request_id: s.num_output_tokens for s in alive})
+
+    def fail(self, request_id: str, message: str) -> list[TokenEvent]:
+        """End a request with an error; unknown ids are ignored.
+
+        Args:
+            request_id: A request that is not in flight.
+            message: For its client.
+        """
+        if request_id not in self._seq_ids:
+            return []
+        sequence = self._pool[self._seq_ids[request_id]]
+        self._pool.dequeue(sequence)
+        return [self._finish(sequence, FinishReason.ERROR, error=message)]
+
+    def admit_only(self, request_ids: AbstractSet[str] | None) -> None:
+        """Let the others wait that hold no block, whenever they came; None lifts that."""
+        if request_ids is None:
+            self._pool.waiting.admit_only(None)
+        else:
+            known = self._seq_ids.keys() & request_ids
+            self._pool.waiting.admit_only({self._seq_ids[request_id] for request_id in known})
 
     def _anticipate(self, now_s: float) -> None:
         """Count the oldest micro-batch as committed, if the pipeline is full."""

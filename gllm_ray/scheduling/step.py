@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gllm_ray.messages import MicroBatch, ScheduledSequence
+from gllm_ray.messages import MicroBatch, ScheduledSequence, TokenEvent
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.scheduling.sequence import Sequence
 
@@ -66,3 +66,15 @@ class InFlight(NamedTuple):
     batch: MicroBatch
     step: Step
     load: StepLoad
+
+
+class Requeued(NamedTuple):
+    """What came of beginning again with every sequence.
+
+    Attributes:
+        events: The ends of those that were being aborted.
+        lost: The requests whose work in flight was lost, and the output tokens of each so far.
+    """
+
+    events: list[TokenEvent]
+    lost: dict[str, int]

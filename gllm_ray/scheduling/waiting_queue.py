@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from heapq import heapify, heappop, heappush, nlargest
 from operator import itemgetter
 from typing import Any, Generic, TypeVar
@@ -55,6 +56,7 @@ class WaitingQueue:
         self._virtual_time = 0.0  # tokens
         self._num_tokens_before = 0  # of all prompts that ever came
         self._num_pops = 0
+        self._admitted_only: AbstractSet[int] | None = None
 
     def __len__(self) -> int:
         return len(self._members)
@@ -89,8 +91,14 @@ class WaitingQueue:
         if deadline_s is not None:
             self._deadlines.push((deadline_s, sequence.seq_id))
 
+    def admit_only(self, seq_ids: AbstractSet[int] | None) -> None:
+        """Hold all others back, whether they are here or come later; None holds nobody back."""
+        self._admitted_only = seq_ids
+
     def head(self) -> Sequence | None:
         """The sequence to admit next."""
+        if self._admitted_only is not None:
+            return next((s for s in self if s.seq_id in self._admitted_only), None)
         is_aged = self._num_pops % _AGING_INTERVAL == _AGING_INTERVAL - 1
         first = self._ages.first() if is_aged else self._ranks.first()
         return None if first is None else self._members[first[-1]]
@@ -103,7 +111,7 @@ class WaitingQueue:
         served = sequence.num_tokens / len(self._num_waiting)
         counter = due - self._overtaking * sequence.num_prompt_tokens
         self._virtual_time = max(self._virtual_time + served, counter)
-        if sequence.rank != first:
+        if sequence.rank != first and self._admitted_only is None:
             sequence.rank = (_AGED_PRIORITY, due, seq_id)
         self._num_pops += 1
         self._forget(sequence)

@@ -5,7 +5,7 @@ import os
 import ray
 
 from gllm_ray.config import ServiceConfig
-from gllm_ray.messages import EdgeAddress, StageInfo, StepInterval
+from gllm_ray.messages import EdgeAddress, StageInfo, StepInterval, StepUnderWay
 
 
 # No restarts: Ray's own would come back with an empty KV cache and compute wrong tokens.
@@ -53,6 +53,11 @@ class StageActor:
     def ping(self) -> int:
         """Show that the process lives; returns its process id."""
         return os.getpid()
+
+    @ray.method(concurrency_group="ctl")
+    def step_under_way(self) -> StepUnderWay | None:
+        """See `Stage.step_under_way`."""
+        return self._stage.step_under_way()
 
     @ray.method(concurrency_group="ctl")
     def intervals(self) -> tuple[StepInterval, ...]:

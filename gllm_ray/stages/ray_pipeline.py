@@ -14,18 +14,7 @@ from typing import TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import (
-    ActorPlacementGroupRemoved,
-    ActorUnschedulableError,
-    LocalRayletDiedError,
-    NodeDiedError,
-    OutOfMemoryError,
-    OwnerDiedError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
 from gllm_ray.config import ServiceConfig
@@ -33,8 +22,10 @@ from gllm_ray.errors import GllmRayError, PipelineError, StageLostError
 from gllm_ray.messages import MicroBatch, MicroBatchResult, StageInfo, StageTime
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.partition import describe_stage, size_kv_cache
+from gllm_ray.stages.heartbeat import name_stage, ping
 from gllm_ray.stages.metadata import MetadataEncoder
 from gllm_ray.stages.placement import start_stage
+from gllm_ray.stages.ray_errors import ask, translate_ray_error
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +33,7 @@ T = TypeVar("T")
 
 # How long a failed pipeline waits for the survivors' steps, and then for answers to a ping.
 _DRAIN_TIMEOUT_S = 1.0
-_PING_TIMEOUT_S = 0.5
-
-_LOST = (
-    RayActorError,
-    ActorPlacementGroupRemoved,
-    ActorUnschedulableError,
-    LocalRayletDiedError,
-    NodeDiedError,
-    OutOfMemoryError,
-    OwnerDiedError,
-    WorkerCrashedError,
-)
+_PING_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +133,7 @@ class RayPipeline:
         self._encoder = MetadataEncoder()
         self._in_flight: deque[tuple[int, list[ray.ObjectRef]]] = deque()
         self._failure: GllmRayError | None = None
+        self._broken: frozenset[int] = frozenset()
 
     def submit(self, batch: MicroBatch) -> None:
         """Call every stage. A broken pipeline drops the micro-batch; `next_result` says why."""
@@ -201,59 +182,45 @@ class RayPipeline:
         await stop_stages(self._group.stages)
         await self._drain()
 
-    async def _fail(self, error: GllmRayError) -> None:
-        """End every call in flight, and prefer a stage's death over its consequences."""
-        self._failure = error
-        await self._drain()
-        pings = map(_ping, self._group.stages, self._group.infos)
-        for answer in await asyncio.gather(*pings, return_exceptions=True):
-            if isinstance(answer, StageLostError):
-                self._failure = answer
-                return
+    async def _fail(self, error: GllmRayError, broken: frozenset[int] = frozenset()) -> None:
+        """End every call in flight, and find the stages that broke.
 
-    async def _drain(self) -> None:
-        """Consume every ref in flight: survivors fall idle, and no error stays unread."""
-        refs = [ref for _, refs in self._in_flight for ref in refs]
+        Args:
+            error: What went wrong; the death of a stage is preferred to its consequences.
+            broken: The stages at fault, if they are known.
+        """
+        self._failure, self._broken = error, broken
+        failed = await self._drain()
+        if broken:
+            return
+        pings = (ping(*stage, _PING_TIMEOUT_S) for stage in self._named_stages())
+        answers = await asyncio.gather(*pings, return_exceptions=True)
+        lost = {i: a for i, a in enumerate(answers) if isinstance(a, StageLostError)}
+        if lost:
+            self._failure = next(iter(lost.values()))
+        self._broken = frozenset(lost or failed)
+
+    def _named_stages(self) -> Iterable[tuple[ActorHandle, str]]:
+        return zip(self._group.stages, map(name_stage, self._group.infos), strict=False)
+
+    async def _drain(self) -> list[int]:
+        """Consume every ref in flight: survivors fall idle, and no error stays unread.
+
+        Returns:
+            The stage whose step failed first, if one did; the steps after it fail with it.
+        """
+        steps = {
+            asyncio.ensure_future(ref): stage_id
+            for _, refs in self._in_flight
+            for stage_id, ref in enumerate(refs)
+        }
+        if not steps:
+            return []
+        done, late = await asyncio.wait(steps, timeout=_DRAIN_TIMEOUT_S)
+        for step in late:
+            step.cancel()
         self._in_flight.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_DRAIN_TIMEOUT_S):
-                await asyncio.gather(*refs, return_exceptions=True)
-
-
-async def ask(ref: Awaitable[T], actor: str, *, lost: type[PipelineError] = StageLostError) -> T:
-    """Await an actor's answer; Ray's errors come out as `translate_ray_error` says them."""
-    try:
-        return await ref
-    except RayError as error:
-        raise translate_ray_error(error, actor, lost=lost) from error
-
-
-def translate_ray_error(
-    error: BaseException, actor: str = "a stage", *, lost: type[PipelineError] = StageLostError
-) -> GllmRayError:
-    """Say in our errors what Ray reports: the one boundary between the two.
-
-    Args:
-        error: What a call to `actor` raised.
-        actor: How to name it.
-        lost: What its death is.
-    """
-    while isinstance(error, RayTaskError):
-        error = error.cause
-    if isinstance(error, GllmRayError):
-        return error
-    if isinstance(error, _LOST):
-        return lost(f"{actor} was lost: {_reason(error)}")
-    return PipelineError(f"{actor} failed: {type(error).__name__}: {_reason(error)}")
-
-
-def _reason(error: BaseException) -> str:
-    """The one line of Ray's account that says what happened."""
-    lines = str(error).splitlines() or [""]
-    if getattr(error, "actor_init_failed", False):
-        return lines[-1]
-    line = next((line for line in lines if line.startswith("The actor is dead")), lines[0])
-    return line.partition(" Some common causes include")[0]
+        return [i for step, i in steps.items() if step in done and step.exception()][:1]
 
 
 async def _load(stage_id: int, stage: ActorHandle) -> StageInfo:
@@ -261,12 +228,6 @@ async def _load(stage_id: int, stage: ActorHandle) -> StageInfo:
     info = await ask(stage.load.remote(), f"stage {stage_id}")
     logger.info("loaded %s", describe_stage(info))
     return info
-
-
-async def _ping(stage: ActorHandle, info: StageInfo) -> int:
-    name = f"stage {info.stage_id} (layers {info.first_layer}-{info.last_layer - 1}, {info.node})"
-    async with asyncio.timeout(_PING_TIMEOUT_S):
-        return await ask(stage.ping.remote(), name)
 
 
 async def _wait_until_gone(stage: ActorHandle) -> None:

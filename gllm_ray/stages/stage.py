@@ -1,6 +1,7 @@
 """A stage among its neighbours: order, epochs and transport around a `StageWorker`."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ import torch
 
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError, GllmRayError, PipelineError
-from gllm_ray.messages import EdgeAddress, MicroBatch, StageInfo, StepInterval
+from gllm_ray.messages import EdgeAddress, MicroBatch, StageInfo, StepInterval, StepUnderWay
 from gllm_ray.stages.metadata import MetadataDecoder
 from gllm_ray.stages.stopwatch import Stopwatch, event_type
 from gllm_ray.stages.transport import (
@@ -49,6 +50,7 @@ class Stage:
         self._epoch: int | None = None
         self._last_batch_id = -1
         self._decoder = MetadataDecoder()
+        self._under_way: tuple[MicroBatch, float] | None = None  # and when it began
         self._stopwatch = self._new_stopwatch()
 
     def load(self) -> StageInfo:
@@ -138,6 +140,7 @@ class Stage:
                     f"{self._last_batch_id}"
                 )
             self._last_batch_id = batch.batch_id
+            self._under_way = (batch, time.monotonic())
             carried, times = previous or ((), [])
             if self._worker.is_first:
                 hidden, sampled = None, carried
@@ -149,7 +152,19 @@ class Stage:
             times += map(list, self._stopwatch.take())
             if not self._worker.is_last:
                 output = self._outbound.send(batch.batch_id, output)
+            self._under_way = None
             return [output, times]
+
+    def step_under_way(self) -> StepUnderWay | None:
+        """What the stage computes now, the time in which it waits for its neighbours included."""
+        if (under_way := self._under_way) is None:
+            return None
+        batch, start_s = under_way
+        return StepUnderWay(
+            batch_id=batch.batch_id,
+            num_tokens=batch.num_tokens,
+            elapsed_s=time.monotonic() - start_s,
+        )
 
     def intervals(self) -> tuple[StepInterval, ...]:
         """When this stage computed its latest micro-batches, oldest first."""
@@ -186,7 +201,7 @@ class Stage:
             ) from error
 
     def _break(self) -> None:
-        self._epoch = None
+        self._epoch = self._under_way = None
         # Else the previous stage would wait for receives that never come. The other edge stays:
         # the next stage may still have to receive earlier micro-batches.
         self._close_inbound()

@@ -10,10 +10,11 @@ The prompts are made of few pieces, so that prefixes, and pieces after another p
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field, replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gllm_ray.errors import OverloadedError
+from gllm_ray.errors import OverloadedError, PipelineError
 from gllm_ray.messages import (
     FinishReason,
     GenerationRequest,
@@ -148,8 +149,8 @@ requests = st.builds(
     tenant=st.sampled_from("abc"),
     expected_output_tokens=st.none() | st.integers(1, 20),
 )
-# An action is a request to add, the index of one to abort, a number of results to commit, or
-# seconds that pass.
+# An action is a request to add, the index of one to abort, a number of results to commit, seconds
+# that pass, or the loss of the stages and the requests that are then tried alone.
 actions = st.lists(
     st.one_of(
         requests,
@@ -158,6 +159,7 @@ actions = st.lists(
         st.tuples(st.just("abort"), st.integers(0, 30)),
         st.tuples(st.just("commit"), st.integers(1, 3)),
         st.tuples(st.just("wait"), st.floats(0, 2)),
+        st.tuples(st.just("lose"), st.none() | st.sets(st.integers(0, 30))),
     ),
     max_size=40,
 )
@@ -272,6 +274,8 @@ class Harness:
                 self.apply(self.scheduler.expire(self.now_s))
                 deadline_s = self.scheduler.next_deadline_s
                 assert deadline_s is None or deadline_s > self.now_s
+            case ("lose", suspects):
+                self.lose(suspects)
 
     def add(self, action):
         request = GenerationRequest(
@@ -293,6 +297,56 @@ class Harness:
         else:
             self.requests[request.request_id] = request
             self.outputs[request.request_id] = []
+
+    def lose(self, suspects=None):
+        """New stages replace the old ones, whose results come too late or never."""
+        stale = deque(self.in_flight)
+        in_flight = {str(item.seq_id) for batch in stale for item in batch.sequences}
+        before = {s.seq_id: (s.epoch, s.block_table != (), s.rank) for s in self.scheduler._pool}
+        self.in_flight.clear()
+        self.stage = StageModel()
+        requeued = self.scheduler.requeue_all()
+        aborted = {event.request_id for event in requeued.events}
+        self.apply(requeued.events)
+        # Every block is back, and nothing that the old stages held is found again.
+        assert self.scheduler.kv_utilization == 0
+        assert not self.scheduler._pool.allocator._blocks
+        assert self.scheduler.num_in_flight == 0
+        assert self.scheduler.num_waiting_requests == self.scheduler.num_requests
+        # Law 6: who held blocks has a new epoch, and all have their place.
+        for sequence in self.scheduler._pool:
+            epoch, held, rank = before[sequence.seq_id]
+            assert (sequence.epoch, sequence.rank) == (epoch + held, rank)
+            assert not sequence.num_in_flight
+        assert requeued.lost == {n: len(self.outputs[n]) for n in in_flight - aborted}
+        assert aborted <= in_flight
+        for batch in stale:
+            with pytest.raises(PipelineError):
+                self.scheduler.commit(
+                    MicroBatchResult(batch_id=batch.batch_id, token_ids=()), self.now_s
+                )
+        self.check_blocks()
+        self.try_alone(suspects)
+
+    def try_alone(self, suspects):
+        """Let some requests run while all others wait."""
+        if suspects is None:
+            return
+        admitted = {str(index) for index in suspects}
+        self.scheduler.admit_only(admitted)
+        while (batch := self.scheduler.schedule(self.now_s)) is not None or self.in_flight:
+            if batch is None:
+                self.commit()
+                continue
+            assert {str(item.seq_id) for item in batch.sequences} <= admitted
+            self.check_batch(batch)
+            self.in_flight.append(batch)
+            self.log.append(batch)
+            self.stage.execute(batch, self.salt_and_tokens)
+            self.check_blocks()
+        # All of them that there were have ended: a trial is never stuck.
+        assert admitted.isdisjoint(self.requests.keys() - self.ends.keys())
+        self.scheduler.admit_only(None)
 
     def known_tokens(self, index):
         request_id = str(index % len(self.requests))
@@ -604,6 +658,37 @@ def test_preemption_chunking_and_prefix_caching_do_not_change_the_tokens(setting
     assert roomy.scheduler.num_prefix_queried_tokens == 0
     assert squeezed.outputs == roomy.outputs
     assert squeezed.ends == roomy.ends
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    without_limits,
+    st.lists(st.one_of(requests, st.tuples(st.just("lose"), st.none())), min_size=1, max_size=20),
+)
+def test_lost_stages_do_not_change_the_tokens(setting, todo):
+    disturbed, undisturbed = Harness(setting), Harness(setting)
+    disturbed.run(todo)
+    undisturbed.run([action for action in todo if isinstance(action, Request)])
+    assert disturbed.outputs == undisturbed.outputs
+    assert disturbed.ends == undisturbed.ends
+
+
+@settings(max_examples=100, deadline=None)
+@given(settings_of_pipelines, actions)
+def test_a_request_that_is_failed_ends_alone_and_once(setting, todo):
+    harness = Harness(setting)
+    for action in todo:
+        harness.act(action)
+        harness.fill()
+    harness.lose()
+    for request_id in list(harness.requests)[::2]:
+        events = harness.scheduler.fail(request_id, "it is to blame")
+        assert len(events) == (request_id not in harness.ends)
+        harness.apply(events)
+        assert all(e.finish_reason is FinishReason.ERROR and e.error for e in events)
+    harness.drain()
+    assert harness.ends.keys() == harness.requests.keys()
+    assert harness.scheduler.kv_utilization == 0
 
 
 @settings(max_examples=100, deadline=None)

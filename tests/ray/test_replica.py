@@ -9,6 +9,7 @@ import time
 import pytest
 
 from gllm_ray.assembly.replica import PipelineReplica
+from gllm_ray.config import RecoveryConfig
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.errors import ConfigError, InvalidRequestError, PipelineError, StageLostError
 from gllm_ray.messages import FinishReason, GenerationRequest
@@ -79,12 +80,13 @@ async def wait_until_gone(processes):
         await asyncio.sleep(0.05)
 
 
-def test_a_replica_serves_until_a_stage_dies_and_then_ends_every_request(
+def test_without_recovery_a_replica_serves_until_a_stage_dies_and_then_ends_every_request(
     ray_cluster, tiny_llama, reference
 ):
     async def scenario():
         others = actor_processes()
         config = make_service_config(tiny_llama, num_stages=2, cpus_per_stage=0.5)
+        config = config.model_copy(update={"recovery": RecoveryConfig(enabled=False)})
         replica = await PipelineReplica.start(config)
         own = actor_processes() - others
         client = EngineClient(replica)

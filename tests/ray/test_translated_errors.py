@@ -29,7 +29,7 @@ from gllm_ray.errors import (
     PipelineError,
     StageLostError,
 )
-from gllm_ray.stages.ray_pipeline import translate_ray_error
+from gllm_ray.stages.ray_errors import translate_ray_error
 
 DEATHS = [
     ActorDiedError(),

@@ -1,0 +1,173 @@
+"""What to do about a fault of the pipeline: try again, give up, or look for the request to blame.
+
+Nothing here has a clock or does anything: the engine tells what happened and when.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+
+from gllm_ray.config import RecoveryConfig
+from gllm_ray.messages import TokenEvent
+
+
+class CrashLoop:
+    """Counts faults in a row, and says how long to wait before the next attempt.
+
+    Args:
+        config: How many there may be, and what ends a row.
+
+    Attributes:
+        first_cause: Of the first fault of the row.
+        num_faults: In the row.
+    """
+
+    def __init__(self, config: RecoveryConfig) -> None:
+        self.first_cause = ""
+        self.num_faults = 0
+        self._config = config
+        self._calm_at_s = float("-inf")
+
+    def note_fault(self, cause: str, now_s: float, *, is_explained: bool = False) -> float | None:
+        """Count a fault, unless it is explained by something else than the stages' state.
+
+        Returns:
+            Seconds to wait before the pipeline is repaired, or None to give up.
+        """
+        if now_s >= self._calm_at_s:
+            self.num_faults, self.first_cause = 0, cause
+        self._calm_at_s = float("inf")  # until the repair
+        if is_explained:
+            return 0.0
+        self.num_faults += 1
+        if self.num_faults > self._config.max_attempts:
+            return None
+        if self.num_faults == 1:
+            return 0.0
+        # The exponent is bounded because a float's is.
+        delay_s = self._config.backoff_s * 2.0 ** min(self.num_faults - 2, 64)
+        return min(delay_s, self._config.max_backoff_s)
+
+    def note_repair(self, now_s: float) -> None:
+        """The pipeline works again; from here on the calm counts."""
+        self._calm_at_s = now_s + self._config.calm_s
+
+    def forgive(self) -> None:
+        """What caused the faults is gone: the next one is the first in a row."""
+        self._calm_at_s = float("-inf")
+
+
+class PoisonSearch:
+    """Finds requests that break the pipeline each time they run.
+
+    Prefill repeats all that a request has computed. So one that breaks the pipeline when it
+    computes a certain token does so again before it gets another output token: who was in flight at
+    two faults and got no token in between is a suspect. The suspects are tried in halves while all
+    others wait. A group that breaks the pipeline is halved again, and one whose members all get a
+    token, or end, is innocent and runs on. A single request is to blame if it breaks the pipeline
+    with nobody else in flight; it may have to be tried once more for that.
+
+    Each trial removes or divides a group, so the search ends: after about 2 log2(n) trials of n
+    suspects if one is to blame, and after some 3 n at most.
+
+    Attributes:
+        is_explained: The latest fault was that of a trial, and requests got tokens since the one
+            before it; so the stages work, and the trial is to blame.
+        is_solved: The latest search found who is to blame, and who is innocent.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[str, int] = {}  # output tokens of those in flight at the latest fault
+        self._groups: deque[list[str]] = deque()  # to try, the one on trial first
+        self._on_trial: set[str] = set()  # of its members those that got no token yet
+        self._innocent: set[str] = set()
+        self._is_alone = False  # the innocent wait, too
+        self._has_blamed = False
+        self._has_progress = False  # since the latest fault
+        self.is_explained = False
+        self.is_solved = False
+
+    @property
+    def admitted(self) -> AbstractSet[str] | None:
+        """The requests that may run now; None for all."""
+        if not self._groups:
+            return None
+        return set(self._groups[0]) | (set() if self._is_alone else self._innocent)
+
+    def note_fault(self, in_flight: Mapping[str, int]) -> str | None:
+        """The pipeline broke.
+
+        Args:
+            in_flight: The requests whose work was lost, and the output tokens of each so far.
+
+        Returns:
+            The request to blame, if it is found; the caller ends it.
+        """
+        has_progress, self._has_progress = self._has_progress, False
+        self.is_explained = self.is_solved = False
+        if self._groups:
+            guilty = [n for n in self._groups[0] if n in self._on_trial and n in in_flight]
+            self.is_explained = has_progress and bool(guilty)
+            return self._narrow(guilty, in_flight) if guilty else None
+        suspects = [name for name, count in in_flight.items() if self._before.get(name) == count]
+        if in_flight:
+            self._before = dict(in_flight)
+        if suspects:
+            self._groups.extend(_halves(suspects))
+            self._start_trial()
+        return None
+
+    def note_events(self, events: Iterable[TokenEvent]) -> bool:
+        """Requests got tokens, or ended.
+
+        Returns:
+            Whether `admitted` is another now.
+        """
+        if not self._groups:
+            return False
+        for event in events:
+            self._on_trial.discard(event.request_id)
+            self._has_progress |= event.token_id is not None
+            if event.finish_reason is not None:
+                self._forget(event.request_id)
+        if self._on_trial:
+            return False
+        while self._groups and not self._on_trial:
+            self._innocent.update(self._groups.popleft())
+            self._start_trial()
+            self._is_alone = False  # the innocent run already
+        return True
+
+    def _narrow(self, guilty: list[str], in_flight: Mapping[str, int]) -> str | None:
+        """The group on trial broke the pipeline, by those of it that were in flight."""
+        others = [name for name in self._groups.popleft() if name not in guilty]
+        self._innocent.update(set(others) - self._on_trial)
+        if untried := [name for name in others if name in self._on_trial]:
+            self._groups.append(untried)
+        blamed = None
+        if len(guilty) > 1:
+            self._groups.extend(_halves(guilty))
+        elif len(in_flight) > 1:
+            self._groups.appendleft(guilty)
+        else:
+            blamed = guilty[0]
+            self._has_blamed = True
+        self._start_trial()
+        return blamed
+
+    def _start_trial(self) -> None:
+        self._on_trial = set(self._groups[0]) if self._groups else set()
+        self._is_alone = len(self._on_trial) == 1
+        if not self._groups:
+            self.is_solved = self._has_blamed and bool(self._innocent)
+            self._before, self._innocent, self._has_blamed = {}, set(), False
+
+    def _forget(self, name: str) -> None:
+        for group in self._groups:
+            if name in group:
+                group.remove(name)
+
+
+def _halves(names: list[str]) -> list[list[str]]:
+    half = (len(names) + 1) // 2
+    return [part for part in (names[:half], names[half:]) if part]

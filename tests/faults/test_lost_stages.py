@@ -1,0 +1,170 @@
+"""A stage process dies or stands still."""
+
+import asyncio
+import logging
+import os
+import signal
+
+import psutil
+import pytest
+
+from tests.faults.replicas import (
+    CAUSE,
+    RECOVERED,
+    logged,
+    make_config,
+    make_request,
+    make_requests,
+    running,
+    until,
+)
+from tests.ray.test_ray_pipeline import stage_processes
+
+NUM_STAGES = 3
+HEARTBEAT_TIMEOUT_S = 4
+
+
+@pytest.fixture(scope="module")
+def loop():
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def pipeline(ray_cluster, loop):
+    """One replica for all tests here: each leaves it repaired."""
+    config = make_config(NUM_STAGES, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S)
+    context = running(config)
+    yield loop.run(context.__aenter__())
+    loop.run(context.__aexit__(None, None, None))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pipeline, loop):
+    """What each request gets when nothing breaks."""
+    return by_request(loop.run(pipeline.collect_all(make_requests())))
+
+
+@pytest.fixture(autouse=True)
+def info_log(caplog):
+    caplog.set_level(logging.INFO, "gllm_ray")
+
+
+def by_request(answers):
+    return {events[0].request_id: events for events in answers}
+
+
+async def start_requests(pipeline, moment):
+    """Tasks of the requests, one of which has reached the moment."""
+    decoding = asyncio.Event()
+    tasks = [
+        asyncio.create_task(pipeline.collect(r, lambda n: n >= 5 and decoding.set()))
+        for r in make_requests()
+    ]
+    if moment == "prefill":
+        await pipeline.until_busy(1)
+    else:
+        await decoding.wait()
+    return tasks
+
+
+def check_replaced(before, after, stage_id):
+    replaced = [old != new for old, new in zip(before, after, strict=True)]
+    assert replaced == [i == stage_id for i in range(NUM_STAGES)]
+    assert stage_processes() == set(after), "an actor was left behind"
+
+
+@pytest.mark.parametrize(
+    ("stage_id", "moment"), [(0, "prefill"), (1, "decode"), (2, "prefill"), (2, "decode")]
+)
+def test_a_killed_stage_is_replaced_alone_and_no_token_is_lost_repeated_or_changed(
+    pipeline, undisturbed, loop, caplog, stage_id, moment
+):
+    async def scenario():
+        before = await pipeline.pids()
+        tasks = await start_requests(pipeline, moment)
+        await pipeline.harm(stage_id)
+        assert await until(lambda: logged(caplog, CAUSE)) < 2
+        await pipeline.replica.check_health()
+        late = asyncio.create_task(pipeline.collect(make_request("late", max_tokens=5)))
+        answers = await asyncio.gather(*tasks)
+        assert len(await late) == 5
+        check_replaced(before, await pipeline.pids(), stage_id)
+        return answers, await pipeline.replica.load()
+
+    answers, load = loop.run(scenario())
+    assert by_request(answers) == undisturbed
+    assert (load.num_requests, load.kv_utilization) == (0, 0)
+    (cause,) = logged(caplog, CAUSE)
+    assert f"stage {stage_id} (layers" in cause
+    assert "died" in cause
+    (recovered,) = logged(caplog, RECOVERED)
+    assert f"stage {stage_id} (layers" in recovered
+    assert all(part in recovered for part in ("detect", "restart", "reload", "reconnect"))
+
+
+def test_a_stage_that_stands_still_is_replaced_after_its_deadline(
+    pipeline, undisturbed, loop, caplog
+):
+    async def scenario():
+        before = await pipeline.pids()
+        tasks = await start_requests(pipeline, "decode")
+        await pipeline.harm(1, signal.SIGSTOP)
+        seconds = await until(lambda: logged(caplog, CAUSE), HEARTBEAT_TIMEOUT_S + 5)
+        assert seconds > HEARTBEAT_TIMEOUT_S
+        answers = await asyncio.gather(*tasks)
+        await until(lambda: before[1] not in stage_processes(), 20)
+        check_replaced(before, await pipeline.pids(), 1)
+        return answers
+
+    assert by_request(loop.run(scenario())) == undisturbed
+    (cause,) = logged(caplog, CAUSE)
+    assert "stage 1 (layers" in cause
+    assert "hangs: it has not answered" in cause
+
+
+def test_a_stage_that_is_slow_is_not_dead(pipeline, undisturbed, loop, caplog):
+    async def scenario():
+        before = await pipeline.pids()
+        tasks = await start_requests(pipeline, "decode")
+        pid = await pipeline.harm(1, signal.SIGSTOP)
+        await asyncio.sleep(1.5)
+        os.kill(pid, signal.SIGCONT)
+        answers = await asyncio.gather(*tasks)
+        assert await pipeline.pids() == before
+        return answers
+
+    assert by_request(loop.run(scenario())) == undisturbed
+    assert not logged(caplog, CAUSE)
+
+
+def test_a_stage_that_dies_while_nothing_runs_is_replaced_before_anybody_asks(
+    pipeline, loop, caplog
+):
+    async def scenario():
+        before = await pipeline.pids()
+        await pipeline.harm(0)
+        assert await until(lambda: logged(caplog, CAUSE)) < 2
+        await until(lambda: logged(caplog, RECOVERED), 30)
+        check_replaced(before, await pipeline.pids(), 0)
+        assert len(await pipeline.collect(make_request("next", max_tokens=3))) == 3
+
+    loop.run(scenario())
+
+
+def test_supervision_of_an_idle_pipeline_costs_next_to_nothing(pipeline, loop):
+    seconds = 4
+
+    def cpu_s():
+        pids = stage_processes() | stage_processes("SchedulerActor")
+        times = {pid: psutil.Process(pid).cpu_times() for pid in pids}
+        return {pid: time.user + time.system for pid, time in times.items()}
+
+    async def scenario():
+        before = cpu_s()
+        await asyncio.sleep(seconds)
+        return {pid: spent - before[pid] for pid, spent in cpu_s().items()}
+
+    spent = loop.run(scenario())
+    assert len(spent) == NUM_STAGES + 1
+    assert max(spent.values()) < 0.05 * seconds

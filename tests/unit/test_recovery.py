@@ -1,0 +1,186 @@
+"""When a fault is worth another attempt, and which request is to blame for several."""
+
+from math import ceil, log2
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gllm_ray.config import RecoveryConfig
+from gllm_ray.engine.recovery import CrashLoop, PoisonSearch
+from gllm_ray.messages import FinishReason, TokenEvent
+
+
+def make_loop(**options):
+    return CrashLoop(RecoveryConfig(**options))
+
+
+def test_the_first_attempt_comes_at_once_and_each_next_one_later_up_to_a_bound():
+    loop = make_loop(max_attempts=6, backoff_s=0.5, max_backoff_s=3)
+    delays = [loop.note_fault("x", now_s=0.0) for _ in range(7)]
+    assert delays == [0.0, 0.5, 1.0, 2.0, 3.0, 3.0, None]
+
+
+def test_the_first_cause_of_a_row_is_kept():
+    loop = make_loop(max_attempts=2)
+    assert [loop.note_fault(cause, now_s=0.0) for cause in ("a", "b", "c")][-1] is None
+    assert (loop.first_cause, loop.num_faults) == ("a", 3)
+
+
+def test_a_row_ends_when_it_was_calm_long_enough_after_a_repair():
+    loop = make_loop(max_attempts=1, calm_s=10)
+    assert loop.note_fault("a", now_s=0.0) == 0.0
+    loop.note_repair(now_s=5.0)
+    assert loop.note_fault("b", now_s=15.0) == 0.0
+    assert loop.first_cause == "b"
+    loop.note_repair(now_s=16.0)
+    assert loop.note_fault("c", now_s=25.9) is None
+
+
+def test_the_time_of_a_repair_is_no_calm():
+    loop = make_loop(max_attempts=1, calm_s=10)
+    loop.note_fault("a", now_s=0.0)
+    assert loop.note_fault("b", now_s=1000.0) is None
+
+
+def test_an_explained_fault_does_not_count_and_a_forgiven_row_is_over():
+    loop = make_loop(max_attempts=1, calm_s=10)
+    loop.note_fault("a", now_s=0.0)
+    assert loop.note_fault("b", now_s=1.0, is_explained=True) == 0.0
+    assert loop.num_faults == 1
+    loop.note_repair(now_s=2.0)
+    loop.forgive()
+    assert loop.note_fault("c", now_s=3.0) == 0.0
+
+
+@given(st.integers(1, 2000), st.floats(0, 10), st.floats(0, 100))
+def test_a_delay_never_falls_and_never_exceeds_its_bound(max_attempts, backoff_s, more_s):
+    loop = make_loop(
+        max_attempts=max_attempts, backoff_s=backoff_s, max_backoff_s=backoff_s + more_s
+    )
+    delays = [loop.note_fault("x", now_s=0.0) for _ in range(max_attempts)]
+    assert delays == sorted(delays)
+    assert delays[-1] <= backoff_s + more_s
+    assert loop.note_fault("x", now_s=0.0) is None
+
+
+class World:
+    """Requests that need some tokens each, and stages that break when they compute a poison.
+
+    Args:
+        poisons: Of each request, the output tokens before the one that breaks the stages; None if
+            none does.
+        draw: A choice that the world leaves open, below a bound.
+    """
+
+    def __init__(self, poisons, max_running, draw):
+        self.search = PoisonSearch()
+        self.poisons = {f"r{i}": poison for i, poison in enumerate(poisons)}
+        self.tokens = dict.fromkeys(self.poisons, 0)
+        self.needed = {name: 1 + draw(4) for name in self.tokens}
+        self.blamed = []
+        self.num_faults = 0
+        self._max_running = max_running
+        self._draw = draw
+
+    def run(self):
+        while self.tokens:
+            self._round()
+
+    def _round(self):
+        admitted = self.search.admitted
+        names = [n for n in self.tokens if admitted is None or n in admitted]
+        assert names, "everybody waits"
+        running = names[: self._max_running]
+        # Micro-batches come one after the other, and some are done before the stages break.
+        while running:
+            batch = [running.pop(0) for _ in range(1 + self._draw(len(running)))]
+            if any(self.poisons[name] == self.tokens[name] for name in batch):
+                self._break(batch + running[: self._draw(len(running) + 1)])
+                return
+            self.search.note_events([self._give_token(name) for name in batch])
+
+    def _give_token(self, name):
+        self.tokens[name] += 1
+        is_last = self.tokens[name] >= self.needed[name] and self.poisons[name] is None
+        if is_last:
+            del self.tokens[name]
+        return TokenEvent(name, 1, FinishReason.LENGTH if is_last else None)
+
+    def _break(self, in_flight):
+        self.num_faults += 1
+        name = self.search.note_fault({name: self.tokens[name] for name in in_flight})
+        if name is not None:
+            self.blamed.append(name)
+            del self.tokens[name]
+            self.search.note_events([TokenEvent(name, None, FinishReason.ERROR)])
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.sampled_from([None, None, None, 0, 1, 3]), min_size=1, max_size=40),
+    st.integers(1, 40),
+    st.randoms(use_true_random=False),
+)
+def test_every_poison_is_blamed_and_nobody_else(poisons, max_running, rng):
+    world = World(poisons, max_running, rng.randrange)
+    world.run()
+    guilty = {f"r{i}" for i, poison in enumerate(poisons) if poison is not None}
+    assert set(world.blamed) == guilty
+    assert len(world.blamed) == len(guilty)
+    assert world.search.admitted is None
+
+
+@given(st.integers(1, 512), st.data())
+def test_one_poison_among_many_is_found_in_a_logarithmic_number_of_faults(num_requests, data):
+    poison = data.draw(st.integers(0, num_requests - 1))
+    poisons = [0 if i == poison else None for i in range(num_requests)]
+    # All of them fly in one micro-batch, so nobody gets a token that could clear him.
+    world = World(poisons, num_requests, lambda bound: bound - 1)
+    world.run()
+    assert world.blamed == [f"r{poison}"]
+    assert world.num_faults <= 2 + ceil(log2(num_requests)) + 2
+
+
+def test_who_got_a_token_between_two_faults_is_no_suspect():
+    search = PoisonSearch()
+    search.note_fault({"a": 3, "b": 0})
+    search.note_fault({"a": 4, "c": 0})
+    assert search.admitted is None
+
+
+@pytest.mark.parametrize("in_flight", [{}, {"late": 0}])
+def test_a_fault_with_nobody_on_trial_in_flight_blames_nobody(in_flight):
+    search = PoisonSearch()
+    search.note_fault({"a": 0})
+    search.note_fault({"a": 0})
+    assert search.admitted == {"a"}
+    assert search.note_fault(in_flight) is None
+    assert not search.is_explained
+    assert search.admitted == {"a"}
+    assert search.note_fault({"a": 0}) == "a"
+
+
+def test_suspects_that_end_on_their_own_end_the_search():
+    search = PoisonSearch()
+    for _ in range(2):
+        search.note_fault({"a": 0, "b": 0, "c": 0})
+    assert search.admitted == {"a", "b"}
+    assert not search.note_events([TokenEvent("c", None, FinishReason.ABORT)])
+    assert search.note_events([TokenEvent(n, None, FinishReason.ABORT) for n in "ab"])
+    assert search.admitted is None
+
+
+def test_a_trial_that_breaks_while_others_get_tokens_explains_its_fault():
+    search = PoisonSearch()
+    for _ in range(2):
+        search.note_fault({"a": 0, "b": 0})
+        assert not search.is_explained
+    assert search.admitted == {"a"}
+    search.note_events([TokenEvent("a", 1)])
+    assert search.admitted == {"a", "b"}
+    assert search.note_fault({"a": 1, "b": 0}) is None
+    assert search.is_explained
+    assert search.admitted == {"b"}
+    assert search.note_fault({"b": 0}) == "b"
+    assert search.is_solved
