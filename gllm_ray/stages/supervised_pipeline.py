@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 from gllm_ray.errors import PipelineError
+from gllm_ray.stages.metadata import MetadataEncoder
 from gllm_ray.stages.ray_pipeline import RayPipeline, StageGroup
 
 
@@ -62,6 +63,7 @@ class SupervisedPipeline(RayPipeline):
             self._failure = error
             raise
         self._failure, self._broken = None, frozenset()
+        self._encoder = MetadataEncoder()  # the stages forgot what they were told
         while not self._reports.empty():  # of the stages that were
             self._reports.get_nowait()
 
