@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check
+.PHONY: help demo test chaos check
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -15,6 +15,9 @@ demo: $(INSTALLED) ## Serve the embedded model until Ctrl-C; ONCE=1 ends after o
 
 test: $(INSTALLED) ## Run the whole test suite.
 	$(BIN)/python -m pytest
+
+chaos: $(INSTALLED) ## Run the tests of faults, the slow ones included.
+	$(BIN)/python -m pytest tests/faults -m 'chaos or not chaos'
 
 check: $(INSTALLED) ## Lint, check the format, the types and the layers.
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.chaos
 def test_the_stage_of_a_lost_node_starts_on_another_and_no_token_changes():
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("three local nodes on one core take minutes to start")

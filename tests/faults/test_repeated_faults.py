@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import pickle
 import re
 import signal
 import time
@@ -24,18 +23,27 @@ POISON = 1000  # the first token of a prompt
 class PoisonedStage(StageActor.__ray_metadata__.modified_class):
     """A stage whose process ends when it computes the poison."""
 
-    def step(self, epoch, metadata, previous):
-        if any(POISON in item.token_ids for item in pickle.loads(metadata).sequences):
-            os._exit(1)
-        return super().step(epoch, metadata, previous)
+    def load(self):
+        info = super().load()
+        worker = self._stage._worker
+        execute = worker.execute
+
+        def execute_unless_poisoned(batch, *rest):
+            if any(POISON in item.token_ids for item in batch.sequences):
+                os._exit(1)
+            return execute(batch, *rest)
+
+        worker.execute = execute_unless_poisoned
+        return info
 
 
 class HangingStage(StageActor.__ray_metadata__.modified_class):
     """A stage that lives, and never ends a step."""
 
-    def step(self, epoch, metadata, previous):
-        self._stage._worker.execute = lambda batch, hidden: time.sleep(3600)
-        return super().step(epoch, metadata, previous)
+    def load(self):
+        info = super().load()
+        self._stage._worker.execute = lambda *_: time.sleep(3600)
+        return info
 
 
 as_actor = ray.remote(
@@ -92,6 +100,7 @@ async def kill_new_stages(spared):
         await asyncio.sleep(0.05)
 
 
+@pytest.mark.chaos
 def test_a_crash_loop_ends_every_request_once_with_its_first_cause(ray_cluster, caplog):
     async def scenario():
         async with running(make_config(2, max_attempts=2)) as pipeline:
