@@ -61,6 +61,11 @@ class SequencePool:
         return self._sequences[seq_id]
 
     @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens not yet scheduled, whatever the prefix cache knows of them."""
+        return self.waiting.num_tokens + self.num_prefilling_tokens
+
+    @property
     def has_work(self) -> bool:
         """Whether a sequence waits for its next micro-batch."""
         return bool(self.ready or self.prefilling or self.waiting)

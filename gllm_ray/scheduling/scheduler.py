@@ -9,11 +9,9 @@ first one sooner than for the scheduler, which learns at the commit what they ar
 then turns out to have ended has decoded once in vain.
 """
 
-from collections import deque
 from collections.abc import Set as AbstractSet
-from itertools import islice
 
-from gllm_ray.errors import InvalidRequestError, PipelineError
+from gllm_ray.errors import InvalidRequestError
 from gllm_ray.messages import (
     FinishReason,
     GenerationRequest,
@@ -22,14 +20,16 @@ from gllm_ray.messages import (
     TokenEvent,
 )
 from gllm_ray.scheduling.admission import AdmissionControl
+from gllm_ray.scheduling.flights import Flights
 from gllm_ray.scheduling.length_predictor import LengthPredictor
 from gllm_ray.scheduling.load import CostModel, LoadView, StepLoad
+from gllm_ray.scheduling.load_view import take_view
 from gllm_ray.scheduling.policies.base import Policy, TokenBudget
 from gllm_ray.scheduling.pool import SequencePool
 from gllm_ray.scheduling.sequence import Sequence, SequenceState
 from gllm_ray.scheduling.settings import SchedulerSettings
 from gllm_ray.scheduling.stage_times import StageTimes
-from gllm_ray.scheduling.step import InFlight, Requeued, Step
+from gllm_ray.scheduling.step import Requeued, Step
 
 # Prefill tokens that run where a policy's budget would leave an idle pipeline idle.
 _STALL_TOKENS = 256
@@ -64,16 +64,10 @@ class Scheduler:
         self._predictor = predictor
         self._admission = AdmissionControl(settings)
         self._pool = SequencePool(settings, overtaking=policy.overtaking)
-        self._max_in_flight = settings.max_in_flight or settings.num_stages + policy.num_ahead
-        self._num_full = min(self._max_in_flight, settings.num_stages)  # no stage is left idle
-        self._stage_times = StageTimes(
-            cost, settings.num_stages, self._max_in_flight + settings.ring
-        )
+        self._flights = Flights(settings, policy.num_ahead)
+        self._stage_times = StageTimes(cost, settings.num_stages, self._flights.max_in_flight)
         self._seq_ids: dict[str, int] = {}
-        self._in_flight: deque[InFlight] = deque()
-        self._num_anticipated = 0  # of these, the oldest; as if committed: one at most
         self._next_seq_id = 0
-        self._next_batch_id = 0
 
     @property
     def num_requests(self) -> int:
@@ -88,7 +82,7 @@ class Scheduler:
     @property
     def num_waiting_tokens(self) -> int:
         """Prompt tokens not yet scheduled, whatever the prefix cache knows of them."""
-        return self._pool.waiting.num_tokens + self._pool.num_prefilling_tokens
+        return self._pool.num_waiting_tokens
 
     @property
     def is_idle(self) -> bool:
@@ -98,12 +92,12 @@ class Scheduler:
     @property
     def num_in_flight(self) -> int:
         """Micro-batches submitted and not yet committed."""
-        return len(self._in_flight)
+        return len(self._flights)
 
     @property
     def latest_load(self) -> StepLoad:
         """What the latest micro-batch in flight makes each stage compute."""
-        return self._in_flight[-1].load
+        return self._flights.latest_load
 
     @property
     def num_preemptions(self) -> int:
@@ -191,13 +185,13 @@ class Scheduler:
         Decodes go first, the one that waits longest before the others; then prompts under way;
         then waiting ones.
         """
-        if self._settings.ring:
-            self._anticipate(now_s)
-        num_in_flight = len(self._in_flight) - self._num_anticipated
-        if num_in_flight >= self._max_in_flight or not self._pool.has_work:
+        oldest = self._flights.anticipate()
+        if oldest is not None:
+            self._pool.anticipate(oldest.sampling, now_s)
+        if self._flights.is_full or not self._pool.has_work:
             return None
         step = self._select(self._policy.budget(self._view(now_s)))
-        if not (step.items or self._in_flight):
+        if not (step.items or self._flights):
             step = self._end_stall()
         return self._launch(step, now_s) if step.items else None
 
@@ -210,17 +204,16 @@ class Scheduler:
         Raises:
             PipelineError: The result is not the one that is due.
         """
-        flight = self._take_due(result)
-        is_anticipated, self._num_anticipated = bool(self._num_anticipated), 0
+        step, is_anticipated = self._flights.land(result)
         self._stage_times.add(result.stage_times)
         ready = self._pool.ready
         events: list[TokenEvent] = []
-        for sequence in flight.step.others:
+        for sequence in step.others:
             sequence.num_in_flight -= 1
             if sequence.is_aborted:
                 events += self._drop(sequence)
         num_tokens = 0
-        for sequence, token_id in zip(flight.step.sampling, result.token_ids, strict=True):
+        for sequence, token_id in zip(step.sampling, result.token_ids, strict=True):
             sequence.num_in_flight -= 1
             if sequence.is_aborted or sequence.has_ended:
                 events += self._drop(sequence)
@@ -250,8 +243,7 @@ class Scheduler:
         Returns:
             One terminal event for each request that was alive.
         """
-        self._in_flight.clear()
-        self._num_anticipated = 0
+        self._flights.clear()
         events = []
         for sequence in list(self._pool):
             sequence.num_in_flight = 0
@@ -268,11 +260,8 @@ class Scheduler:
 
         Each is prefilled once more, its output included; its place in the queue is the old one.
         """
-        lost = [
-            s for flight in self._in_flight for s in (*flight.step.sampling, *flight.step.others)
-        ]
-        self._in_flight.clear()
-        self._num_anticipated = 0
+        lost = [s for flight in self._flights for s in (*flight.step.sampling, *flight.step.others)]
+        self._flights.clear()
         events = []
         for sequence in list(self._pool):
             sequence.num_in_flight = 0
@@ -307,56 +296,14 @@ class Scheduler:
             known = self._seq_ids.keys() & request_ids
             self._pool.waiting.admit_only({self._seq_ids[request_id] for request_id in known})
 
-    def _anticipate(self, now_s: float) -> None:
-        """Count the oldest micro-batch as committed, if the pipeline is full."""
-        if self._num_anticipated or len(self._in_flight) < self._num_full:
-            return
-        self._pool.anticipate(self._in_flight[0].step.sampling, now_s)
-        self._num_anticipated = 1
-
     def _view(self, now_s: float) -> LoadView:
-        pool, allocator = self._pool, self._pool.allocator
-        steps = [flight.step for flight in islice(self._in_flight, self._num_anticipated, None)]
-        num_decodes = sum([step.num_decodes for step in steps])
-        num_items = sum([len(step.items) for step in steps])
-        num_ending_tokens = sum([step.num_ending_tokens for step in steps])
-        num_unwritten_blocks = pool.num_prefilling_tokens // allocator.block_size
-        next_prefill = pool.under_way()
-        oldest_ready = next(iter(pool.ready.values()), None)
-        return LoadView(
-            now_s=now_s,
-            batch_id=self._next_batch_id,
-            num_stages=self._settings.num_stages,
-            num_in_flight=len(steps),
-            num_tokens_in_flight=num_decodes + sum([step.num_prefill_tokens for step in steps]),
-            max_in_flight=self._max_in_flight,
-            num_waiting_tokens=self.num_waiting_tokens,
-            num_prefilling=len(pool.prefilling),
-            prefill_start=next_prefill.num_computed_tokens if next_prefill else 0,
-            num_decoding=len(pool.ready) + num_decodes,
-            num_ready=len(pool.ready),
-            num_context_tokens=pool.num_context_tokens - num_ending_tokens,
-            num_live=len(pool.live),
-            num_prefills_in_flight=num_items - num_decodes,
-            num_remaining_tokens=pool.num_remaining_tokens,
-            oldest_token_s=oldest_ready.token_s if oldest_ready else None,
-            num_preemptions=pool.num_preemptions,
-            num_blocks=allocator.num_blocks,
-            num_free_blocks=allocator.num_free_blocks,
-            block_size=allocator.block_size,
-            kv_free_ratio=(allocator.num_free_blocks + num_unwritten_blocks) / allocator.num_blocks,
-            max_decodes=self._settings.max_decodes,
-            cost=self._cost,
-            head=pool.waiting.head(),
-            waiting=pool.waiting,
-            live=pool.live.values(),
-        )
+        return take_view(self._pool, self._flights, self._settings, self._cost, now_s)
 
     def _select(self, budget: TokenBudget) -> Step:
         """Put as much in flight as the budget lets: decodes, then prefill chunks."""
         budget.decodes = min(budget.decodes, self._settings.max_decodes)
         step = Step()
-        self._pool.schedule_decodes(step, budget, may_wait=bool(self._in_flight))
+        self._pool.schedule_decodes(step, budget, may_wait=bool(self._flights))
         taken = step.num_decodes if budget.is_shared else 0
         self._pool.schedule_prefills(
             step, max(0, budget.prefill_tokens - taken), budget.reserved_blocks
@@ -372,41 +319,13 @@ class Scheduler:
         return step
 
     def _launch(self, step: Step, now_s: float) -> MicroBatch:
-        """Make a micro-batch of what was selected, and note it as in flight."""
-        batch = MicroBatch(
-            batch_id=self._next_batch_id,
-            sequences=tuple(step.items),
-            block_copies=self._pool.take_copies(),
-            continues=self._source_of(step),
-        )
-        self._next_batch_id += 1
-        load = step.load()
-        self._in_flight.append(InFlight(batch, step, load))
+        """Put in flight what was selected."""
+        batch, _, load = self._flights.add(step, self._pool.take_copies())
         self._stage_times.expect(batch.batch_id, load)
         self._admission.note_scheduled(
             load.num_prefill_tokens, now_s, is_backlogged=bool(self._pool.waiting)
         )
         return batch
-
-    def _source_of(self, step: Step) -> int | None:
-        """The micro-batch whose tokens a step refers to."""
-        decodes = step.items[: step.num_decodes] if self._num_anticipated else ()
-        if any(item.token_ids[0] < 0 for item in decodes):
-            return self._in_flight[0].batch.batch_id
-        return None
-
-    def _take_due(self, result: MicroBatchResult) -> InFlight:
-        """The micro-batch that a result belongs to, in flight no more."""
-        flight = self._in_flight[0] if self._in_flight else None
-        if flight is None or flight.batch.batch_id != result.batch_id:
-            due = "none" if flight is None else flight.batch.batch_id
-            raise PipelineError(f"result of micro-batch {result.batch_id} came, {due} is due")
-        if len(flight.step.sampling) != len(result.token_ids):
-            raise PipelineError(
-                f"micro-batch {result.batch_id} samples {len(flight.step.sampling)} tokens, "
-                f"its result has {len(result.token_ids)}"
-            )
-        return self._in_flight.popleft()
 
     def _drop(self, sequence: Sequence) -> list[TokenEvent]:
         """Forget a sequence that takes no more tokens, unless a later micro-batch holds it."""

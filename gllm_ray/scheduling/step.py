@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gllm_ray.messages import MicroBatch, ScheduledSequence, TokenEvent
+from gllm_ray.messages import ScheduledSequence, TokenEvent
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.scheduling.sequence import Sequence
 
@@ -52,20 +52,6 @@ class Step:
             self.num_prefill_tokens,
             self.num_attention_pairs,
         )
-
-
-class InFlight(NamedTuple):
-    """A micro-batch that was submitted and not yet committed.
-
-    Attributes:
-        batch: As the stages got it.
-        step: What it was made of.
-        load: What it makes each stage compute.
-    """
-
-    batch: MicroBatch
-    step: Step
-    load: StepLoad
 
 
 class Requeued(NamedTuple):

@@ -578,7 +578,7 @@ class Harness:
         assert pool.num_prefilling_tokens == num_prefilling_tokens
         assert pool.waiting.num_tokens == sum(s.num_uncomputed_tokens for s in waiting)
         decoding = [s for s in pool if s.state is SequenceState.DECODING]
-        not_anticipated = list(self.in_flight)[self.scheduler._num_anticipated :]
+        not_anticipated = list(self.in_flight)[self.scheduler._flights._num_anticipated :]
         ending = {
             item.seq_id
             for batch in not_anticipated

@@ -147,7 +147,7 @@ def test_a_low_priority_request_finishes_under_an_endless_flow_of_high_ones():
             scheduler.add(make_request(str(index), num_prompt_tokens=12, max_tokens=12))
         while scheduler.schedule() is not None:
             pass
-        events = scheduler.commit(result_of(scheduler._in_flight[0].batch))
+        events = scheduler.commit(result_of(scheduler._flights._flights[0].batch))
         ended += [event.request_id for event in events if event.finish_reason]
     assert "low" in ended
     assert ended.index("low") > 5
