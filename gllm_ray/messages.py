@@ -18,6 +18,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    BLAMED = "blamed"  # a stage failed whenever it computed the request
     EXPIRED = "expired"  # its deadline passed while it waited for its first micro-batch
 
 
@@ -77,7 +78,7 @@ class TokenEvent(NamedTuple):
     Attributes:
         token_id: The new output token, or None when the request ended without one.
         finish_reason: Set on the terminal event, and only there.
-        error: The message for the client when `finish_reason` is `error` or `expired`.
+        error: The message for the client when `finish_reason` is `error`, `blamed` or `expired`.
         retry_after_s: Seconds after which a retry is worth it, when it is `expired`.
     """
 

@@ -170,6 +170,7 @@ class Engine:
             self._has_events.set()
             if self._supervisor is not None:
                 self._supervisor.observe(events, self._scheduler)
+                self._has_work.set()  # it may have let others in
 
     def _raise_if_broken(self) -> None:
         if self._failure is not None:

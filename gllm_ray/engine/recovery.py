@@ -65,10 +65,11 @@ class PoisonSearch:
     two faults and got no token in between is a suspect. The suspects are tried in halves while all
     others wait. A group that breaks the pipeline is halved again, and one whose members all get a
     token, or end, is innocent and runs on. A single request is to blame if it breaks the pipeline
-    with nobody else in flight; it may have to be tried once more for that.
+    with nobody else in flight; and does so twice, unless others got tokens since the search began:
+    it may be the stages that are broken.
 
-    Each trial removes or divides a group, so the search ends: after about 2 log2(n) trials of n
-    suspects if one is to blame, and after some 3 n at most.
+    So the search ends: after about 2 log2(n) trials of n suspects if one is to blame, and after
+    some 4 n at most.
 
     Attributes:
         is_explained: The latest fault was that of a trial, and requests got tokens since the one
@@ -84,6 +85,8 @@ class PoisonSearch:
         self._is_alone = False  # the innocent wait, too
         self._has_blamed = False
         self._has_progress = False  # since the latest fault
+        self._is_working = False  # somebody got a token since the search began
+        self._failed_alone: set[str] = set()
         self.is_explained = False
         self.is_solved = False
 
@@ -128,6 +131,7 @@ class PoisonSearch:
         for event in events:
             self._on_trial.discard(event.request_id)
             self._has_progress |= event.token_id is not None
+            self._is_working |= event.token_id is not None
             if event.finish_reason is not None:
                 self._forget(event.request_id)
         if self._on_trial:
@@ -149,6 +153,9 @@ class PoisonSearch:
             self._groups.extend(_halves(guilty))
         elif len(in_flight) > 1:
             self._groups.appendleft(guilty)
+        elif not self._is_working and guilty[0] not in self._failed_alone:
+            self._failed_alone.update(guilty)
+            self._groups.append(guilty)  # the others first
         else:
             blamed = guilty[0]
             self._has_blamed = True
@@ -156,11 +163,14 @@ class PoisonSearch:
         return blamed
 
     def _start_trial(self) -> None:
+        while self._groups and not self._groups[0]:
+            self._groups.popleft()  # all of it ended
         self._on_trial = set(self._groups[0]) if self._groups else set()
         self._is_alone = len(self._on_trial) == 1
         if not self._groups:
             self.is_solved = self._has_blamed and bool(self._innocent)
             self._before, self._innocent, self._has_blamed = {}, set(), False
+            self._is_working, self._failed_alone = False, set()
 
     def _forget(self, name: str) -> None:
         for group in self._groups:

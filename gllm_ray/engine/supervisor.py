@@ -13,7 +13,7 @@ from gllm_ray.scheduling import Scheduler
 
 _POISON = (
     "a stage of the pipeline failed each time it computed the request, and when it ran alone too; "
-    "do not send it again"
+    "it would probably fail again"
 )
 
 
@@ -39,8 +39,10 @@ class Supervisor:
         """
         tasks = [asyncio.create_task(steps), asyncio.create_task(self._pipeline.watch())]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            await done.pop()
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:  # an error of the steps themselves goes first
+                if task.done():
+                    await task
         except PipelineError as error:
             return error
         finally:

@@ -4,18 +4,23 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.strict_schema import StrictModel, parse_strictly
+
+# All of them are tabulated; far more than any micro-batch holds.
+_MAX_ROWS = 1_000_000
 
 
 class _Calibration(StrictModel):
     """What a calibration file holds."""
 
-    rows: list[NonNegativeInt] = Field(min_length=2, description="Of micro-batches, ascending.")
+    rows: list[Annotated[int, Field(ge=0, le=_MAX_ROWS)]] = Field(
+        min_length=2, description="Of micro-batches, ascending."
+    )
     row_times_s: list[NonNegativeFloat] = Field(
         description="How long they take, attention aside. Between them time is linear in the rows."
     )

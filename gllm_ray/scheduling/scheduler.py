@@ -276,7 +276,7 @@ class Scheduler:
         return Requeued(events, {s.request_id: s.num_output_tokens for s in alive})
 
     def fail(self, request_id: str, message: str) -> list[TokenEvent]:
-        """End a request with an error; unknown ids are ignored.
+        """End a request that is to blame for a fault; unknown ids are ignored.
 
         Args:
             request_id: A request that is not in flight.
@@ -286,7 +286,7 @@ class Scheduler:
             return []
         sequence = self._pool[self._seq_ids[request_id]]
         self._pool.dequeue(sequence)
-        return [self._finish(sequence, FinishReason.ERROR, error=message)]
+        return [self._finish(sequence, FinishReason.BLAMED, error=message)]
 
     def admit_only(self, request_ids: AbstractSet[str] | None) -> None:
         """Let the others wait that hold no block, whenever they came; None lifts that."""

@@ -5,7 +5,12 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from gllm_ray.errors import GllmRayError, OverloadedError, PipelineError
+from gllm_ray.errors import (
+    GllmRayError,
+    InvalidRequestError,
+    OverloadedError,
+    PipelineError,
+)
 from gllm_ray.messages import FinishReason, TokenEvent
 from gllm_ray.model.detokenizer import Detokenizer
 
@@ -63,6 +68,8 @@ def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokeniz
 
 def _failure(event: TokenEvent) -> GllmRayError:
     message = event.error or "the server ended the request early; send it again"
+    if event.finish_reason is FinishReason.BLAMED:
+        return InvalidRequestError(message, code="request_breaks_engine")  # clients do not retry it
     if event.finish_reason is FinishReason.EXPIRED:
         return OverloadedError(message, event.retry_after_s or 1.0)
     return PipelineError(message, public_message=message)

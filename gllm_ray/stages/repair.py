@@ -24,6 +24,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+# Connecting takes milliseconds, and waits at most for the step that a stage computes.
+_CONNECT_TIMEOUT_S = 90.0
+
 
 async def repair_stage_group(
     config: ServiceConfig,
@@ -73,7 +76,7 @@ async def _repair(
         infos = await _load(fresh, group.num_blocks)
         reloaded_s = time.monotonic()
         stages = tuple(fresh.get(i, stage) for i, stage in enumerate(group.stages))
-        await connect_stages(stages, group.epoch + 1)
+        await _connect(stages, group.epoch + 1)
     except BaseException:
         await stop_stages(tuple(fresh.values()))
         raise
@@ -91,6 +94,16 @@ async def _repair(
         infos=tuple(infos.get(i, info) for i, info in enumerate(group.infos)),
         epoch=group.epoch + 1,
     )
+
+
+async def _connect(stages: tuple[ActorHandle, ...], epoch: int) -> None:
+    try:
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            await connect_stages(stages, epoch)
+    except TimeoutError:
+        raise StageTimeoutError(
+            f"the stages were not connected in {_CONNECT_TIMEOUT_S:.0f} s: one of them hangs"
+        ) from None
 
 
 async def _find_lost(

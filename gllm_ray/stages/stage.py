@@ -105,7 +105,7 @@ class Stage:
                     self._outbound = join_edge(self._transport, self._store, UPSTREAM, self._host)
             self._last_batch_id = -1
             self._decoder = MetadataDecoder()
-            self._stopwatch = self._new_stopwatch()  # micro-batch ids begin anew
+            self._stopwatch = self._new_stopwatch()
             self._epoch = epoch
 
     def step(self, epoch: int, metadata: bytes, previous: StepAnswer | None) -> StepAnswer:

@@ -54,8 +54,13 @@ class SupervisedPipeline(RayPipeline):
         """See `RepairablePipeline.repair`."""
         await self._drain()
         self._repaired = asyncio.get_running_loop().create_future()
+        cause = str(self._failure or "a result was not the one due")
         self._faults.put_nowait(
-            Fault(cause=str(self._failure), broken=self._broken, detect_s=self._detect_s)
+            Fault(
+                cause=cause,
+                broken=self._broken,
+                detect_s=self._detect_s,
+            )
         )
         try:
             self._group = await self._repaired

@@ -69,10 +69,11 @@ def test_the_request_that_kills_a_stage_each_time_fails_alone(ray_cluster, monke
     expected, answer, failed, load = asyncio.run(scenario())
     assert answer == expected
     (event,) = failed
-    assert event.finish_reason is FinishReason.ERROR
+    assert event.finish_reason is FinishReason.BLAMED
     assert event.error.startswith("a stage of the pipeline failed each time it computed")
     assert (load.num_requests, load.kv_utilization) == (0, 0)
-    assert len(logged(caplog, CAUSE)) == 3, "together, again, and alone"
+    # Together, again, alone, after the other, and alone if that one was still in flight.
+    assert len(logged(caplog, CAUSE)) in (4, 5)
 
 
 def test_a_stage_that_answers_and_makes_no_progress_is_found_by_the_deadline_of_its_step(

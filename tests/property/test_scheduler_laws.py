@@ -686,7 +686,7 @@ def test_a_request_that_is_failed_ends_alone_and_once(setting, todo):
         events = harness.scheduler.fail(request_id, "it is to blame")
         assert len(events) == (request_id not in harness.ends)
         harness.apply(events)
-        assert all(e.finish_reason is FinishReason.ERROR and e.error for e in events)
+        assert all(e.finish_reason is FinishReason.BLAMED and e.error for e in events)
     harness.drain()
     assert harness.ends.keys() == harness.requests.keys()
     assert harness.scheduler.kv_utilization == 0

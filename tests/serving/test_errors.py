@@ -16,6 +16,7 @@ from gllm_ray.errors import (
     OverloadedError,
     PipelineError,
     StageLostError,
+    StageTimeoutError,
 )
 from gllm_ray.serving.errors import install_error_handlers
 from gllm_ray.serving.openai_protocol import ChatCompletionRequest
@@ -51,6 +52,7 @@ TABLE = [
     (OverloadedError("full", retry_after_s=1.2), 429, "server_busy", "2"),
     (PipelineError("broke"), 503, "engine_unavailable", "5"),
     (StageLostError("broke"), 503, "engine_unavailable", "5"),
+    (StageTimeoutError("hangs"), 503, "engine_unavailable", "5"),
     (ConfigError("/secret/path"), 500, "server_error", None),
     (ZeroDivisionError("/secret/path"), 500, "server_error", None),
 ]

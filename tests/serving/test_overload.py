@@ -10,7 +10,13 @@ from gllm_ray.engine.client import EngineClient
 from gllm_ray.errors import OverloadedError
 from gllm_ray.messages import FinishReason, TokenEvent
 from tests.fakes import LocalService, ScriptedEndpoint
-from tests.serving.local_api import BODIES, http_client, openai_over, sse_chunks, wait_until
+from tests.serving.local_api import (
+    BODIES,
+    http_client,
+    openai_over,
+    sse_chunks,
+    wait_until,
+)
 
 CHAT_PATH, COMPLETION_PATH = BODIES
 
@@ -77,6 +83,31 @@ async def post_and_then(http, endpoint, path, change, num_added, *events_of):
         endpoint.send(event_of(endpoint.added))
         await asyncio.sleep(0.01)
     return await call
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_request_that_is_to_blame_for_faults_is_a_400_which_no_client_repeats(
+    tokenizer, is_streamed
+):
+    def blamed(added):
+        return TokenEvent(
+            added[0].request_id, finish_reason=FinishReason.BLAMED, error="a stage failed"
+        )
+
+    async def main():
+        async with served(tokenizer) as (endpoint, http):
+            return await post_and_then(
+                http, endpoint, CHAT_PATH, {"stream": is_streamed}, 1, blamed
+            )
+
+    response = asyncio.run(main())
+    assert (response.status_code, response.headers.get("retry-after")) == (400, None)
+    assert response.json()["error"] == {
+        "message": "a stage failed",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "request_breaks_engine",
+    }
 
 
 @pytest.mark.parametrize("path", BODIES)

@@ -158,7 +158,30 @@ def test_a_fault_with_nobody_on_trial_in_flight_blames_nobody(in_flight):
     assert search.note_fault(in_flight) is None
     assert not search.is_explained
     assert search.admitted == {"a"}
+    assert [search.note_fault({"a": 0}) for _ in range(2)] == [None, "a"]
+
+
+def test_a_request_that_failed_alone_is_tried_again_after_the_others_unless_they_got_tokens():
+    search = PoisonSearch()
+    for _ in range(2):
+        search.note_fault({"a": 0, "b": 0})
+    assert search.note_fault({"a": 0}) is None
+    assert search.admitted == {"b"}
+    search.note_events([TokenEvent("b", 1)])
+    assert search.admitted == {"a", "b"}
+    assert search.note_fault({"a": 0, "b": 1}) is None
+    assert search.admitted == {"a"}
     assert search.note_fault({"a": 0}) == "a"
+
+
+def test_groups_whose_members_all_ended_stop_nobody():
+    search = PoisonSearch()
+    for _ in range(2):
+        search.note_fault(dict.fromkeys("abcd", 0))
+    assert search.admitted == {"a", "b"}
+    search.note_events([TokenEvent(name, None, FinishReason.ABORT) for name in "cd"])
+    search.note_fault({"a": 0, "b": 0})
+    assert search.admitted == {"a"}
 
 
 def test_suspects_that_end_on_their_own_end_the_search():
@@ -182,5 +205,5 @@ def test_a_trial_that_breaks_while_others_get_tokens_explains_its_fault():
     assert search.note_fault({"a": 1, "b": 0}) is None
     assert search.is_explained
     assert search.admitted == {"b"}
-    assert search.note_fault({"b": 0}) == "b"
+    assert search.note_fault({"b": 0}) == "b"  # "a" got a token since the search began
     assert search.is_solved

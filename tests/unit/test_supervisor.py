@@ -173,6 +173,6 @@ def test_requests_that_break_the_pipeline_each_time_are_failed_and_all_others_li
 
     tokens, expected = asyncio.run(scenario()), asyncio.run(undisturbed(names))
     for poison in "dh":
-        assert tokens.pop(poison) == [(None, FinishReason.ERROR)]
+        assert tokens.pop(poison) == [(None, FinishReason.BLAMED)]
         del expected[poison]
     assert tokens == expected
