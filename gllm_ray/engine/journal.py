@@ -122,11 +122,12 @@ class JournaledEndpoint:
             PipelineError: There is no engine any more, or it is broken.
         """
         while True:
-            await self._is_settled.wait()
+            if self._failure is not None:
+                raise self._failure.with_traceback(None)
             engine = self._engine
             if engine is None:
-                assert self._failure is not None
-                raise self._failure.with_traceback(None)
+                await self._is_settled.wait()
+                continue
             try:
                 answer = await call(engine)
             except SchedulerLostError as error:
