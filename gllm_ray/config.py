@@ -299,6 +299,13 @@ class DeploymentConfig(StrictModel):
     graceful_shutdown_timeout_s: float = Field(
         default=60, ge=0, description="Seconds running requests get to finish."
     )
+    max_surge_percent: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="Replicas, in percent, that a redeployment starts before it stops old ones, on "
+        "free devices; 0: it stops some first.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
