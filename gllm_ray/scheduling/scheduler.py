@@ -315,13 +315,6 @@ class Scheduler:
             known = self._seq_ids.keys() & request_ids
             self._pool.waiting.admit_only({self._seq_ids[request_id] for request_id in known})
 
-    def _new_sequence(self, request: GenerationRequest) -> Sequence:
-        sequence = Sequence(self._next_seq_id, request)
-        sequence.predicted_output_tokens = self._predictor.predict(request)
-        self._next_seq_id += 1
-        self._seq_ids[request.request_id] = sequence.seq_id
-        return sequence
-
     def _anticipate(self, now_s: float) -> None:
         """Count the oldest micro-batch as committed, if the pipeline is full."""
         if self._num_anticipated or len(self._in_flight) < self._num_full:
@@ -431,6 +424,13 @@ class Scheduler:
             return [self._finish(sequence, FinishReason.ABORT)]
         self._pool.forget(sequence)
         return []
+
+    def _new_sequence(self, request: GenerationRequest) -> Sequence:
+        sequence = Sequence(self._next_seq_id, request)
+        sequence.predicted_output_tokens = self._predictor.predict(request)
+        self._next_seq_id += 1
+        self._seq_ids[request.request_id] = sequence.seq_id
+        return sequence
 
     def _finish(
         self,
