@@ -35,7 +35,7 @@ def test_no_request_fails_or_waits_for_the_new_replica(proxy, directory):
         env=os.environ | variables,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=110,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
