@@ -188,8 +188,8 @@ class PipelineReplica:
             await asyncio.sleep(self._crash_loop.delay_s(error, time.monotonic()))
             try:
                 await self._start_scheduler(str(error))
-            except PipelineError as another:
-                error = another
+            except GllmRayError as another:
+                error = PipelineError(str(another))
             else:
                 break
         self._crash_loop.note_repair(time.monotonic())
