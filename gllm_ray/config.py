@@ -236,12 +236,12 @@ class SchedulerConfig(StrictModel):
 
 
 class RecoveryConfig(StrictModel):
-    """What happens when a stage dies or hangs."""
+    """What happens when a stage dies or hangs, or the scheduler dies."""
 
     enabled: bool = Field(
         default=True,
-        description="Replace the stage and go on with every request; false: they end with an "
-        "error, and Serve replaces the replica.",
+        description="Replace a stage or scheduler that is lost, and go on with every request; "
+        "false: they end with an error, and Serve replaces the replica.",
     )
     max_attempts: int = Field(
         default=8,
@@ -259,7 +259,9 @@ class RecoveryConfig(StrictModel):
         default=60, gt=0, description="Seconds after which a new fault is the first in a row."
     )
     restart_timeout_s: float = Field(
-        default=600, gt=0, description="Seconds to place a new stage, load it and connect it."
+        default=600,
+        gt=0,
+        description="Seconds to place a new stage or scheduler, load it and connect it.",
     )
     heartbeat_s: float = Field(
         default=1, gt=0, description="Seconds between two questions whether a stage lives."
@@ -298,6 +300,13 @@ class DeploymentConfig(StrictModel):
     )
     graceful_shutdown_timeout_s: float = Field(
         default=60, ge=0, description="Seconds running requests get to finish."
+    )
+    max_surge_percent: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="Replicas, in percent, that a redeployment starts before it stops old ones, on "
+        "free devices; 0: it stops some first.",
     )
 
     @model_validator(mode="after")

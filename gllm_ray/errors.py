@@ -6,6 +6,7 @@ GllmRayError
 ├── OverloadedError         the client may retry the same request later
 ├── ConfigError             the operator must change the configuration or the model files
 └── PipelineError           the pipeline broke while it held accepted requests
+    ├── SchedulerLostError  the process of the engine died
     ├── StageLostError      a stage process died
     └── StageTimeoutError   a stage process hangs
 ```
@@ -75,6 +76,10 @@ class PipelineError(GllmRayError):
         super().__init__(message)
         if public_message is not None:
             self.public_message = public_message
+
+
+class SchedulerLostError(PipelineError):
+    """The process died that held the engine and its scheduler; the stages may live."""
 
 
 class StageLostError(PipelineError):

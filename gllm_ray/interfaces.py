@@ -1,8 +1,15 @@
 """The seams: Protocols that have more than one implementation."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult, TokenEvent
+from gllm_ray.messages import (
+    GenerationRequest,
+    MicroBatch,
+    MicroBatchResult,
+    OpenRequest,
+    TokenEvent,
+)
 
 
 class Pipeline(Protocol):
@@ -67,4 +74,18 @@ class EngineEndpoint(Protocol):
 
         Raises:
             PipelineError: The engine is broken and every event has been returned.
+        """
+
+
+class RestorableEndpoint(EngineEndpoint, Protocol):
+    """An engine that can be lost, and go on where a lost one stood.
+
+    Once it is lost, every call raises `SchedulerLostError`.
+    """
+
+    async def restore(self, requests: Sequence[OpenRequest]) -> None:
+        """Go on with the requests of another engine, which is lost.
+
+        Raises:
+            PipelineError: The engine is broken.
         """

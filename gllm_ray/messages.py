@@ -70,6 +70,14 @@ class GenerationRequest:
     queue_timeout_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRequest:
+    """An accepted request that has not ended, and the output its client has got."""
+
+    request: GenerationRequest
+    output_token_ids: tuple[int, ...]
+
+
 class TokenEvent(NamedTuple):
     """What happened to a request in one step: a token, an end, or both.
 

@@ -3,43 +3,58 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable
-from typing import Self, TypeVar
+import time
+from typing import Self
 
-import ray
-from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from gllm_ray.assembly.scheduler_actor import SchedulerActor
-from gllm_ray.config import RecoveryConfig, ServiceConfig
-from gllm_ray.errors import GllmRayError, PipelineError
+from gllm_ray.assembly.remote_scheduler import RemoteScheduler
+from gllm_ray.config import ServiceConfig
+from gllm_ray.engine.journal import JournaledEndpoint
+from gllm_ray.engine.recovery import CrashLoop
+from gllm_ray.errors import GllmRayError, PipelineError, SchedulerLostError
 from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
 from gllm_ray.stages.heartbeat import first_fault
-from gllm_ray.stages.placement import SCHEDULER_CPUS
-from gllm_ray.stages.ray_errors import ask
 from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group, stop_stages
 from gllm_ray.stages.repair import repair_stage_group
+from gllm_ray.stages.supervised_pipeline import Fault
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+_STANDS_STILL = "the pipeline stands still: %s"
 
 
 class PipelineReplica:
     """The stage actors and the scheduler actor of one pipeline; implements `EngineEndpoint`.
 
-    The actors die with the process that called `start`. It replaces stages when the scheduler tells
-    of a fault.
+    The actors die with the process that made this. It replaces stages when the scheduler tells of a
+    fault, and the scheduler when it dies.
+
+    Args:
+        config: What is served, and how.
+        group: Connected stages.
+        scheduler: Theirs.
+        placement_group: As for `start`.
 
     Attributes:
         group: The stages and what they hold.
     """
 
-    def __init__(self, group: StageGroup, scheduler: ActorHandle) -> None:
+    def __init__(
+        self,
+        config: ServiceConfig,
+        group: StageGroup,
+        scheduler: RemoteScheduler,
+        placement_group: PlacementGroup | None,
+    ) -> None:
         self.group = group
+        self._config = config
+        self._placement_group = placement_group
         self._scheduler = scheduler
-        self._repairs: asyncio.Task[None] | None = None
+        self._broken: frozenset[int] = frozenset()  # stages known to be, and not yet replaced
+        self._endpoint = JournaledEndpoint(scheduler)
+        self._crash_loop = CrashLoop(config.recovery)
+        self._supervision = asyncio.create_task(self._supervise())
 
     @classmethod
     async def start(
@@ -56,85 +71,150 @@ class PipelineReplica:
             PipelineError: A process died; no actor is left behind.
         """
         group = await start_stage_group(config, placement_group)
-        strategy = None
-        if placement_group is not None:
-            strategy = PlacementGroupSchedulingStrategy(
-                placement_group, placement_group_bundle_index=0
-            )
-        scheduler = SchedulerActor.options(
-            num_cpus=SCHEDULER_CPUS, scheduling_strategy=strategy
-        ).remote(config, group)
-        replica = cls(group, scheduler)
         try:
-            await _ask_scheduler(scheduler.start.remote())
+            scheduler = await RemoteScheduler.start(config, group, placement_group)
         except BaseException:
-            await replica.close()
+            await stop_stages(group.stages)
             raise
-        replica._repairs = asyncio.create_task(replica._repair_for_ever(config, placement_group))
-        return replica
+        return cls(config, group, scheduler, placement_group)
 
     async def add(self, request: GenerationRequest) -> None:
         """Accept a request; see `EngineEndpoint.add`."""
-        await _ask_scheduler(self._scheduler.add.remote(request))
+        await self._endpoint.add(request)
 
     async def abort(self, request_id: str) -> None:
         """End a request early; see `EngineEndpoint.abort`."""
-        await _ask_scheduler(self._scheduler.abort.remote(request_id))
+        await self._endpoint.abort(request_id)
 
     async def next_events(self) -> list[TokenEvent]:
         """Wait for events; see `EngineEndpoint.next_events`."""
-        events = await _ask_scheduler(self._scheduler.next_events.remote())
-        return [TokenEvent(*event) for event in events]
+        return await self._endpoint.next_events()
 
     async def load(self) -> EngineLoad:
-        """How much the pipeline holds now.
+        """How much the pipeline holds; waits while its scheduler is being replaced.
 
         Raises:
             PipelineError: The pipeline is broken.
         """
-        return await _ask_scheduler(self._scheduler.load.remote())
+        return await self._endpoint.ask(lambda _: self._scheduler.load())
 
     async def check_health(self) -> None:
         """Find out whether the pipeline works, or is being repaired.
 
         Raises:
-            PipelineError: The scheduler is gone, or the engine gave up.
+            PipelineError: The engine gave up, or this did.
         """
-        if self._repairs is not None and self._repairs.done():
-            await self._repairs
-        await self.load()
+        if self._supervision.done():
+            await self._supervision
+        try:
+            await self._scheduler.load()
+        except SchedulerLostError:
+            if not self._config.recovery.enabled:
+                raise
 
     async def close(self) -> None:
         """End the scheduler and the stages, whichever of them still live."""
-        if self._repairs is not None:
-            self._repairs.cancel()
-            await asyncio.wait([self._repairs])
-        ray.kill(self._scheduler)
+        self._supervision.cancel()
+        await asyncio.gather(self._supervision, return_exceptions=True)
+        self._scheduler.kill()
         await stop_stages(self.group.stages)
 
-    async def _repair_for_ever(
-        self, config: ServiceConfig, placement_group: PlacementGroup | None
-    ) -> None:
+    async def _supervise(self) -> None:
         while True:
-            watching = asyncio.create_task(self._watch(config.recovery))
+            error = await self._until_lost()
             try:
-                fault = await _ask_scheduler(self._scheduler.next_fault.remote())
-            finally:
-                watching.cancel()
-            logger.warning("the pipeline stands still: %s", fault.cause)
-            try:
-                self.group = await repair_stage_group(config, self.group, fault, placement_group)
-            except GllmRayError as error:
-                outcome = PipelineError(str(error))
-            else:
-                outcome = self.group
-            await _ask_scheduler(self._scheduler.resume.remote(outcome))
+                await self._replace_scheduler(error)
+            except PipelineError as failure:
+                self._endpoint.fail(failure)
+                raise
 
-    async def _watch(self, config: RecoveryConfig) -> None:
-        fault = await first_fault(self.group.stages, self.group.infos, config)
+    async def _until_lost(self) -> SchedulerLostError:
+        """Repair the stages until their scheduler is lost."""
+        loss, repairs = self._endpoint.loss, asyncio.create_task(self._repair_for_ever())
+        try:
+            await asyncio.wait([loss, repairs], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            repairs.cancel()
+            await asyncio.wait([repairs])
+        return loss.result() if loss.done() else repairs.result()
+
+    async def _repair_for_ever(self) -> SchedulerLostError:
+        try:
+            while True:
+                await self._repair_once()
+        except SchedulerLostError as error:
+            self._endpoint.note_loss(self._scheduler, error)
+            return error
+
+    async def _repair_once(self) -> None:
+        watching = asyncio.create_task(self._watch())
+        try:
+            fault = await self._scheduler.next_fault()
+        finally:
+            watching.cancel()
+        logger.warning(_STANDS_STILL, fault.cause)
+        self._broken = fault.broken
+        try:
+            await self._repair_stages(fault)
+        except PipelineError as error:
+            await self._scheduler.resume(error)
+        else:
+            await self._scheduler.resume(self.group)
+
+    async def _repair_stages(self, fault: Fault) -> None:
+        try:
+            self.group = await repair_stage_group(
+                self._config, self.group, fault, self._placement_group
+            )
+        except GllmRayError as error:
+            raise PipelineError(str(error)) from error
+        self._broken = frozenset()
+
+    async def _watch(self) -> None:
+        fault = await first_fault(self.group.stages, self.group.infos, self._config.recovery)
         with contextlib.suppress(PipelineError):  # without a scheduler nobody needs to know
-            await _ask_scheduler(self._scheduler.report.remote(*fault))
+            await self._scheduler.report(*fault)
 
+    async def _replace_scheduler(self, error: PipelineError) -> None:
+        """Start another scheduler, and let it go on with every open request.
 
-async def _ask_scheduler(answer: Awaitable[T]) -> T:
-    return await ask(answer, "the scheduler", lost=PipelineError)
+        Raises:
+            PipelineError: It is not worth another attempt; tells the first cause.
+        """
+        if not self._config.recovery.enabled:
+            raise error
+        logger.warning(_STANDS_STILL, error)
+        while True:
+            await asyncio.sleep(self._crash_loop.delay_s(error, time.monotonic()))
+            try:
+                await self._start_scheduler(str(error))
+            except GllmRayError as another:
+                error = PipelineError(str(another))
+            else:
+                break
+        self._crash_loop.note_repair(time.monotonic())
+
+    async def _start_scheduler(self, cause: str) -> None:
+        self._scheduler.kill()
+        start_s = time.monotonic()
+        # The stages may still compute for the lost one; a new epoch ends that.
+        await self._repair_stages(Fault(cause=cause, broken=self._broken, detect_s=0.0))
+        reconnected_s = time.monotonic()
+        limit_s = self._config.recovery.restart_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                self._scheduler = await RemoteScheduler.start(
+                    self._config, self.group, self._placement_group
+                )
+        except TimeoutError:
+            raise PipelineError(
+                f"the scheduler did not come up in {limit_s:.0f} s (recovery.restart_timeout_s)"
+            ) from None
+        restarted_s = time.monotonic()
+        await self._endpoint.resume(self._scheduler)
+        logger.info(
+            "recovered, with a new scheduler: reconnect %.2f s, restart %.2f s, resume %.2f s",
+            reconnected_s - start_s,
+            restarted_s - reconnected_s,
+            time.monotonic() - restarted_s,
+        )

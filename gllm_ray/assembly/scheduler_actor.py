@@ -1,5 +1,7 @@
 """The global scheduler of one pipeline as a Ray actor."""
 
+from collections.abc import Sequence
+
 import ray
 
 from gllm_ray.assembly.engines import build_engine
@@ -7,7 +9,7 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.garbage import relax_garbage_collector
 from gllm_ray.engine.supervisor import Supervisor
 from gllm_ray.errors import PipelineError
-from gllm_ray.messages import EngineLoad, GenerationRequest
+from gllm_ray.messages import EngineLoad, GenerationRequest, OpenRequest
 from gllm_ray.stages.ray_pipeline import StageGroup
 from gllm_ray.stages.supervised_pipeline import Fault, SupervisedPipeline
 
@@ -47,6 +49,10 @@ class SchedulerActor:
     async def add(self, request: GenerationRequest) -> None:
         """Accept a request; see `EngineEndpoint.add`."""
         await self._engine.add(request)
+
+    async def restore(self, requests: Sequence[OpenRequest]) -> None:
+        """Go on with requests of a lost scheduler; see `RestorableEndpoint.restore`."""
+        await self._engine.restore(requests)
 
     async def abort(self, request_id: str) -> None:
         """End a request early; see `EngineEndpoint.abort`."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Self
 
+import ray
 from ray.actor import ActorHandle
 
-from gllm_ray.assembly.replica import PipelineReplica
+from gllm_ray.assembly.remote_scheduler import RemoteScheduler
 from gllm_ray.bench.engine_load import engine_sender
 from gllm_ray.bench.load_generator import send_load
 from gllm_ray.bench.prompts import LoadRequest
@@ -21,7 +22,7 @@ from gllm_ray.errors import PipelineError
 from gllm_ray.messages import MicroBatch
 from gllm_ray.stages.placement import SCHEDULER_CPUS
 from gllm_ray.stages.ray_errors import ask
-from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group
+from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group, stop_stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ class RecordedReplay:
 
 
 class RecordedService:
-    """A `PipelineReplica` with a recording scheduler, and its client.
+    """Stages with a recording scheduler, and its client.
 
     Attributes:
         group: Its stages.
@@ -51,8 +52,7 @@ class RecordedService:
     def __init__(self, group: StageGroup, scheduler: ActorHandle) -> None:
         self.group = group
         self._scheduler = scheduler
-        self._replica = PipelineReplica(group, scheduler)
-        self._client = EngineClient(self._replica)
+        self._client = EngineClient(RemoteScheduler(scheduler))
 
     @classmethod
     async def start(cls, config: ServiceConfig) -> Self:
@@ -104,4 +104,5 @@ class RecordedService:
     async def close(self) -> None:
         """End all of its processes."""
         await self._client.close()
-        await self._replica.close()
+        ray.kill(self._scheduler)
+        await stop_stages(self.group.stages)

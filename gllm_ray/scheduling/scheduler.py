@@ -17,6 +17,7 @@ from gllm_ray.messages import (
     GenerationRequest,
     MicroBatch,
     MicroBatchResult,
+    OpenRequest,
     TokenEvent,
 )
 from gllm_ray.scheduling.admission import AdmissionControl
@@ -140,14 +141,21 @@ class Scheduler:
                 f"request id {request.request_id!r} is in use; choose another"
             )
         self._admission.check(request, self._pool.waiting)
-        sequence = Sequence(self._next_seq_id, request)
-        sequence.predicted_output_tokens = self._predictor.predict(request)
-        self._next_seq_id += 1
-        self._seq_ids[request.request_id] = sequence.seq_id
         timeout_s = request.queue_timeout_s
         if timeout_s is None:
             timeout_s = self._settings.queue.timeout_s
-        self._pool.add(sequence, None if timeout_s is None else now_s + timeout_s)
+        self._pool.add(
+            self._new_sequence(request), None if timeout_s is None else now_s + timeout_s
+        )
+
+    def restore(self, open_request: OpenRequest) -> None:
+        """Go on with a request that another scheduler had accepted: as if it were preempted here.
+
+        It is neither refused nor does it expire.
+        """
+        sequence = self._new_sequence(open_request.request)
+        sequence.token_ids += open_request.output_token_ids
+        self._pool.add(sequence, None)
 
     def abort(self, request_id: str) -> list[TokenEvent]:
         """End a request early; one that is in flight ends at its commit.
@@ -335,6 +343,13 @@ class Scheduler:
             return [self._finish(sequence, FinishReason.ABORT)]
         self._pool.forget(sequence)
         return []
+
+    def _new_sequence(self, request: GenerationRequest) -> Sequence:
+        sequence = Sequence(self._next_seq_id, request)
+        sequence.predicted_output_tokens = self._predictor.predict(request)
+        self._next_seq_id += 1
+        self._seq_ids[request.request_id] = sequence.seq_id
+        return sequence
 
     def _finish(
         self,

@@ -32,5 +32,6 @@ def build_app(args: dict[str, Any]) -> Application:
             "target_ongoing_requests": deployment.target_ongoing_requests,
         },
         graceful_shutdown_timeout_s=deployment.graceful_shutdown_timeout_s,
+        max_surge_percent=deployment.max_surge_percent,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
     ).bind(config)

@@ -80,14 +80,16 @@ async def _repair(
     except BaseException:
         await stop_stages(tuple(fresh.values()))
         raise
-    logger.info(
-        "recovered, with a new %s: detect %.2f s, restart %.2f s, reload %.2f s, reconnect %.2f s",
-        " and ".join(map(name_stage, infos.values())),
-        fault.detect_s,
-        restarted_s - start_s,
-        reloaded_s - restarted_s,
-        time.monotonic() - reloaded_s,
-    )
+    if broken:
+        logger.info(
+            "recovered, with a new %s: detect %.2f s, restart %.2f s, reload %.2f s, "
+            "reconnect %.2f s",
+            " and ".join(map(name_stage, infos.values())),
+            fault.detect_s,
+            restarted_s - start_s,
+            reloaded_s - restarted_s,
+            time.monotonic() - reloaded_s,
+        )
     return replace(
         group,
         stages=stages,

@@ -11,7 +11,13 @@ import pytest
 from gllm_ray.assembly.replica import PipelineReplica
 from gllm_ray.config import RecoveryConfig
 from gllm_ray.engine.client import EngineClient
-from gllm_ray.errors import ConfigError, InvalidRequestError, PipelineError, StageLostError
+from gllm_ray.errors import (
+    ConfigError,
+    InvalidRequestError,
+    PipelineError,
+    SchedulerLostError,
+    StageLostError,
+)
 from gllm_ray.messages import FinishReason, GenerationRequest
 from gllm_ray.serving.server import LLMServer
 from tests.pipelines import make_service_config
@@ -69,6 +75,11 @@ async def check_loss_of_a_stage(client, replica):
         await anext(client.generate(wanted[0]))
 
 
+def without_recovery(model):
+    config = make_service_config(model, num_stages=2, cpus_per_stage=0.5)
+    return config.model_copy(update={"recovery": RecoveryConfig(enabled=False)})
+
+
 def actor_processes():
     return stage_processes() | stage_processes("SchedulerActor")
 
@@ -85,9 +96,7 @@ def test_without_recovery_a_replica_serves_until_a_stage_dies_and_then_ends_ever
 ):
     async def scenario():
         others = actor_processes()
-        config = make_service_config(tiny_llama, num_stages=2, cpus_per_stage=0.5)
-        config = config.model_copy(update={"recovery": RecoveryConfig(enabled=False)})
-        replica = await PipelineReplica.start(config)
+        replica = await PipelineReplica.start(without_recovery(tiny_llama))
         own = actor_processes() - others
         client = EngineClient(replica)
         await client.start()
@@ -102,13 +111,12 @@ def test_without_recovery_a_replica_serves_until_a_stage_dies_and_then_ends_ever
     asyncio.run(scenario())
 
 
-def test_a_lost_scheduler_is_no_lost_stage_and_leaves_stages_that_close_ends(
+def test_without_recovery_a_lost_scheduler_breaks_the_replica_and_close_ends_its_stages(
     ray_cluster, tiny_llama
 ):
     async def scenario():
         others = actor_processes()
-        config = make_service_config(tiny_llama, num_stages=2, cpus_per_stage=0.5)
-        replica = await PipelineReplica.start(config)
+        replica = await PipelineReplica.start(without_recovery(tiny_llama))
         own = actor_processes() - others
         (scheduler,) = own - stage_processes()
         events = asyncio.ensure_future(replica.next_events())
@@ -117,7 +125,9 @@ def test_a_lost_scheduler_is_no_lost_stage_and_leaves_stages_that_close_ends(
         for answer in (events, replica.load()):
             with pytest.raises(PipelineError, match=r"^the scheduler was lost: ") as caught:
                 await answer
-            assert type(caught.value) is PipelineError
+            assert type(caught.value) is SchedulerLostError
+        with pytest.raises(SchedulerLostError):
+            await replica.check_health()
         assert own & actor_processes() == own - {scheduler}
         await replica.close()
         await wait_until_gone(own)

