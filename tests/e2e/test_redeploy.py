@@ -22,7 +22,7 @@ def directory():
         yield Path(path)
 
 
-@pytest.mark.parametrize("proxy", ["default", "haproxy"])
+@pytest.mark.parametrize("proxy", ["default", pytest.param("haproxy", marks=pytest.mark.chaos)])
 def test_no_request_fails_or_waits_for_the_new_replica(proxy, directory):
     variables = {"RAY_TMPDIR": str(directory)}
     if proxy == "haproxy":

@@ -125,6 +125,7 @@ def test_a_stage_and_the_scheduler_die_together(pipeline, loop, caplog, is_stage
     loop.run(scenario())
 
 
+@pytest.mark.chaos
 def test_a_scheduler_that_dies_again_and_again_ends_every_request_with_the_first_cause(
     ray_cluster, caplog
 ):

@@ -51,6 +51,7 @@ as_actor = ray.remote(
 )
 
 
+@pytest.mark.chaos
 def test_the_request_that_kills_a_stage_each_time_fails_alone(ray_cluster, monkeypatch, caplog):
     innocent = make_request("innocent", max_tokens=10)
     poison = make_request("poison", prompt=(POISON, 1, 2, 3), max_tokens=10)
