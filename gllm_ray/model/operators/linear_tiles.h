@@ -41,14 +41,15 @@ struct Fetch {
 template <int64_t Rows, typename V>
 void multiply_tile(const float* tile, const V* panel, int64_t depth, Fetch fetch, float* floats,
                    float* sums) {
+  constexpr int64_t kStepLines = std::max<int64_t>(1, kPanel * sizeof(V) / kCacheLine);
   Vec totals[Rows][kPanelVectors] = {};
   for (int64_t k = 0; k < depth; ++k, fetch.at += fetch.step) {
     Vec weight[kPanelVectors];
     for (int64_t v = 0; v < kPanelVectors; ++v) weight[v] = load(panel + k * kPanel + v * kLanes);
     if (!std::is_same_v<V, float> && floats)
       for (int64_t v = 0; v < kPanelVectors; ++v) store(floats + k * kPanel + v * kLanes, weight[v]);
-    for (int64_t v = 0; v < kPanelVectors; ++v)
-      __builtin_prefetch(fetch.at + v * kCacheLine, 0, 2);
+    for (int64_t line = 0; line < kStepLines; ++line)
+      __builtin_prefetch(fetch.at + line * kCacheLine, 0, 2);
     for (int64_t i = 0; i < Rows; ++i) {
       const float value = tile[k * kLanes + i];
       for (int64_t v = 0; v < kPanelVectors; ++v) totals[i][v] += value * weight[v];
