@@ -133,6 +133,10 @@ class Shard:
                     f"config.json, {fault.replace('_', ' ')}: {sorted(report[fault])[:3]}"
                 )
         cache_latents(model)
+        if self._holds_tied_head(model) and not self.is_first:
+            # The head holds the weight now, and nothing embeds.
+            names = {module: name for name, module in model.named_modules()}
+            model.set_submodule(names[model.get_input_embeddings()], _NoEmbedding())
         self.model = model
 
     def quantize(self) -> None:
@@ -142,8 +146,6 @@ class Shard:
             ConfigError: Most of the weights are in no linear layer.
         """
         quantize_linears(self.model)
-        if not self.is_first:  # then an embedding was there for a tied head alone
-            self.model.set_input_embeddings(_NoEmbedding())
 
     def probe(self, num_tokens: int, num_samples: int) -> dict[nn.Module, AttentionGeometry]:
         """Run the shard once without attention, and note what each attention module caches.
@@ -217,9 +219,8 @@ class Shard:
         before, after = _ends(model, decoder, layers)
         if not self.is_first:
             layers[self._first_layer - 1].forward = self._receive
-            holds_tied_head = self.is_last and bool(model.all_tied_weights_keys)
             for name, module in before.items():
-                if not (holds_tied_head and module is model.get_input_embeddings()):
+                if not (self._holds_tied_head(model) and module is model.get_input_embeddings()):
                     model.set_submodule(name, _NoEmbedding())
         if not self.is_last:
             layers[self._last_layer - 1].register_forward_hook(self._send)
@@ -228,6 +229,9 @@ class Shard:
             model.all_tied_weights_keys = {}
         # The rest of the checkpoint belongs to the other stages.
         model._keys_to_ignore_on_load_unexpected = {"."}  # noqa: SLF001 - the loader's own switch
+
+    def _holds_tied_head(self, model: PreTrainedModel) -> bool:
+        return self.is_last and bool(model.all_tied_weights_keys)
 
     def _receive(self, *_: object, **__: object) -> torch.Tensor:
         return self._received

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence, StageInfo
+from gllm_ray.model.allocator import keep_freed_memory
 from gllm_ray.model.attention.backend import AttentionBackend, choose_attention
 from gllm_ray.model.attention.interface import paged_forward
 from gllm_ray.model.checkpoint import open_checkpoint
@@ -99,6 +100,7 @@ class StageWorker:
         if self._device.type == "cpu":
             with suppress(OperatorsUnavailableError):  # then attention's description says why
                 speed_up_linears(shard.model)
+            keep_freed_memory()
         kv_block_bytes = block_bytes(
             self._geometries, self._config.kv_cache.block_size, shard.dtype
         )

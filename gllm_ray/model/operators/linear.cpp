@@ -1,8 +1,8 @@
 // A linear layer: output = input @ weight^T + bias, accumulated in float.
 //
 // Libraries pack the weight at each call, which costs more than it gains for a few rows, and
-// multiply bfloat16 slowly where the CPU has no instructions for it. int8 weights have a scale for
-// each output column.
+// multiply bfloat16 slowly where the CPU has no instructions for it. Here the weight may be packed
+// once for all calls. int8 weights have a scale for each output column.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,20 +12,16 @@
 
 #include <optional>
 
-#include "linear_few.h"
-#include "linear_many.h"
+#include "linear_tiles.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// From which on packing pays.
-constexpr int64_t kManyRows = 64;
-
 template <typename T, typename W>
-void run(Tensor& output, const Tensor& input, const Tensor& weight,
-         const std::optional<Tensor>& scales, const std::optional<Tensor>& bias) {
+void run_as(Tensor& output, const Tensor& input, const Tensor& weight,
+            const std::optional<Tensor>& scales, const std::optional<Tensor>& bias) {
   const Problem<T, W> problem{
       static_cast<const T*>(input.const_data_ptr()),
       static_cast<const W*>(weight.const_data_ptr()),
@@ -34,9 +30,9 @@ void run(Tensor& output, const Tensor& input, const Tensor& weight,
       static_cast<T*>(output.mutable_data_ptr()),
       input.size(0),
       input.size(1),
-      weight.size(0)};
-  if (problem.rows == 0) return;
-  problem.rows < kManyRows ? run_few(problem) : run_many(problem);
+      output.size(1),
+      weight.dim() == 3};
+  run(problem);
 }
 
 template <typename T>
@@ -44,20 +40,29 @@ void run_as(Tensor& output, const Tensor& input, const Tensor& weight,
             const std::optional<Tensor>& scales, const std::optional<Tensor>& bias) {
   if (weight.scalar_type() == input.scalar_type()) {
     STD_TORCH_CHECK(!scales, "only int8 weights have scales");
-    return run<T, T>(output, input, weight, scales, bias);
+    return run_as<T, T>(output, input, weight, scales, bias);
   }
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && scales &&
                       scales->scalar_type() == ScalarType::Float && scales->is_contiguous() &&
-                      scales->numel() == weight.size(0),
+                      scales->numel() == output.size(1),
                   "weight must have the input's type, or be int8 with a scale for each column");
-  run<T, int8_t>(output, input, weight, scales, bias);
+  run_as<T, int8_t>(output, input, weight, scales, bias);
+}
+
+bool fits(const Tensor& weight, int64_t columns, int64_t depth) {
+  if (weight.dim() == 2) return weight.size(0) == columns && weight.size(1) == depth;
+  return weight.dim() == 3 && weight.size(0) == round_up(columns, kPanel) / kPanel &&
+         weight.size(1) == depth && weight.size(2) == kPanel;
 }
 
 void linear(Tensor output, const Tensor& input, const Tensor& weight, std::optional<Tensor> scales,
             std::optional<Tensor> bias) {
-  STD_TORCH_CHECK(input.dim() == 2 && input.size(1) == weight.size(1) && input.is_contiguous() &&
-                      weight.is_contiguous() && output.is_contiguous(),
-                  "input must be [rows, depth], and everything contiguous");
+  STD_TORCH_CHECK(input.dim() == 2 && output.dim() == 2 && output.size(0) == input.size(0) &&
+                      fits(weight, output.size(1), input.size(1)),
+                  "input must be [rows, depth], output [rows, columns] and weight [columns, depth] "
+                  "or what `pack_linear` makes of it");
+  STD_TORCH_CHECK(input.is_contiguous() && weight.is_contiguous() && output.is_contiguous(),
+                  "input, weight and output must be contiguous");
   STD_TORCH_CHECK(output.scalar_type() == input.scalar_type() &&
                       (!bias || bias->scalar_type() == input.scalar_type()),
                   "input, bias and output must have one type");
@@ -69,13 +74,35 @@ void linear(Tensor output, const Tensor& input, const Tensor& weight, std::optio
     STD_TORCH_CHECK(false, "input must be float32 or bfloat16");
 }
 
+template <typename W>
+void pack_as(const Tensor& weight, Tensor& panels) {
+  pack_panels(static_cast<const W*>(weight.const_data_ptr()), weight.size(0), weight.size(1),
+              static_cast<W*>(panels.mutable_data_ptr()));
+}
+
+Tensor pack_linear(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(),
+                  "weight must be [columns, depth] and contiguous");
+  Tensor panels = torch::stable::new_empty(
+      weight, {round_up(weight.size(0), kPanel) / kPanel, weight.size(1), kPanel});
+  switch (weight.scalar_type()) {
+    case ScalarType::Float: pack_as<float>(weight, panels); break;
+    case ScalarType::BFloat16: pack_as<BFloat16>(weight, panels); break;
+    case ScalarType::Char: pack_as<int8_t>(weight, panels); break;
+    default: STD_TORCH_CHECK(false, "weight must be float32, bfloat16 or int8");
+  }
+  return panels;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gllm_ray, library) {
+  library.def("pack_linear(Tensor weight) -> Tensor");
   library.def(
       "linear(Tensor(a!) output, Tensor input, Tensor weight, Tensor? scales, Tensor? bias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gllm_ray, CPU, library) {
+  library.impl("pack_linear", TORCH_BOX(&pack_linear));
   library.impl("linear", TORCH_BOX(&linear));
 }

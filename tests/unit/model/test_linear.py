@@ -8,7 +8,13 @@ from torch import nn
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.model import linear
-from gllm_ray.model.linear import Int8Linear, OperatorLinear, quantize_linears, speed_up_linears
+from gllm_ray.model.linear import (
+    Int8Linear,
+    OperatorLinear,
+    PackedLinear,
+    quantize_linears,
+    speed_up_linears,
+)
 from gllm_ray.model.operators.build import OperatorsUnavailableError, load_operators
 
 
@@ -26,14 +32,14 @@ def make_linear(depth, columns, *, bias, dtype, seed=0):
     plain = nn.Linear(depth, columns, bias=bias).to(dtype).requires_grad_(False)
     plain.load_state_dict(layer.state_dict())
     speed_up_linears(layer)
-    assert type(layer) is OperatorLinear
+    assert type(layer) in (OperatorLinear, PackedLinear)
     return layer, plain
 
 
 @given(
     rows=st.integers(0, 40) | st.integers(60, 100),
     depth=st.sampled_from([1, 7, 16, 24, 48, 200]),
-    columns=st.sampled_from([1, 3, 4, 5, 64, 130]),
+    columns=st.sampled_from([1, 3, 4, 5, 64, 130, 160]),
     bias=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     emulated=st.booleans(),
@@ -51,12 +57,20 @@ def test_outputs_are_those_of_torch(rows, depth, columns, bias, dtype, emulated,
     torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+def test_more_rows_than_the_cache_holds_are_multiplied_in_groups():
+    layer, plain = make_linear(4096, 64, bias=True, dtype=torch.float32)
+    inputs = torch.randn(150, 4096)
+    expected = plain.double()(inputs.double())
+    torch.testing.assert_close(layer(inputs).double(), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_in_any_batch_and_with_any_threads(dtype):
-    layer, _ = make_linear(104, 67, bias=True, dtype=dtype)
-    inputs = torch.randn(16, 104).to(dtype)
+    layer, _ = make_linear(4104, 96, bias=True, dtype=dtype)
+    assert type(layer) is PackedLinear
+    inputs = torch.randn(130, 4104).to(dtype)
     whole = layer(inputs)
-    for rows in range(1, 16):
+    for rows in (*range(1, 16), 28, 29, 129):
         assert torch.equal(layer(inputs[:rows]), whole[:rows])
     num_threads = torch.get_num_threads()
     try:
@@ -72,6 +86,27 @@ def test_strided_inputs_are_read():
     torch.testing.assert_close(layer(inputs), plain(inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_takes_no_more_memory_and_can_be_read(dtype):
+    layer, plain = make_linear(24, 96, bias=False, dtype=dtype)
+    assert torch.equal(layer.weight, plain.weight)
+    assert layer.weight.dtype is dtype
+    assert [tensor.nbytes for tensor in layer.state_dict().values()] == [plain.weight.nbytes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_an_embedding_reads_too_stays_as_it_is(dtype):
+    embedding, head = nn.Embedding(64, 8, dtype=dtype), nn.Linear(8, 64, bias=False)
+    head.weight = embedding.weight
+    before = embedding.weight.clone()
+    speed_up_linears(nn.Sequential(embedding, head).requires_grad_(False))
+    assert head.weight is embedding.weight
+    assert torch.equal(embedding.weight, before)
+    inputs = torch.randn(3, 8).to(dtype)
+    expected = nn.functional.linear(inputs.double(), before.double()).to(dtype)
+    torch.testing.assert_close(head(inputs), expected)
+
+
 @pytest.mark.parametrize(
     ("dtype", "features", "num_by_operator"),
     [
@@ -80,23 +115,32 @@ def test_strided_inputs_are_read():
         (torch.bfloat16, "avx512f", 4),
     ],
 )
-def test_torch_multiplies_many_rows_of_types_that_the_cpu_knows(
+def test_torch_multiplies_many_rows_by_weights_that_are_not_packed_and_of_types_the_cpu_knows(
     dtype, features, num_by_operator, monkeypatch
 ):
     monkeypatch.setattr(linear, "cpu_description", lambda: f"x86_64\nflags\t: fpu {features}")
-    layer, _ = make_linear(16, 16, bias=False, dtype=dtype)
+    layer, _ = make_linear(16, 15, bias=False, dtype=dtype)
+    assert type(layer) is OperatorLinear
     calls = []
-    layer.operator = lambda *arguments: calls.append(arguments)
+    layer.operator = lambda output, *_: calls.append(output)
     for rows in (1, 16, 17, 100):
         layer(torch.randn(rows, 16).to(dtype))
     assert len(calls) == num_by_operator
+
+
+def test_weights_are_packed_unless_torch_multiplies_many_rows_faster(monkeypatch):
+    for features, dtypes in (("avx512_bf16", {torch.float32}), ("avx512f", set(linear._DTYPES))):
+        monkeypatch.setattr(linear, "cpu_description", lambda features=features: features)
+        layers = [make_linear(16, 64, bias=False, dtype=dtype)[0] for dtype in linear._DTYPES]
+        packed = {layer.panels.dtype for layer in layers if type(layer) is PackedLinear}
+        assert packed == dtypes
 
 
 def test_only_plain_linears_of_known_types_change():
     class Own(nn.Linear):
         pass
 
-    model = nn.Sequential(nn.Linear(4, 4), Own(4, 4), nn.Linear(4, 4).half(), nn.LayerNorm(4))
+    model = nn.Sequential(nn.Linear(4, 4), Own(4, 64), nn.Linear(4, 64).half(), nn.LayerNorm(4))
     keys = list(model.state_dict())
     speed_up_linears(model)
     assert [type(module) for module in model] == [OperatorLinear, Own, nn.Linear, nn.LayerNorm]
@@ -114,7 +158,7 @@ def make_int8_linear(depth, columns, *, bias, dtype, seed=0):
 @given(
     rows=st.integers(0, 40) | st.integers(60, 100),
     depth=st.sampled_from([1, 7, 16, 24, 48, 200]),
-    columns=st.sampled_from([1, 3, 4, 5, 64, 130]),
+    columns=st.sampled_from([1, 3, 4, 5, 64, 130, 160]),
     bias=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 100),
@@ -124,9 +168,9 @@ def test_int8_outputs_are_those_of_the_weights_that_are_kept(
     rows, depth, columns, bias, dtype, seed
 ):
     layer, _ = make_int8_linear(depth, columns, bias=bias, dtype=dtype, seed=seed)
+    kept = layer.int8_weight.double() * layer.scales.double()[:, None]
     speed_up_linears(layer)
     inputs = torch.randn(1, rows, depth).to(dtype)
-    kept = layer.int8_weight.double() * layer.scales.double()[:, None]
     expected = inputs.double() @ kept.T + (layer.bias.double() if bias else 0)
     tolerance = 1e-5 if dtype is torch.float32 else 8e-3
     torch.testing.assert_close(layer(inputs).double(), expected, atol=tolerance, rtol=tolerance)
