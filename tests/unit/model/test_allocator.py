@@ -7,7 +7,7 @@ import sys
 import pytest
 
 COUNT_FAULTS = """
-import resource, sys, threading
+import resource, threading
 import torch
 from gllm_ray.model.allocator import keep_freed_memory
 
@@ -25,8 +25,7 @@ def count_faults():
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 torch.set_num_threads(1)
-if sys.argv[1] == "keep":
-    keep_freed_memory()
+keep_freed_memory()
 thread = threading.Thread(target=count_faults)
 thread.start()
 thread.join()
@@ -34,13 +33,10 @@ count_faults()
 """
 
 
-def count_faults(mode: str) -> list[int]:
-    """In a thread, and in the main thread."""
-    command = [sys.executable, "-c", COUNT_FAULTS, mode]
-    process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
-    return [int(word) for word in process.stdout.split()]
-
-
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
 def test_large_tensors_that_come_and_go_cause_hardly_any_page_faults():
-    assert max(count_faults("keep")) < 0.1 * min(count_faults("default"))
+    command = [sys.executable, "-c", COUNT_FAULTS]
+    process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    in_thread, in_main_thread = map(int, process.stdout.split())
+    # Without, a thread takes thousands of pages again.
+    assert max(in_thread, in_main_thread) < 250
