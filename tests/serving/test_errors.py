@@ -15,6 +15,7 @@ from gllm_ray.errors import (
     InvalidRequestError,
     OverloadedError,
     PipelineError,
+    SchedulerLostError,
     StageLostError,
     StageTimeoutError,
 )
@@ -52,6 +53,7 @@ TABLE = [
     (OverloadedError("full", retry_after_s=1.2), 429, "server_busy", "2"),
     (PipelineError("broke"), 503, "engine_unavailable", "5"),
     (StageLostError("broke"), 503, "engine_unavailable", "5"),
+    (SchedulerLostError("broke"), 503, "engine_unavailable", "5"),
     (StageTimeoutError("hangs"), 503, "engine_unavailable", "5"),
     (ConfigError("/secret/path"), 500, "server_error", None),
     (ZeroDivisionError("/secret/path"), 500, "server_error", None),

@@ -107,7 +107,8 @@ def test_no_more_requests_run_at_once_than_allowed_and_those_held_back_count_fro
     load = asyncio.run(send_load(send, sent(6), max_concurrency=2))
     assert most == 2
     first_s = load.records[0].start_s
-    assert [round((record.start_s - first_s) / 0.02) for record in load.records][::2] == [0, 1, 2]
+    for turn, record in enumerate(load.records[::2]):
+        assert record.start_s - first_s >= 0.9 * 0.02 * turn
 
 
 def test_a_request_that_is_refused_does_not_end_the_others():

@@ -19,7 +19,7 @@ SLO = Slo(ttft_s=1.0, e2e_s=2.0)
 GOLDEN = {
     "schema_version": 1,
     "wall_s": 10.0,
-    "num_ended": {"stop": 2, "length": 1, "abort": 0, "error": 0, "expired": 1},
+    "num_ended": {"stop": 2, "length": 1, "abort": 0, "error": 0, "blamed": 0, "expired": 1},
     "num_input_tokens": 300,
     "num_output_tokens": 9,
     "requests_per_s": 0.3,
