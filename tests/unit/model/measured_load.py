@@ -1,4 +1,4 @@
-"""Loads one stage in a process of its own and prints what that took; see `test_load_memory`.
+"""Loads one stage in a process of its own and writes what that took; see `test_load_memory`.
 
 Memory is the process's anonymous pages, sampled from the kernel every few milliseconds: pages of a
 mapped file are not counted, for all processes of a node share them and the kernel may drop them.
@@ -39,7 +39,7 @@ def main(path, stage_id, settings):
     try:
         load_operators()
     except OperatorsUnavailableError:
-        print(json.dumps(None))
+        sys.stdout.write(json.dumps(None))
         return
     worker = StageWorker(service_config(path, num_stages=2, **settings), stage_id)
     earlier = tensors()
@@ -63,7 +63,7 @@ def main(path, stage_id, settings):
         "weight_bytes": info.weight_bytes,
         "layers": [info.first_layer, info.last_layer],
     }
-    print(json.dumps(report))
+    sys.stdout.write(json.dumps(report))
 
 
 if __name__ == "__main__":

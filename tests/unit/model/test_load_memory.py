@@ -18,7 +18,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/smaps_rollup").exists(),
-    reason="the kernel does not tell what is anonymous",
+    reason="no kernel that tells what is anonymous",
 )
 
 
@@ -49,9 +49,9 @@ def checkpoint(tmp_path_factory):
 
 
 def measure_load(path, stage_id, **settings):
+    arguments = [str(path), str(stage_id), json.dumps(settings)]
     process = subprocess.run(
-        [sys.executable, "-m", "tests.unit.model.measured_load"]
-        + [str(path), str(stage_id), json.dumps(settings)],
+        [sys.executable, "-m", "tests.unit.model.measured_load", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
