@@ -5,7 +5,8 @@ simulated; `GenerationRequest` and `TokenEvent` are the whole protocol between a
 engine and the engine.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
@@ -191,6 +192,7 @@ class StageInfo:
         max_kv_blocks: Blocks that fit into the memory left for the KV cache.
         attention: Which implementation runs, and why if a faster one does not; empty where nothing
             is computed.
+        startup_s: How long each phase of the stage's start took, in order; they do not overlap.
     """
 
     stage_id: int
@@ -202,6 +204,7 @@ class StageInfo:
     kv_block_bytes: int
     max_kv_blocks: int
     attention: str = ""
+    startup_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

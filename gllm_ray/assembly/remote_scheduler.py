@@ -31,33 +31,28 @@ class RemoteScheduler:
         self._actor = actor
 
     @classmethod
-    async def start(
-        cls,
-        config: ServiceConfig,
-        group: StageGroup,
-        placement_group: PlacementGroup | None = None,
-    ) -> Self:
-        """Start a scheduler for connected stages; see `SchedulerActor.start`.
-
-        Raises:
-            ConfigError: A file that the configuration names cannot be used; no actor is left.
-            PipelineError: The process died; no actor is left.
-        """
+    def launch(cls, config: ServiceConfig, placement_group: PlacementGroup | None = None) -> Self:
+        """Ask Ray for the process; it may come up while the stages load."""
         strategy = None
         if placement_group is not None:
             strategy = PlacementGroupSchedulingStrategy(
                 placement_group, placement_group_bundle_index=0
             )
-        actor = SchedulerActor.options(
-            num_cpus=SCHEDULER_CPUS, scheduling_strategy=strategy
-        ).remote(config, group)
-        scheduler = cls(actor)
+        options = SchedulerActor.options(num_cpus=SCHEDULER_CPUS, scheduling_strategy=strategy)
+        return cls(options.remote(config))
+
+    async def start(self, group: StageGroup) -> None:
+        """Schedule for connected stages; see `SchedulerActor.start`.
+
+        Raises:
+            ConfigError: A file that the configuration names cannot be used; no actor is left.
+            PipelineError: The process died; no actor is left.
+        """
         try:
-            await _ask(actor.start.remote())
+            await _ask(self._actor.start.remote(group))
         except BaseException:
-            scheduler.kill()
+            self.kill()
             raise
-        return scheduler
 
     def kill(self) -> None:
         """End the process, if it still lives."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from dataclasses import replace
 from typing import Self
 
 from ray.util.placement_group import PlacementGroup
@@ -18,6 +19,7 @@ from gllm_ray.stages.heartbeat import first_fault
 from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group, stop_stages
 from gllm_ray.stages.repair import repair_stage_group
 from gllm_ray.stages.supervised_pipeline import Fault
+from gllm_ray.stages.timeline import PhaseClock
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +72,20 @@ class PipelineReplica:
             ConfigError: The model cannot be served as configured; no actor is left behind.
             PipelineError: A process died; no actor is left behind.
         """
-        group = await start_stage_group(config, placement_group)
+        scheduler = RemoteScheduler.launch(config, placement_group)
         try:
-            scheduler = await RemoteScheduler.start(config, group, placement_group)
+            group = await start_stage_group(config, placement_group)
+        except BaseException:
+            scheduler.kill()
+            raise
+        clock = PhaseClock()
+        try:
+            await scheduler.start(group)
         except BaseException:
             await stop_stages(group.stages)
             raise
+        clock.end("scheduler")
+        group = replace(group, startup_s={**group.startup_s, **clock.times_s})
         return cls(config, group, scheduler, placement_group)
 
     async def add(self, request: GenerationRequest) -> None:
@@ -203,9 +213,9 @@ class PipelineReplica:
         limit_s = self._config.recovery.restart_timeout_s
         try:
             async with asyncio.timeout(limit_s):
-                self._scheduler = await RemoteScheduler.start(
-                    self._config, self.group, self._placement_group
-                )
+                scheduler = RemoteScheduler.launch(self._config, self._placement_group)
+                await scheduler.start(self.group)
+                self._scheduler = scheduler
         except TimeoutError:
             raise PipelineError(
                 f"the scheduler did not come up in {limit_s:.0f} s (recovery.restart_timeout_s)"

@@ -22,25 +22,26 @@ class SchedulerActor:
 
     Args:
         config: The replica's configuration.
-        group: The stages to schedule for.
     """
 
-    def __init__(self, config: ServiceConfig, group: StageGroup) -> None:
+    def __init__(self, config: ServiceConfig) -> None:
         self._config = config
-        self._group = group
 
-    async def start(self) -> None:
+    async def start(self, group: StageGroup) -> None:
         """Begin to serve; called once, before anything else.
+
+        Args:
+            group: The stages to schedule for.
 
         Raises:
             ConfigError: A file that the configuration names cannot be used.
         """
-        self._pipeline = SupervisedPipeline(self._group)
+        self._pipeline = SupervisedPipeline(group)
         self._engine = build_engine(
             self._config,
             self._pipeline,
-            num_blocks=self._group.num_blocks,
-            max_model_len=self._group.max_model_len,
+            num_blocks=group.num_blocks,
+            max_model_len=group.max_model_len,
             supervisor=Supervisor(self._pipeline, self._config.recovery),
         )
         relax_garbage_collector()

@@ -17,6 +17,10 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "svebf16"}
 _INT8_MAX = 127
 _MIN_QUANTIZED_SHARE = 0.5
+# Weights are converted so many rows at a time, to need next to no memory beside them; a multiple
+# of every panel size.
+_CONVERTED_ROWS = 64
+_ALIGNMENT_BYTES = 64  # of torch's own memory, and of a vector load
 
 
 def quantize_linears(model: nn.Module) -> None:
@@ -55,8 +59,11 @@ def speed_up_linears(model: nn.Module) -> None:
         OperatorsUnavailableError: The operator is not there.
     """
     operator = load_operators().linear.default
+    # By id: a reference would keep every packed weight's original until the last one is packed.
     holders = Counter(
-        parameter for module in model.modules() for parameter in module.parameters(recurse=False)
+        id(parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
     )
     has_bfloat16 = not _BFLOAT16_FEATURES.isdisjoint(cpu_description().split())
     for module in model.modules():
@@ -71,7 +78,7 @@ def speed_up_linears(model: nn.Module) -> None:
         ):
             module.operator = operator
             is_bfloat16 = module.weight.dtype is torch.bfloat16
-            is_left_alone = holders[module.weight] > 1 or (is_bfloat16 and has_bfloat16)
+            is_left_alone = holders[id(module.weight)] > 1 or (is_bfloat16 and has_bfloat16)
             panels = module.weight if is_left_alone else _pack(module.weight)
             if panels is module.weight:
                 module.max_rows = None if is_bfloat16 and not has_bfloat16 else _MAX_ROWS
@@ -138,9 +145,21 @@ def _multiply(
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
-    """The weight in panels; as it is where the last one would have to be filled up."""
-    panels = load_operators().pack_linear(weight)
-    return panels if panels.nbytes == weight.nbytes else weight
+    """The weight in panels; as it is where the last one would have to be filled up.
+
+    The panels take the weight's own memory, unless that is not aligned: such a weight lies in a
+    mapped file, whose pages are not held twice.
+    """
+    pack = load_operators().pack_linear
+    panel_size = pack(weight[:1]).shape[-1]
+    if len(weight) % panel_size:
+        return weight
+    if weight.data_ptr() % _ALIGNMENT_BYTES:
+        return pack(weight)
+    weight = weight.detach()
+    for rows in weight.split(_CONVERTED_ROWS):
+        rows.copy_(pack(rows).view_as(rows))
+    return weight.view(-1, weight.shape[1], panel_size)
 
 
 def _unpack(weight: torch.Tensor) -> torch.Tensor:
@@ -149,9 +168,16 @@ def _unpack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _quantize(module: nn.Linear) -> None:
-    weight = module.weight.detach().float()
-    scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / _INT8_MAX
+    weight = module.weight.detach()
+    int8_weight = torch.empty_like(weight, dtype=torch.int8)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for begin in range(0, len(weight), _CONVERTED_ROWS):
+        part = slice(begin, begin + _CONVERTED_ROWS)
+        rows = weight[part].to(torch.float32, copy=True)
+        largest = torch.linalg.vector_norm(rows, torch.inf, dim=1)
+        scales[part] = largest.clamp(min=torch.finfo(torch.float32).tiny) / _INT8_MAX
+        int8_weight[part] = rows.div_(scales[part, None]).round_()
     del module.weight
-    module.register_buffer("int8_weight", (weight / scales[:, None]).round().to(torch.int8))
+    module.register_buffer("int8_weight", int8_weight)
     module.register_buffer("scales", scales)
     module.__class__ = Int8Linear

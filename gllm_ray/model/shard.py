@@ -191,13 +191,16 @@ class Shard:
     ) -> torch.Tensor:
         self._received = None if hidden is None else hidden.unsqueeze(0)
         tokens = {"input_ids": input_ids} if self.is_first else {"inputs_embeds": self._received}
-        if self.is_last:
-            output = self.model(
-                **tokens, position_ids=position_ids, use_cache=False, logits_to_keep=sample_rows
-            )
-            return output.logits[0]
-        self.model.get_decoder()(**tokens, position_ids=position_ids, use_cache=False)
-        return self._sent[0]
+        try:
+            if self.is_last:
+                output = self.model(
+                    **tokens, position_ids=position_ids, use_cache=False, logits_to_keep=sample_rows
+                )
+                return output.logits[0]
+            self.model.get_decoder()(**tokens, position_ids=position_ids, use_cache=False)
+            return self._sent[0]
+        finally:
+            self._received = self._sent = None
 
     def _pruned_class(self) -> type[PreTrainedModel]:
         """The model's class, pruned as soon as it is built, so that transformers can load it."""

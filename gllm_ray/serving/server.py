@@ -17,6 +17,7 @@ from gllm_ray.messages import GenerationRequest, StageInfo, TokenEvent
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.observability import log_with_serve
 from gllm_ray.serving.openai_api import build_api
+from gllm_ray.stages.timeline import PhaseClock, describe_startup
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class LLMServer:
     async def __init__(self, config: ServiceConfig) -> None:
         log_with_serve()
         self._config = config
+        total, tokenizer = PhaseClock(), PhaseClock()
         starting = asyncio.create_task(PipelineReplica.start(config, get_current_placement_group()))
         try:
             # First, because it takes seconds where weights may take minutes.
@@ -37,11 +39,16 @@ class LLMServer:
             starting.cancel()
             await asyncio.wait([starting])
             raise
+        tokenizer.end("tokenizer")
         self._pipeline = await starting
         self.model_name = config.model.name
         self.max_model_len = self._pipeline.group.max_model_len
         self._client = EngineClient(self._pipeline)
         await self._client.start()
+        total.end("total")
+        group = self._pipeline.group
+        self._startup_s = {**total.times_s, **tokenizer.times_s, **group.startup_s}
+        logger.info("%s", describe_startup(self._startup_s, group.infos))
         logger.info("ready: model=%s num_stages=%d", self.model_name, config.pipeline.num_stages)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -64,13 +71,17 @@ class LLMServer:
         await self._pipeline.check_health()
 
     async def server_info(self) -> dict[str, Any]:
-        """What this replica serves, on which stages, and how busy it is."""
+        """What this replica serves, on which stages, how long it took to start, and its load.
+
+        Of `startup_s`, `tokenizer` ran beside the phases that follow it, and `total` covers all.
+        """
         group = self._pipeline.group
         return {
             "model": self.model_name,
             "max_model_len": self.max_model_len,
             "block_size": self._config.kv_cache.block_size,
             "num_blocks": group.num_blocks,
+            "startup_s": self._startup_s,
             "stages": [_public(info) for info in group.infos],
             "load": asdict(await self._pipeline.load()),
         }

@@ -1,11 +1,13 @@
 """A `Stage` as a Ray actor."""
 
 import os
+from dataclasses import replace
 
 import ray
 
 from gllm_ray.config import ServiceConfig
 from gllm_ray.messages import EdgeAddress, StageInfo, StepInterval, StepUnderWay
+from gllm_ray.stages.timeline import PhaseClock
 
 
 # No restarts: Ray's own would come back with an empty KV cache and compute wrong tokens.
@@ -24,14 +26,18 @@ class StageActor:
     """
 
     def __init__(self, config: ServiceConfig, stage_id: int) -> None:
+        clock = PhaseClock()
         # Torch is imported where a stage runs, and not by all who hold a handle of it.
         from gllm_ray.stages.stage import Stage
 
         self._stage = Stage(config, stage_id)
+        clock.end("import")
+        self._startup_s = clock.times_s
 
     def load(self) -> StageInfo:
         """See `Stage.load`."""
-        return self._stage.load()
+        info = self._stage.load()
+        return replace(info, startup_s={**self._startup_s, **info.startup_s})
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """See `Stage.allocate_kv_cache`."""

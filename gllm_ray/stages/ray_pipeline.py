@@ -8,8 +8,8 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import ray
@@ -26,6 +26,7 @@ from gllm_ray.stages.heartbeat import name_stage, ping
 from gllm_ray.stages.metadata import MetadataEncoder
 from gllm_ray.stages.placement import start_stage
 from gllm_ray.stages.ray_errors import ask, translate_ray_error
+from gllm_ray.stages.timeline import PhaseClock
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class StageGroup:
         num_blocks: KV blocks of every stage.
         max_model_len: Tokens of prompt and output a sequence may have.
         epoch: The epoch the stages are connected for.
+        startup_s: How long each phase of their common start took, in order.
     """
 
     stages: tuple[ActorHandle, ...]
@@ -53,6 +55,7 @@ class StageGroup:
     num_blocks: int
     max_model_len: int
     epoch: int
+    startup_s: Mapping[str, float] = field(default_factory=dict)
 
 
 async def start_stage_group(
@@ -68,13 +71,16 @@ async def start_stage_group(
         ConfigError: The model cannot be served as configured. No actor is left behind.
         PipelineError: A stage failed or died. No actor is left behind.
     """
+    clock = PhaseClock()
     max_model_len = (await asyncio.to_thread(open_checkpoint, config.model)).max_model_len
+    clock.end("checkpoint")
     stages = tuple(
         start_stage(config, stage_id, placement_group)
         for stage_id in range(config.pipeline.num_stages)
     )
     try:
         infos = await asyncio.gather(*map(_load, range(len(stages)), stages))
+        clock.end("stages")
         block_size = config.kv_cache.block_size
         num_blocks = size_kv_cache(infos, block_size, max_model_len)
         logger.info(
@@ -83,7 +89,9 @@ async def start_stage_group(
             block_size,
         )
         await _ask_all(stage.allocate_kv_cache.remote(num_blocks) for stage in stages)
+        clock.end("kv_cache")
         await connect_stages(stages, epoch=0)
+        clock.end("connect")
     except BaseException:
         await stop_stages(stages)
         raise
@@ -93,6 +101,7 @@ async def start_stage_group(
         num_blocks=num_blocks,
         max_model_len=max_model_len,
         epoch=0,
+        startup_s=clock.times_s,
     )
 
 
@@ -225,9 +234,13 @@ class RayPipeline:
 
 async def _load(stage_id: int, stage: ActorHandle) -> StageInfo:
     logger.info("loading shard %d", stage_id)
+    clock = PhaseClock()
     info = await ask(stage.load.remote(), f"stage {stage_id}")
+    clock.end("stage")
     logger.info("loaded %s", describe_stage(info))
-    return info
+    # What the stage could not measure: Ray found it a place and started its process.
+    process_s = clock.times_s["stage"] - sum(info.startup_s.values())
+    return replace(info, startup_s={"process": process_s, **info.startup_s})
 
 
 async def _wait_until_gone(stage: ActorHandle) -> None:

@@ -16,7 +16,7 @@ from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence, Sta
 from gllm_ray.model.allocator import keep_freed_memory
 from gllm_ray.model.attention.backend import AttentionBackend, choose_attention
 from gllm_ray.model.attention.interface import paged_forward
-from gllm_ray.model.checkpoint import open_checkpoint
+from gllm_ray.model.checkpoint import Checkpoint, open_checkpoint
 from gllm_ray.model.inputs import pack
 from gllm_ray.model.kv_cache import (
     AttentionGeometry,
@@ -30,6 +30,7 @@ from gllm_ray.model.sampler import sample
 from gllm_ray.model.shard import Shard, count_parameters
 from gllm_ray.model.weights import SafetensorsReader, dummy_tensors
 from gllm_ray.partition import explicit_layers, split_layers
+from gllm_ray.stages.timeline import PhaseClock
 
 
 class StageWorker:
@@ -81,29 +82,27 @@ class StageWorker:
         Raises:
             ConfigError: The checkpoint or the layer split cannot be served.
         """
+        clock = PhaseClock()
         checkpoint = open_checkpoint(self._config.model, with_weights=True)
+        clock.end("checkpoint")
         self._prepare_device()
         model_config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
         layers = self._layer_range(model_config)
         shard = Shard(model_config, layers, self._choose_dtype(model_config), self._device)
-        if self._config.model.load_format == "dummy":
-            shard.load(dummy_tensors(shard.parameters_to_load(), shard.dtype, self._device))
-        else:
-            reader = SafetensorsReader(checkpoint.weight_files)
-            shard.load(reader.tensors)
-            self.bytes_read = reader.bytes_read
-        self._shard = shard
+        clock.end("model")
+        self._load_weights(shard, checkpoint)
         num_parameters = shard.num_parameters
-        if self._config.model.quantization == "int8":
-            shard.quantize()
+        clock.end("weights")
+        self._convert_weights(shard)
+        clock.end("conversion")
+        self._shard = shard
         kv_cache_bytes = self._probe(checkpoint.max_model_len)
         if self._device.type == "cpu":
-            with suppress(OperatorsUnavailableError):  # then attention's description says why
-                speed_up_linears(shard.model)
             keep_freed_memory()
         kv_block_bytes = block_bytes(
             self._geometries, self._config.kv_cache.block_size, shard.dtype
         )
+        clock.end("probe")
         return StageInfo(
             stage_id=self._stage_id,
             node=socket.gethostname(),
@@ -114,6 +113,7 @@ class StageWorker:
             kv_block_bytes=kv_block_bytes,
             max_kv_blocks=kv_cache_bytes // kv_block_bytes,
             attention=self._attention.description,
+            startup_s=clock.times_s,
         )
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
@@ -143,6 +143,21 @@ class StageWorker:
             return output
         drawn = [seq for seq in batch.sequences if seq.sampling is not None]
         return sample(output, [seq.sampling for seq in drawn], [seq.end for seq in drawn])
+
+    def _load_weights(self, shard: Shard, checkpoint: Checkpoint) -> None:
+        if self._config.model.load_format == "dummy":
+            shard.load(dummy_tensors(shard.parameters_to_load(), shard.dtype, self._device))
+        else:
+            reader = SafetensorsReader(checkpoint.weight_files)
+            shard.load(reader.tensors)
+            self.bytes_read = reader.bytes_read
+
+    def _convert_weights(self, shard: Shard) -> None:
+        if self._config.model.quantization == "int8":
+            shard.quantize()
+        if self._device.type == "cpu":
+            with suppress(OperatorsUnavailableError):  # then attention's description says why
+                speed_up_linears(shard.model)
 
     def _prepare_device(self) -> None:
         transformers_logging.disable_progress_bar()

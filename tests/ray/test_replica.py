@@ -157,6 +157,19 @@ def with_tokenizer(config, path):
     )
 
 
+def check_startup(replica, stages):
+    """The phases of a start follow each other, those of the stages within the replica's."""
+    in_order = ["checkpoint", "stages", "kv_cache", "connect", "scheduler"]
+    assert list(replica) == ["total", "tokenizer", *in_order]
+    assert 0 < replica["tokenizer"] < replica["total"]
+    assert sum(replica[phase] for phase in in_order) == pytest.approx(replica["total"], abs=1)
+    phases = ["process", "import", "checkpoint", "model", "weights", "conversion", "probe"]
+    for stage in stages:
+        assert list(stage) == phases
+        assert min(stage.values()) > 0
+        assert sum(stage.values()) <= replica["stages"]
+
+
 # Python calls Serve's asynchronous destructor once more.
 @pytest.mark.filterwarnings("ignore:coroutine .*__del__")
 def test_a_server_that_serve_shuts_down_leaves_no_actor(ray_cluster, own_log, tiny_llama):
@@ -168,6 +181,7 @@ def test_a_server_that_serve_shuts_down_leaves_no_actor(ray_cluster, own_log, ti
         assert len(own) == 3
         info = await server.server_info()
         assert all("node" not in stage for stage in info["stages"])
+        check_startup(info["startup_s"], [stage["startup_s"] for stage in info["stages"]])
         assert info["load"]["num_waiting_requests"] == info["load"]["num_waiting_tokens"] == 0
         await server.__del__()
         with pytest.raises(PipelineError, match="shutting down"):

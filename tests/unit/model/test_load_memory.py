@@ -1,0 +1,116 @@
+"""A stage takes the memory of its own shard, at the end of a load and during it."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parents[3]
+HEAD_SIZE = 128
+MAX_PEAK_RATIO = 1.1
+EMBEDDING = "model.embed_tokens.weight"
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(),
+    reason="no kernel that tells what is anonymous",
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tied llama of 440 MB in bfloat16, large enough for the allocator's noise to vanish."""
+    path = tmp_path_factory.mktemp("large_llama")
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=4,
+        num_attention_heads=2048 // HEAD_SIZE,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    weights = {
+        name: torch.empty(weight.shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02)
+        for name, weight in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    config.save_pretrained(path)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def measure_load(path, stage_id, **settings):
+    arguments = [str(path), str(stage_id), json.dumps(settings)]
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.unit.model.measured_load", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout.splitlines()[-1])
+    return report or pytest.skip("without the C++ operator nothing is packed")
+
+
+def stored_bytes(path, stage_id, layers):
+    """What the checkpoint holds for a stage: a tied embedding belongs to both ends."""
+    own = [EMBEDDING, *["model.norm.weight"] * stage_id]
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        own += [
+            name
+            for name in file.keys()  # noqa: SIM118 - a safetensors file is no mapping
+            if name.startswith("model.layers.") and int(name.split(".")[2]) in range(*layers)
+        ]
+        return sum(file.get_tensor(name).nbytes for name in own)
+
+
+@pytest.mark.parametrize("stage_id", [0, 1])
+def test_a_stage_holds_the_bytes_of_its_own_tensors_and_maps_what_it_does_not_pack(
+    stage_id, checkpoint
+):
+    report = measure_load(checkpoint, stage_id)
+    own = stored_bytes(checkpoint, stage_id, report["layers"])
+    assert report["weight_bytes"] == own
+    inverse_frequencies = HEAD_SIZE // 2 * 4  # computed, and kept twice by transformers
+    assert report["tensor_bytes"] == own + 2 * inverse_frequencies
+    assert report["peak_bytes"] <= MAX_PEAK_RATIO * own
+    if stage_id == 0:
+        # An embedding is not packed: it stays in the file's pages, which other replicas share.
+        embedding = 8192 * 2048 * 2
+        assert report["peak_bytes"] <= MAX_PEAK_RATIO * (own - embedding)
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_ratio"),
+    [
+        ({"dtype": "float32"}, MAX_PEAK_RATIO),
+        # The last weight as it was stored lies beside a shard that is half its size.
+        ({"quantization": "int8"}, 1.25),
+        ({"load_format": "dummy"}, MAX_PEAK_RATIO),
+    ],
+    ids=lambda each: next(iter(each.values())) if isinstance(each, dict) else "",
+)
+def test_weights_that_are_converted_or_made_never_lie_in_memory_twice(
+    settings, max_ratio, checkpoint
+):
+    report = measure_load(checkpoint, 1, **settings)
+    assert 0.9 * report["weight_bytes"] <= report["peak_bytes"]
+    assert report["peak_bytes"] <= max_ratio * report["weight_bytes"]
+
+
+def test_packing_in_place_leaves_the_checkpoint_as_it_was(checkpoint):
+    file = checkpoint / "model.safetensors"
+    before = hashlib.sha256(file.read_bytes()).hexdigest()
+    measure_load(checkpoint, 0)
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == before
