@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from gllm_ray.autoscaling_config import AutoscalingConfig, ScalingRule
 from gllm_ray.errors import ConfigError
 from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
 from gllm_ray.predictor_config import LengthPredictorConfig, StatisticsPredictorConfig
@@ -295,6 +296,7 @@ class DeploymentConfig(StrictModel):
         gt=0,
         description="Requests a replica should hold on average; more start another replica.",
     )
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
     max_ongoing_requests: int = Field(
         default=1024, ge=1, description="Requests a replica takes before Serve queues them."
     )
@@ -308,6 +310,16 @@ class DeploymentConfig(StrictModel):
         description="Replicas, in percent, that a redeployment starts before it stops old ones, on "
         "free devices; 0: it stops some first.",
     )
+
+    @property
+    def scaling_rule(self) -> ScalingRule:
+        """All that decides on the number of replicas."""
+        return ScalingRule(
+            min_replicas=self.min_replicas,
+            max_replicas=self.max_replicas,
+            target_ongoing_requests=self.target_ongoing_requests,
+            **dict(self.autoscaling),
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -15,6 +15,11 @@ class AdmissionControl:
 
     Args:
         settings: The limits.
+
+    Attributes:
+        num_prefill_tokens: Prefill tokens scheduled so far.
+        tokens_per_s: Rate of prefill in the last 10 s in which requests had to wait for it; 0: they
+            never had to.
     """
 
     def __init__(self, settings: SchedulerSettings) -> None:
@@ -22,7 +27,8 @@ class AdmissionControl:
         num_slots = settings.num_blocks * settings.block_size
         self._max_tokens = min(settings.max_model_len, num_slots + 1)
         self._queue = settings.queue
-        self._tokens_per_s = 0.0
+        self.num_prefill_tokens = 0
+        self.tokens_per_s = 0.0
         self._num_tokens = 0  # scheduled since `_since_s`
         self._since_s: float | None = None
         self._seen_s = 0.0  # of backlog, up to the window
@@ -58,7 +64,7 @@ class AdmissionControl:
 
     def drain_time_s(self, num_tokens: int) -> float:
         """Seconds until the tokens that wait will have been scheduled, at the recent rate."""
-        estimate = num_tokens / self._tokens_per_s if self._tokens_per_s else 0.0
+        estimate = num_tokens / self.tokens_per_s if self.tokens_per_s else 0.0
         return min(max(estimate, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S)
 
     def note_scheduled(self, num_tokens: int, now_s: float, *, is_backlogged: bool) -> None:
@@ -69,12 +75,13 @@ class AdmissionControl:
             now_s: When it was formed.
             is_backlogged: Whether requests go on waiting.
         """
+        self.num_prefill_tokens += num_tokens
         if self._since_s is not None and now_s > self._since_s:
             elapsed_s = now_s - self._since_s
             # The mean of all that was seen, until that is more than the window.
             self._seen_s = min(self._seen_s + elapsed_s, _RATE_WINDOW_S)
             weight = min(1.0, elapsed_s / self._seen_s)
-            self._tokens_per_s += weight * (self._num_tokens / elapsed_s - self._tokens_per_s)
+            self.tokens_per_s += weight * (self._num_tokens / elapsed_s - self.tokens_per_s)
             self._since_s, self._num_tokens = now_s, 0
         self._num_tokens += num_tokens
         if not is_backlogged:

@@ -5,6 +5,7 @@ from typing import Any
 from ray.serve import Application
 
 from gllm_ray.config import parse_service_config
+from gllm_ray.serving.autoscaling import autoscaling_options
 from gllm_ray.serving.server import LLMServer
 from gllm_ray.stages.placement import REPLICA_CPUS, bundles
 
@@ -26,11 +27,7 @@ def build_app(args: dict[str, Any]) -> Application:
         placement_group_bundles=bundles(config),
         placement_group_strategy=config.pipeline.placement_strategy,
         max_ongoing_requests=deployment.max_ongoing_requests,
-        autoscaling_config={
-            "min_replicas": deployment.min_replicas,
-            "max_replicas": deployment.max_replicas,
-            "target_ongoing_requests": deployment.target_ongoing_requests,
-        },
+        autoscaling_config=autoscaling_options(deployment.scaling_rule),
         graceful_shutdown_timeout_s=deployment.graceful_shutdown_timeout_s,
         max_surge_percent=deployment.max_surge_percent,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,

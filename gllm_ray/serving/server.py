@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +12,7 @@ from ray import serve
 from ray.util import get_current_placement_group
 
 from gllm_ray.assembly.replica import PipelineReplica
+from gllm_ray.autoscaling import SignalMeter
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.messages import GenerationRequest, StageInfo, TokenEvent
@@ -29,6 +31,7 @@ class LLMServer:
     async def __init__(self, config: ServiceConfig) -> None:
         log_with_serve()
         self._config = config
+        self._meter = SignalMeter()
         starting = asyncio.create_task(PipelineReplica.start(config, get_current_placement_group()))
         try:
             # First, because it takes seconds where weights may take minutes.
@@ -62,6 +65,11 @@ class LLMServer:
         """Called by Serve, which replaces a replica that raises."""
         await self._client.check_health()
         await self._pipeline.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, which tells the `SignalPolicy` their mean."""
+        signals = self._meter.read(await self._pipeline.load(), time.monotonic())
+        return asdict(signals)
 
     async def server_info(self) -> dict[str, Any]:
         """What this replica serves, on which stages, and how busy it is."""

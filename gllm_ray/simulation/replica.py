@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from typing import NamedTuple
 
+from gllm_ray.autoscaling import ReplicaSignals, SignalMeter
 from gllm_ray.errors import InvalidRequestError, OverloadedError
 from gllm_ray.messages import (
     FinishReason,
@@ -101,6 +102,7 @@ class SimulatedReplica:
         self._open_ended: dict[str, SimulatedRequest] = {}  # whose output ends by itself
         self._start_s = ready_s
         self._idle_since_s: float | None = ready_s
+        self._meter = SignalMeter()
 
     @property
     def num_requests(self) -> int:
@@ -119,6 +121,10 @@ class SimulatedReplica:
     def next_deadline_s(self) -> float | None:
         """When a request may next expire."""
         return self._scheduler.next_deadline_s
+
+    def read_signals(self, now_s: float) -> ReplicaSignals:
+        """What an autoscaler is told of it."""
+        return self._meter.read(self._scheduler.load(), now_s)
 
     def add(self, index: int, request: SimulatedRequest, now_s: float) -> None:
         """A request has come; one that is refused ends at once."""

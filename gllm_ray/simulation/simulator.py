@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from math import inf
 from random import Random
 
+from gllm_ray.autoscaling import Autoscaler, DeploymentLoad
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import MicroBatch
-from gllm_ray.simulation.autoscaling import ReplicaCount
 from gllm_ray.simulation.deployment import Deployment, StageLoss
 from gllm_ray.simulation.events import Event, EventKind, EventQueue
 from gllm_ray.simulation.ideal import IdealWork
@@ -98,7 +98,7 @@ class Simulation:
         self._num_started = 0
         self._all_ready_s = 0.0  # from when on none of them has still to start
         self._held: list[_Arrival] = []  # no replica is ready
-        self._count = ReplicaCount(deployment.autoscaler) if deployment.autoscaler else None
+        self._autoscaler = Autoscaler(deployment.scaling) if deployment.scaling else None
         self._num_replicas = 0
         self._num_requests = 0  # that have come, or come next
         self._is_next_known = True  # else all have come
@@ -115,8 +115,8 @@ class Simulation:
             self._start_replica(0.0)
         for loss in deployment.losses:
             self._events.push(loss.time_s, EventKind.STAGE_LOST, loss)
-        if deployment.autoscaler is not None:
-            self._events.push(deployment.autoscaler.interval_s, EventKind.SCALE, None)
+        if deployment.scaling is not None:
+            self._events.push(deployment.scaling.interval_s, EventKind.SCALE, None)
         self._expect_arrival(0.0)
         while self._is_next_known or sum(self._requests.num_ended.values()) < self._num_requests:
             self._handle(self._events.pop())
@@ -204,19 +204,25 @@ class Simulation:
         self._events.push(request.arrival_s, EventKind.ARRIVAL, _Arrival(index, request))
 
     def _scale(self, now_s: float) -> None:
-        autoscaler, count = self._deployment.autoscaler, self._count
+        scaling, autoscaler = self._deployment.scaling, self._autoscaler
+        assert scaling is not None
         assert autoscaler is not None
-        assert count is not None
-        num_requests = sum(replica.num_requests for replica in self._serving) + len(self._held)
-        wanted = count.next(num_requests, len(self._serving), now_s)
+        running = [replica for replica in self._serving if replica.ready_s <= now_s]
+        load = DeploymentLoad(
+            num_requests=sum(replica.num_requests for replica in running) + len(self._held),
+            num_running=len(running),
+            num_replicas=len(self._serving),
+            signals=[replica.read_signals(now_s) for replica in running],
+        )
+        wanted = autoscaler.decide(load, now_s)
         while len(self._serving) < wanted:
-            self._start_replica(now_s + autoscaler.startup_s)
+            self._start_replica(now_s + scaling.startup_s)
         # The youngest go first; what they hold runs on to its end.
         for replica in self._serving[wanted:]:
             replica.stopped_s = now_s
         del self._serving[wanted:]
         self._let_go(now_s)
-        self._events.push(now_s + autoscaler.interval_s, EventKind.SCALE, None)
+        self._events.push(now_s + scaling.interval_s, EventKind.SCALE, None)
 
     def _let_go(self, now_s: float) -> None:
         """Keep of the replicas that have been stopped and hold nothing what they have measured."""

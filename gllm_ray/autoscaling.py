@@ -1,0 +1,148 @@
+"""How many replicas there should be, from what their engines tell.
+
+Ray Serve and the simulator ask the same object.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from statistics import fmean
+
+from gllm_ray.autoscaling_config import ScalingRule
+from gllm_ray.messages import EngineLoad
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSignals:
+    """What a replica tells of its engine; numbers that may be averaged.
+
+    Attributes:
+        num_waiting_tokens: Prompt tokens not yet scheduled.
+        prefill_tokens_per_s: Prompt tokens scheduled a second.
+        prefill_capacity_tokens_per_s: That rate while prompts had to wait; 0: they never had to.
+        kv_utilization: Share of the KV blocks in use, 0 to 1.
+    """
+
+    num_waiting_tokens: float
+    prefill_tokens_per_s: float
+    prefill_capacity_tokens_per_s: float
+    kv_utilization: float
+
+
+class SignalMeter:
+    """Makes signals of what the engine of one replica counts."""
+
+    def __init__(self) -> None:
+        self._read_s: float | None = None
+        self._num_prefill_tokens = 0
+
+    def read(self, load: EngineLoad, now_s: float) -> ReplicaSignals:
+        """The signals; rates are those since the last call.
+
+        Args:
+            load: Of the engine now.
+            now_s: Of any clock that does not go back.
+        """
+        elapsed_s = 0.0 if self._read_s is None else now_s - self._read_s
+        # A scheduler that was replaced counts anew.
+        num_tokens = max(0, load.num_prefill_tokens - self._num_prefill_tokens)
+        self._read_s, self._num_prefill_tokens = now_s, load.num_prefill_tokens
+        return ReplicaSignals(
+            num_waiting_tokens=load.num_waiting_tokens,
+            prefill_tokens_per_s=num_tokens / elapsed_s if elapsed_s > 0 else 0.0,
+            prefill_capacity_tokens_per_s=load.prefill_capacity_tokens_per_s,
+            kv_utilization=load.kv_utilization,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentLoad:
+    """What all replicas bear at one moment.
+
+    Attributes:
+        num_requests: Requests that all hold, and those held at the front.
+        num_running: Replicas that take requests.
+        num_replicas: Those, and those that start: how many are wanted so far.
+        signals: Of the replicas that run and have told.
+    """
+
+    num_requests: float
+    num_running: int
+    num_replicas: int
+    signals: Sequence[ReplicaSignals]
+
+
+class Autoscaler:
+    """Follows the load of a deployment from look to look.
+
+    So many replicas are wanted that each bears its target, of the signal that asks for most:
+    requests, predicted queue time, rate of prefill, KV blocks. A queue grows for as long as
+    replicas start, whatever has been started for it; so no more than `max_growth` times the
+    running ones are wanted.
+
+    More start once more have been wanted for `upscale_delay_s` without a break, and as many as were
+    wanted all that time; fewer likewise, after a `downscale_delay_s`. The first one starts at once.
+
+    Source: the bounds within which the number may change are the stabilization windows of
+        Kubernetes' HorizontalPodAutoscaler. Deviation: a window begins when a change is first
+        wanted.
+
+    Args:
+        rule: Targets, delays, and limits.
+    """
+
+    def __init__(self, rule: ScalingRule) -> None:
+        self._rule = rule
+        self._since_s: float | None = None  # a change has been wanted
+        self._is_up = False
+        self._least_change = 0  # the number wanted in that time that is nearest to what there is
+
+    def decide(self, load: DeploymentLoad, now_s: float) -> int:
+        """Replicas from now on.
+
+        Args:
+            load: What they bear.
+            now_s: Of any clock that does not go back.
+        """
+        rule, current = self._rule, load.num_replicas
+        wanted = self._wanted(load)
+        if wanted == current:
+            self._since_s = None
+            return current
+        if current == 0:
+            return max(1, rule.min_replicas)
+        is_up = wanted > current
+        if self._since_s is None or is_up != self._is_up:
+            self._since_s, self._is_up, self._least_change = now_s, is_up, wanted
+        nearest = min if is_up else max
+        self._least_change = nearest(self._least_change, wanted)
+        delay_s = rule.upscale_delay_s if is_up else rule.downscale_delay_s
+        if now_s - self._since_s < delay_s:
+            return current
+        self._since_s = None
+        # The last one goes alone, after a delay of its own.
+        return self._least_change if current == 1 else max(1, self._least_change)
+
+    def _wanted(self, load: DeploymentLoad) -> int:
+        rule = self._rule
+        most = max(load.num_replicas, ceil(rule.max_growth * max(1, load.num_running)))
+        wanted = min(ceil(max(self._replicas_by_signal(load))), most)
+        return min(max(wanted, rule.min_replicas), rule.max_replicas)
+
+    def _replicas_by_signal(self, load: DeploymentLoad) -> list[float]:
+        """Replicas that would bear the load at its target, as each signal has it."""
+        rule, signals = self._rule, load.signals
+        replicas = [
+            load.num_requests / rule.target_ongoing_requests,
+            sum(each.kv_utilization for each in signals) / rule.target_kv_utilization,
+        ]
+        capacities = [each.prefill_capacity_tokens_per_s for each in signals]
+        if any(capacities):
+            tokens_per_s = fmean(capacity for capacity in capacities if capacity)
+            backlog_s = sum(each.num_waiting_tokens for each in signals) / tokens_per_s
+            num_busy = sum(each.prefill_tokens_per_s for each in signals) / tokens_per_s
+            replicas += [
+                backlog_s / rule.target_queue_time_s,
+                num_busy / rule.target_prefill_utilization,
+            ]
+        return replicas
