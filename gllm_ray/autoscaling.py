@@ -17,14 +17,15 @@ class ReplicaSignals:
     """What a replica tells of its engine; numbers that may be averaged.
 
     Attributes:
-        num_waiting_tokens: Prompt tokens not yet scheduled.
-        prefill_tokens_per_s: Prompt tokens scheduled a second.
-        prefill_capacity_tokens_per_s: That rate while prompts had to wait; 0: they never had to.
+        num_waiting_tokens: Prompt tokens to compute that are not yet scheduled.
+        arriving_tokens_per_s: Those that come a second.
+        prefill_capacity_tokens_per_s: Prompt tokens scheduled a second while others had to wait;
+            0: they never had to.
         kv_utilization: Share of the KV blocks in use, 0 to 1.
     """
 
     num_waiting_tokens: float
-    prefill_tokens_per_s: float
+    arriving_tokens_per_s: float
     prefill_capacity_tokens_per_s: float
     kv_utilization: float
 
@@ -34,7 +35,7 @@ class SignalMeter:
 
     def __init__(self) -> None:
         self._read_s: float | None = None
-        self._num_prefill_tokens = 0
+        self._num_prompt_tokens = 0
 
     def read(self, load: EngineLoad, now_s: float) -> ReplicaSignals:
         """The signals; rates are those since the last call.
@@ -45,11 +46,13 @@ class SignalMeter:
         """
         elapsed_s = 0.0 if self._read_s is None else now_s - self._read_s
         # A scheduler that was replaced counts anew.
-        num_tokens = max(0, load.num_prefill_tokens - self._num_prefill_tokens)
-        self._read_s, self._num_prefill_tokens = now_s, load.num_prefill_tokens
+        num_tokens = max(0, load.num_prompt_tokens - self._num_prompt_tokens)
+        self._read_s, self._num_prompt_tokens = now_s, load.num_prompt_tokens
+        # New prompts will be found in the prefix cache as often as those before.
+        computed_ratio = 1 - load.num_prefix_hit_tokens / (load.num_prefix_queried_tokens or 1)
         return ReplicaSignals(
-            num_waiting_tokens=load.num_waiting_tokens,
-            prefill_tokens_per_s=num_tokens / elapsed_s if elapsed_s > 0 else 0.0,
+            num_waiting_tokens=computed_ratio * load.num_waiting_tokens,
+            arriving_tokens_per_s=computed_ratio * num_tokens / elapsed_s if elapsed_s > 0 else 0.0,
             prefill_capacity_tokens_per_s=load.prefill_capacity_tokens_per_s,
             kv_utilization=load.kv_utilization,
         )
@@ -76,8 +79,8 @@ class Autoscaler:
     """Follows the load of a deployment from look to look.
 
     So many replicas are wanted that each bears its target, of the signal that asks for most:
-    requests, predicted queue time, rate of prefill, KV blocks. A queue grows for as long as
-    replicas start, whatever has been started for it; so no more than `max_growth` times the
+    requests, rate of prompt tokens, predicted queue time, KV blocks. A queue grows while replicas
+    start, though they will be enough for it; so for its sake no more than `max_growth` times the
     running ones are wanted.
 
     More start once more have been wanted for `upscale_delay_s` without a break, and as many as were
@@ -124,13 +127,6 @@ class Autoscaler:
         return self._least_change if current == 1 else max(1, self._least_change)
 
     def _wanted(self, load: DeploymentLoad) -> int:
-        rule = self._rule
-        most = max(load.num_replicas, ceil(rule.max_growth * max(1, load.num_running)))
-        wanted = min(ceil(max(self._replicas_by_signal(load))), most)
-        return min(max(wanted, rule.min_replicas), rule.max_replicas)
-
-    def _replicas_by_signal(self, load: DeploymentLoad) -> list[float]:
-        """Replicas that would bear the load at its target, as each signal has it."""
         rule, signals = self._rule, load.signals
         replicas = [
             load.num_requests / rule.target_ongoing_requests,
@@ -139,10 +135,11 @@ class Autoscaler:
         capacities = [each.prefill_capacity_tokens_per_s for each in signals]
         if any(capacities):
             tokens_per_s = fmean(capacity for capacity in capacities if capacity)
+            num_busy = sum(each.arriving_tokens_per_s for each in signals) / tokens_per_s
             backlog_s = sum(each.num_waiting_tokens for each in signals) / tokens_per_s
-            num_busy = sum(each.prefill_tokens_per_s for each in signals) / tokens_per_s
+            most = max(load.num_replicas, rule.max_growth * load.num_running)
             replicas += [
-                backlog_s / rule.target_queue_time_s,
                 num_busy / rule.target_prefill_utilization,
+                min(backlog_s / rule.target_queue_time_s, most),
             ]
-        return replicas
+        return min(max(ceil(max(replicas)), rule.min_replicas), rule.max_replicas)

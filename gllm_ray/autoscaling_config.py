@@ -20,7 +20,7 @@ class AutoscalingConfig(StrictModel):
         default=0.8,
         gt=0,
         le=1,
-        description="Share of that rate at which a replica should prefill.",
+        description="Share of that rate at which prompts should come to a replica.",
     )
     target_kv_utilization: float = Field(
         default=0.8, gt=0, le=1, description="Share of its KV blocks that should be in use."
@@ -28,7 +28,8 @@ class AutoscalingConfig(StrictModel):
     max_growth: float = Field(
         default=2.0,
         gt=1,
-        description="Replicas that may be wanted at once, for each that runs.",
+        description="Replicas that a queue may start at once, counted with those that run, for "
+        "each that runs.",
     )
     upscale_delay_s: float = Field(
         default=10.0, ge=0, description="Seconds for which more must have been wanted."

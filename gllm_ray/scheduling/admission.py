@@ -17,7 +17,7 @@ class AdmissionControl:
         settings: The limits.
 
     Attributes:
-        num_prefill_tokens: Prefill tokens scheduled so far.
+        num_prompt_tokens: Prompt tokens of all requests that it let in.
         tokens_per_s: Rate of prefill in the last 10 s in which requests had to wait for it; 0: they
             never had to.
     """
@@ -27,7 +27,7 @@ class AdmissionControl:
         num_slots = settings.num_blocks * settings.block_size
         self._max_tokens = min(settings.max_model_len, num_slots + 1)
         self._queue = settings.queue
-        self.num_prefill_tokens = 0
+        self.num_prompt_tokens = 0
         self.tokens_per_s = 0.0
         self._num_tokens = 0  # scheduled since `_since_s`
         self._since_s: float | None = None
@@ -61,6 +61,7 @@ class AdmissionControl:
         ):
             given = f"{waiting.num_tokens} tokens wait, and the prompt has {num_prompt_tokens}"
             self._refuse(given, self._queue.max_tokens, waiting)
+        self.num_prompt_tokens += num_prompt_tokens
 
     def drain_time_s(self, num_tokens: int) -> float:
         """Seconds until the tokens that wait will have been scheduled, at the recent rate."""
@@ -75,7 +76,6 @@ class AdmissionControl:
             now_s: When it was formed.
             is_backlogged: Whether requests go on waiting.
         """
-        self.num_prefill_tokens += num_tokens
         if self._since_s is not None and now_s > self._since_s:
             elapsed_s = now_s - self._since_s
             # The mean of all that was seen, until that is more than the window.

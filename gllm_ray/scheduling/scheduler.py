@@ -137,7 +137,7 @@ class Scheduler:
             num_preemptions=self.num_preemptions,
             num_prefix_queried_tokens=self.num_prefix_queried_tokens,
             num_prefix_hit_tokens=self.num_prefix_hit_tokens,
-            num_prefill_tokens=self._admission.num_prefill_tokens,
+            num_prompt_tokens=self._admission.num_prompt_tokens,
             prefill_capacity_tokens_per_s=self._admission.tokens_per_s,
         )
 

@@ -34,14 +34,20 @@ class SimulationResult:
         requests: Latencies and counts of all requests.
         intervals: When stages computed, if that was to be kept.
         decisions: The micro-batches of each replica, if they were to be kept.
-        num_replicas: Most replicas at once.
+        replica_counts: When the number of replicas changed, and to what; those that start count,
+            those that only end what they hold do not.
     """
 
     report: Report
     requests: RequestMetrics = field(compare=False)
     intervals: list[StageInterval]
     decisions: list[list[MicroBatch]]
-    num_replicas: int
+    replica_counts: list[tuple[float, int]]
+
+    @property
+    def num_replicas(self) -> int:
+        """Most replicas at once."""
+        return max(count for _, count in self.replica_counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,7 @@ class Simulation:
         self._all_ready_s = 0.0  # from when on none of them has still to start
         self._held: list[_Arrival] = []  # no replica is ready
         self._autoscaler = Autoscaler(deployment.scaling) if deployment.scaling else None
-        self._num_replicas = 0
+        self._replica_counts: list[tuple[float, int]] = []
         self._num_requests = 0  # that have come, or come next
         self._is_next_known = True  # else all have come
 
@@ -113,6 +119,7 @@ class Simulation:
         deployment = self._deployment
         for _ in range(deployment.num_replicas):
             self._start_replica(0.0)
+        self._replica_counts.append((0.0, deployment.num_replicas))
         for loss in deployment.losses:
             self._events.push(loss.time_s, EventKind.STAGE_LOST, loss)
         if deployment.scaling is not None:
@@ -215,6 +222,8 @@ class Simulation:
             signals=[replica.read_signals(now_s) for replica in running],
         )
         wanted = autoscaler.decide(load, now_s)
+        if wanted != len(self._serving):
+            self._replica_counts.append((now_s, wanted))
         while len(self._serving) < wanted:
             self._start_replica(now_s + scaling.startup_s)
         # The youngest go first; what they hold runs on to its end.
@@ -267,7 +276,6 @@ class Simulation:
         self._replicas[replica_id] = replica
         self._num_started += 1
         self._serving.append(replica)
-        self._num_replicas = max(self._num_replicas, len(self._serving))
 
     def _result(self) -> SimulationResult:
         # Who ended the last request is still there.
@@ -287,5 +295,9 @@ class Simulation:
             ideal_ratio=self._ideal.time_s / replica_s,
         )
         return SimulationResult(
-            report, self._requests, self._intervals or [], self._decisions or [], self._num_replicas
+            report,
+            self._requests,
+            self._intervals or [],
+            self._decisions or [],
+            self._replica_counts,
         )
