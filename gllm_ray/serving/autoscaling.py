@@ -22,6 +22,7 @@ def autoscaling_options(rule: ScalingRule) -> dict[str, Any]:
         "target_ongoing_requests": rule.target_ongoing_requests,
         "upscale_delay_s": 0,
         "downscale_delay_s": 0,
+        # Deprecated for variables of the whole cluster, which an application cannot set.
         "metrics_interval_s": rule.interval_s,
         "look_back_period_s": _LOOK_BACK_INTERVALS * rule.interval_s,
         "policy": {

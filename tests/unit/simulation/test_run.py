@@ -116,6 +116,15 @@ SCALED = changed(
         },
     }
 )
+QUEUED = changed(
+    {
+        "workload.arrivals": "at_once",
+        "autoscaling.max_replicas": 8,
+        "autoscaling.target_ongoing_requests": 1000,
+        "autoscaling.target_queue_time_s": 0.01,
+    },
+    SCALED,
+)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +171,10 @@ SCALED = changed(
         ({"autoscaling.max_replicas": 2}, SCALED),
         ({"autoscaling.min_replicas": 2, "num_replicas": 2}, SCALED),
         ({"autoscaling.target_ongoing_requests": 4}, SCALED),
+        ({"autoscaling.target_queue_time_s": 0.01}, SCALED),
+        ({"autoscaling.target_prefill_utilization": 0.1}, SCALED),
+        ({"autoscaling.target_kv_utilization": 0.0001}, SCALED),
+        ({"autoscaling.max_growth": 1.1}, QUEUED),
         ({"autoscaling.upscale_delay_s": 0.1}, SCALED),
         ({"autoscaling.downscale_delay_s": 0.1}, SCALED),
         ({"autoscaling.interval_s": 0.02}, SCALED),
