@@ -36,6 +36,7 @@ class SimulationResult:
         decisions: The micro-batches of each replica, if they were to be kept.
         replica_counts: When the number of replicas changed, and to what; those that start count,
             those that only end what they hold do not.
+        prefix_hit_ratio: Share of the tokens of admitted prompts that were found in a prefix cache.
     """
 
     report: Report
@@ -43,6 +44,7 @@ class SimulationResult:
     intervals: list[StageInterval]
     decisions: list[list[MicroBatch]]
     replica_counts: list[tuple[float, int]]
+    prefix_hit_ratio: float
 
     @property
     def num_replicas(self) -> int:
@@ -99,6 +101,7 @@ class Simulation:
         self._replicas: dict[int, SimulatedReplica] = {}  # that have not gone, by their number
         self._serving: list[SimulatedReplica] = []  # or about to
         self._gone = PipelineMetrics(deployment.cost.layout.num_stages)
+        self._num_queried_tokens = self._num_hit_tokens = 0  # in prefix caches
         self._gone_s = 0.0  # how long those ran that have gone
         self._decisions: list[list[MicroBatch]] | None = [] if keep_decisions else None
         self._num_started = 0
@@ -171,8 +174,9 @@ class Simulation:
         if not ready:
             self._held.append(arrival)
             return
-        replica = ready[self._router.choose(ready)]
-        replica.add(arrival.index, arrival.request, now_s)
+        replica = ready[self._router.choose(ready, arrival.request)]
+        cost_tokens = self._router.start(replica, arrival.request)
+        replica.add(arrival.index, arrival.request, now_s, cost_tokens)
         self._set_alarm(replica)
         if not replica.is_fill_due:
             replica.is_fill_due = True
@@ -229,6 +233,7 @@ class Simulation:
         # The youngest go first; what they hold runs on to its end.
         for replica in self._serving[wanted:]:
             replica.stopped_s = now_s
+            self._router.forget(replica)
         del self._serving[wanted:]
         self._let_go(now_s)
         self._events.push(now_s + scaling.interval_s, EventKind.SCALE, None)
@@ -237,7 +242,7 @@ class Simulation:
         """Keep of the replicas that have been stopped and hold nothing what they have measured."""
         gone = [each for each in self._replicas.items() if each[1].has_gone(now_s)]
         for replica_id, replica in gone:
-            self._gone_s += replica.close(now_s)
+            self._gone_s += self._close(replica, now_s)
             self._gone.add(replica.metrics)
             del self._replicas[replica_id]
 
@@ -268,6 +273,7 @@ class Simulation:
             self._expect_result,
             ready_s,
         )
+        replica.note_end = self._router.end
         if self._decisions is not None:
             replica.decisions = []
             self._decisions.append(replica.decisions)
@@ -286,7 +292,7 @@ class Simulation:
                 f"no time passed: of {self._num_requests} requests none was served; give the "
                 "workload requests that the deployment can serve"
             )
-        replica_s = self._gone_s + sum(replica.close(end_s) for replica in replicas)
+        replica_s = self._gone_s + sum(self._close(replica, end_s) for replica in replicas)
         report = make_report(
             self._requests,
             self._batches,
@@ -300,4 +306,12 @@ class Simulation:
             self._intervals or [],
             self._decisions or [],
             self._replica_counts,
+            self._num_hit_tokens / (self._num_queried_tokens or 1),
         )
+
+    def _close(self, replica: SimulatedReplica, end_s: float) -> float:
+        """Take what a replica has counted; returns how long it ran."""
+        load = replica.load()
+        self._num_queried_tokens += load.num_prefix_queried_tokens
+        self._num_hit_tokens += load.num_prefix_hit_tokens
+        return replica.close(end_s)

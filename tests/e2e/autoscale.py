@@ -34,10 +34,10 @@ def deploy():
             # Only what the engine tells can ask for the second replica.
             "target_ongoing_requests": 1000,
             "autoscaling": {
-                "target_kv_utilization": 0.2,
+                "target_kv_utilization": 0.1,
                 "interval_s": 0.5,
                 "upscale_delay_s": 0.5,
-                "downscale_delay_s": 1.5,
+                "downscale_delay_s": 1.0,
             },
         },
     }
@@ -92,7 +92,7 @@ def main():
         watch = Watch()
         try:
             watch.wait_for(0)
-            clients = Clients(f"http://127.0.0.1:{port}")
+            clients = Clients(f"http://127.0.0.1:{port}", num_clients=2)
             watch.wait_for(2)
             clients.wait_for_outcomes()
             clients.end()
