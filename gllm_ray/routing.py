@@ -79,12 +79,10 @@ class PrefixRouter(Generic[Replica]):
 
     def choose(self, replicas: Sequence[Replica], prompt: RoutedPrompt) -> Replica:
         """The replica for a request, out of at least one."""
-        candidates = list(replicas)
-        if len(replicas) > 2:
-            candidates = self._rng.sample(candidates, 2)
+        candidates = self._rng.sample(replicas, min(2, len(replicas)))
         holder = self._best_holder(replicas, prompt)
-        if holder is not None and holder not in candidates:
-            candidates.insert(0, holder)
+        if holder is not None:
+            candidates.insert(0, holder)  # among equals it is taken
         return min(candidates, key=lambda each: self.work_of(each) + self.cost_tokens(each, prompt))
 
     def work_of(self, replica: Replica) -> float:

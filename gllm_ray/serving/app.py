@@ -3,13 +3,19 @@
 from typing import Any
 
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from gllm_ray.config import parse_service_config
 from gllm_ray.serving.autoscaling import autoscaling_options
+from gllm_ray.serving.routing import PrefixAwareRequestRouter
 from gllm_ray.serving.server import LLMServer
 from gllm_ray.stages.placement import REPLICA_CPUS, bundles
 
 _HEALTH_CHECK_PERIOD_S = 2.0
+_ROUTERS = {
+    "power_of_two": RequestRouterConfig(),
+    "prefix_aware": RequestRouterConfig(request_router_class=PrefixAwareRequestRouter),
+}
 
 
 # A plain dict, so that a mistake is told in one line a key: Serve would validate a pydantic
@@ -28,6 +34,7 @@ def build_app(args: dict[str, Any]) -> Application:
         placement_group_strategy=config.pipeline.placement_strategy,
         max_ongoing_requests=deployment.max_ongoing_requests,
         autoscaling_config=autoscaling_options(deployment.scaling_rule),
+        request_router_config=_ROUTERS[deployment.routing],
         graceful_shutdown_timeout_s=deployment.graceful_shutdown_timeout_s,
         max_surge_percent=deployment.max_surge_percent,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,

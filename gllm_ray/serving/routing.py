@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from random import Random
 
-from ray.serve._private.common import ReplicaID
-from ray.serve._private.request_router.replica_wrapper import ReplicaResult
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import (
+    PendingRequest,
+    ReplicaID,
+    ReplicaResult,
+    RequestRouter,
+    RunningReplica,
+)
 
 from gllm_ray.messages import GenerationRequest
 from gllm_ray.routing import PrefixRouter, RoutedPrompt

@@ -19,15 +19,8 @@ _ACCELERATOR_SHARE = 0.001  # what Ray's own `accelerator_type` option asks for
 def bundles(config: ServiceConfig) -> list[dict[str, float]]:
     """The placement group's bundles, in order: replica and scheduler, then one per stage."""
     pipeline = config.pipeline
-    stage = {"CPU": pipeline.cpus_per_stage}
-    if pipeline.device == "cuda":
-        stage["GPU"] = pipeline.gpus_per_stage
-    if pipeline.accelerator_type is not None:
-        stage[f"accelerator_type:{pipeline.accelerator_type}"] = _ACCELERATOR_SHARE
-    return [
-        {"CPU": REPLICA_CPUS + SCHEDULER_CPUS},
-        *(dict(stage) for _ in range(pipeline.num_stages)),
-    ]
+    stages = (_stage_bundle(pipeline, stage_id) for stage_id in range(pipeline.num_stages))
+    return [{"CPU": REPLICA_CPUS + SCHEDULER_CPUS}, *stages]
 
 
 def start_stage(
@@ -40,7 +33,7 @@ def start_stage(
         stage_id: Position in the pipeline, from 0.
         placement_group: Laid out as `bundles` says; None takes resources anywhere in the cluster.
     """
-    pipeline = config.pipeline
+    pipeline, stage = config.pipeline, config.pipeline.stage(stage_id)
     strategy = None
     if placement_group is not None:
         strategy = PlacementGroupSchedulingStrategy(
@@ -49,10 +42,21 @@ def start_stage(
     return StageActor.options(
         num_cpus=pipeline.cpus_per_stage,
         num_gpus=pipeline.gpus_per_stage if pipeline.device == "cuda" else 0,
-        accelerator_type=pipeline.accelerator_type,
+        accelerator_type=stage.accelerator_type,
+        resources=stage.resources,
         runtime_env={"env_vars": stage_environment(pipeline)},
         scheduling_strategy=strategy,
     ).remote(config, stage_id)
+
+
+def _stage_bundle(pipeline: PipelineConfig, stage_id: int) -> dict[str, float]:
+    stage = pipeline.stage(stage_id)
+    bundle = {"CPU": pipeline.cpus_per_stage}
+    if pipeline.device == "cuda":
+        bundle["GPU"] = pipeline.gpus_per_stage
+    if stage.accelerator_type is not None:
+        bundle[f"accelerator_type:{stage.accelerator_type}"] = _ACCELERATOR_SHARE
+    return bundle | stage.resources
 
 
 def num_cpu_threads(pipeline: PipelineConfig) -> int:

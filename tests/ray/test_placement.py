@@ -1,5 +1,8 @@
 from pathlib import Path
 
+import pytest
+
+from gllm_ray.config import kv_cache_of, parse_service_config
 from gllm_ray.stages.placement import bundles
 from tests.pipelines import make_service_config
 
@@ -18,3 +21,46 @@ def test_a_stage_on_a_gpu_reserves_its_share_of_the_wanted_type() -> None:
     )
     stage = {"CPU": 1.0, "GPU": 0.5, "accelerator_type:L40S": 0.001}
     assert bundles(config)[1:] == [stage] * 3
+
+
+def test_stages_on_unlike_gpus_reserve_each_their_type_and_resources() -> None:
+    config = make_service_config(
+        Path("m"),
+        num_stages=2,
+        device="cuda",
+        accelerator_type="L40S",
+        resources={"rack_a": 0.5},
+        stages=[{}, {"accelerator_type": "A100", "resources": {"rack_b": 0.25}}],
+    )
+    gpu = {"CPU": 1.0, "GPU": 1.0}
+    assert bundles(config)[1:] == [
+        gpu | {"accelerator_type:L40S": 0.001, "rack_a": 0.5},
+        gpu | {"accelerator_type:A100": 0.001, "rack_b": 0.25},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kv_cache", "stages", "expected"),
+    [
+        ({}, [], [(0.9, None)] * 2),
+        ({}, [{}, {"memory_utilization": 0.5}], [(0.9, None), (0.5, None)]),
+        ({}, [{"kv_cache_bytes": 4096}, {}], [(0.9, 4096), (0.9, None)]),
+        (
+            {"kv_cache_bytes": 8192},
+            [{"memory_utilization": 0.5}, {"kv_cache_bytes": 4096}],
+            [(0.5, None), (0.9, 4096)],
+        ),
+    ],
+)
+def test_what_a_stage_says_of_its_memory_goes_before_what_all_have(
+    kv_cache, stages, expected
+) -> None:
+    config = parse_service_config(
+        {
+            "model": {"path": "m"},
+            "pipeline": {"num_stages": 2, "stages": stages},
+            "kv_cache": kv_cache,
+        }
+    )
+    found = [kv_cache_of(config, stage_id) for stage_id in range(2)]
+    assert [(each.memory_utilization, each.kv_cache_bytes) for each in found] == expected
