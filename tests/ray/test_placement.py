@@ -1,9 +1,12 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gllm_ray.config import kv_cache_of, parse_service_config
-from gllm_ray.stages.placement import bundles
+from gllm_ray.stages.placement import bundles, order_by_node
 from tests.pipelines import make_service_config
 
 
@@ -64,3 +67,21 @@ def test_what_a_stage_says_of_its_memory_goes_before_what_all_have(
     )
     found = [kv_cache_of(config, stage_id) for stage_id in range(2)]
     assert [(each.memory_utilization, each.kv_cache_bytes) for each in found] == expected
+
+
+layouts = st.lists(st.tuples(st.sampled_from(["L4", "A100"]), st.sampled_from("abc")), max_size=24)
+
+
+@given(layouts)
+def test_every_bundle_gets_one_stage_and_every_stage_a_bundle_like_its_own(layout) -> None:
+    needs = [{"GPU": 1.0, kind: 0.001} for kind, _ in layout]
+    order = order_by_node(needs, [node for _, node in layout])
+    assert sorted(order) == list(range(len(layout)))
+    assert [needs[i] for i in order] == needs
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=64))
+def test_stages_that_are_alike_leave_each_node_once(nodes) -> None:
+    placed = [nodes[i] for i in order_by_node([{"GPU": 1.0}] * len(nodes), nodes)]
+    num_moves = sum(one != other for one, other in pairwise(placed))
+    assert num_moves == len(set(nodes)) - 1
