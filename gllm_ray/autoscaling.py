@@ -6,7 +6,7 @@ Ray Serve and the simulator ask the same object.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from statistics import fmean
+from statistics import fmean, median
 
 from gllm_ray.autoscaling_config import ScalingRule
 from gllm_ray.messages import EngineLoad
@@ -79,9 +79,10 @@ class Autoscaler:
     """Follows the load of a deployment from look to look.
 
     So many replicas are wanted that each bears its target, of the signal that asks for most:
-    requests, rate of prompt tokens, predicted queue time, KV blocks. A queue grows while replicas
-    start, though they will be enough for it; so for its sake no more than `max_growth` times the
-    running ones are wanted.
+    requests, rate of prompt tokens, predicted queue time, KV blocks. The queue time is the median
+    over replicas, since what waits at one cannot go to another, and who comes avoids the longest. A
+    queue grows while replicas start, though they will be enough for it; so for its sake no more
+    than `max_growth` times the running ones are wanted.
 
     More start once more have been wanted for `upscale_delay_s` without a break, and as many as were
     wanted all that time; fewer likewise, after a `downscale_delay_s`. The first one starts at once.
@@ -136,10 +137,10 @@ class Autoscaler:
         if any(capacities):
             tokens_per_s = fmean(capacity for capacity in capacities if capacity)
             num_busy = sum(each.arriving_tokens_per_s for each in signals) / tokens_per_s
-            backlog_s = sum(each.num_waiting_tokens for each in signals) / tokens_per_s
+            queue_s = median(each.num_waiting_tokens for each in signals) / tokens_per_s
             most = max(load.num_replicas, rule.max_growth * load.num_running)
             replicas += [
                 num_busy / rule.target_prefill_utilization,
-                min(backlog_s / rule.target_queue_time_s, most),
+                min(len(signals) * queue_s / rule.target_queue_time_s, most),
             ]
         return min(max(ceil(max(replicas)), rule.min_replicas), rule.max_replicas)

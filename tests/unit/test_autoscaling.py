@@ -162,6 +162,11 @@ def test_a_queue_starts_at_least_one_replica():
     assert decide_at_once(load(signals=told), max_growth=1.1) == 2
 
 
+def test_a_queue_that_new_requests_can_avoid_wants_no_replica():
+    told = [signals(num_waiting_tokens=10**6, prefill_capacity_tokens_per_s=1000.0), *[IDLE] * 2]
+    assert decide_at_once(load(num_replicas=3, signals=told)) == 1
+
+
 def test_what_is_found_in_the_prefix_cache_is_no_work():
     cached = {"num_prefix_queried_tokens": 1000, "num_prefix_hit_tokens": 750}
     meter = SignalMeter()
