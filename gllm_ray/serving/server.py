@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
@@ -57,9 +58,12 @@ class LLMServer:
             await self._client.close()
             await self._pipeline.close()
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
+    # A generator itself, so that Serve lets a handle call it.
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
         """Run a request; closing the generator early aborts it. See `EngineClient.generate`."""
-        return self._client.generate(request)
+        async with aclosing(self._client.generate(request)) as steps:
+            async for events in steps:
+                yield events
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""

@@ -14,6 +14,7 @@ from ray import serve
 from gllm_ray.demo.serve_process import free_port
 from gllm_ray.serving.app import build_app
 from tests.e2e.redeploy import MODEL, Clients
+from tests.e2e.two_replicas import count_placement_groups
 
 LIMIT_S = 60
 
@@ -99,7 +100,12 @@ def main():
             watch.wait_for(0)
         finally:
             watch.end()
-        print(json.dumps({"changes": watch.changes, "requests": clients.outcomes}))  # noqa: T201
+        outcome = {
+            "changes": watch.changes,
+            "requests": clients.outcomes,
+            "num_placement_groups": count_placement_groups(),
+        }
+        print(json.dumps(outcome))  # noqa: T201
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -1,24 +1,32 @@
-"""Sends prompts that begin alike to two replicas; prints what was found in their prefix caches.
+"""Two replicas that fill their cluster: prints what was found in their prefix caches, and what the
+death of one leaves.
 
 A process of its own, because it needs a cluster of its own.
 """
 
 import json
 import logging
+import os
+import signal
 import sys
+import time
 
 import httpx
+import psutil
 import ray
 from ray import serve
+from ray.util.placement_group import placement_group_table
 
 from gllm_ray.demo.serve_process import free_port
 from gllm_ray.messages import GenerationRequest
 from gllm_ray.serving.app import build_app
 
 MODEL = "demo"
-NUM_PREFIXES = 4
-NUM_REQUESTS = 6  # of each prefix
+# Odd numbers, so that no two replicas have counted the same.
+NUM_PREFIXES = 3
+NUM_CALLS, NUM_POSTS = 6, 5  # of each prefix
 PREFIX_TOKENS = 128
+LIMIT_S = 60
 
 
 def deploy(routing):
@@ -38,7 +46,7 @@ def deploy(routing):
 
 def call(handle):
     """By handle calls, which show the router the prompt."""
-    for number in range(NUM_REQUESTS):
+    for number in range(NUM_CALLS):
         for prefix in range(NUM_PREFIXES):
             request = GenerationRequest(
                 request_id=f"{prefix}-{number}",
@@ -51,7 +59,7 @@ def call(handle):
 
 def post(base_url):
     """By HTTP, where the router sees the session alone."""
-    for number in range(NUM_REQUESTS):
+    for number in range(NUM_POSTS):
         for prefix in range(NUM_PREFIXES):
             prompt = [200 + prefix] * PREFIX_TOKENS + [number]
             body = {"model": MODEL, "prompt": prompt, "max_tokens": 4}
@@ -73,12 +81,34 @@ def count_hits(handle):
     return [load["num_prefix_hit_tokens"] for load in loads.values()]
 
 
+def replicas():
+    processes = psutil.Process().children(recursive=True)
+    return {each.pid for each in processes if each.name().startswith("ray::ServeRepli")}
+
+
+def lose_a_replica():
+    """Kill one of them, and tell how long it takes until there are two again."""
+    before, start_s = replicas(), time.monotonic()
+    os.kill(min(before), signal.SIGKILL)
+    while True:
+        states = serve.status().applications["demo"].deployments["LLMServer"].replica_states
+        if states == {"RUNNING": 2} and len(replicas() - before) == 1:
+            return time.monotonic() - start_s
+        if time.monotonic() - start_s > LIMIT_S:
+            raise TimeoutError(f"no replica came in place of the lost one: {states}")
+        time.sleep(0.2)
+
+
+def count_placement_groups():
+    return sum(group["state"] != "REMOVED" for group in placement_group_table().values())
+
+
 def main():
     logging.disable(logging.INFO)
     port = free_port()
     ray.init(
         address="local",
-        num_cpus=8,
+        num_cpus=1,  # all of it is reserved by two replicas
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=100 * 2**20,
@@ -89,7 +119,15 @@ def main():
         call(handle.options(stream=True))
         called = count_hits(handle)
         post(f"http://127.0.0.1:{port}")
-        print(json.dumps({"called": called, "posted": count_hits(handle)}))  # noqa: T201
+        posted = count_hits(handle)
+        restart_s = lose_a_replica()
+        outcome = {
+            "called": called,
+            "posted": posted,
+            "restart_s": restart_s,
+            "num_placement_groups": count_placement_groups(),
+        }
+        print(json.dumps(outcome))  # noqa: T201
     finally:
         serve.shutdown()
         ray.shutdown()
