@@ -6,7 +6,7 @@ Ray Serve and the simulator ask the same object.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from statistics import fmean, median
+from statistics import fmean, median_low
 
 from gllm_ray.autoscaling_config import ScalingRule
 from gllm_ray.messages import EngineLoad
@@ -79,10 +79,11 @@ class Autoscaler:
     """Follows the load of a deployment from look to look.
 
     So many replicas are wanted that each bears its target, of the signal that asks for most:
-    requests, rate of prompt tokens, predicted queue time, KV blocks. The queue time is the median
-    over replicas, since what waits at one cannot go to another, and who comes avoids the longest. A
-    queue grows while replicas start, though they will be enough for it; so for its sake no more
-    than `max_growth` times the running ones are wanted.
+    requests, prompts that come, KV blocks. What waits at a replica cannot go to another, and who
+    comes avoids it. So where the predicted queue time exceeds its target, the replicas there are
+    stay, to stand in for the clogged ones, and where that is so at most of them, others start: in
+    proportion to the queue time, but no more than `max_growth` times the running ones, because a
+    queue grows while replicas start, though they will be enough for it.
 
     More start once more have been wanted for `upscale_delay_s` without a break, and as many as were
     wanted all that time; fewer likewise, after a `downscale_delay_s`. The first one starts at once.
@@ -129,18 +130,22 @@ class Autoscaler:
 
     def _wanted(self, load: DeploymentLoad) -> int:
         rule, signals = self._rule, load.signals
-        replicas = [
-            load.num_requests / rule.target_ongoing_requests,
-            sum(each.kv_utilization for each in signals) / rule.target_kv_utilization,
-        ]
+        by_requests = load.num_requests / rule.target_ongoing_requests
+        by_kv = sum(each.kv_utilization for each in signals) / rule.target_kv_utilization
+        wanted = ceil(max(by_requests, by_kv, self._wanted_for_prompts(load)))
+        return min(max(wanted, rule.min_replicas), rule.max_replicas)
+
+    def _wanted_for_prompts(self, load: DeploymentLoad) -> float:
+        rule, signals = self._rule, load.signals
         capacities = [each.prefill_capacity_tokens_per_s for each in signals]
-        if any(capacities):
-            tokens_per_s = fmean(capacity for capacity in capacities if capacity)
-            num_busy = sum(each.arriving_tokens_per_s for each in signals) / tokens_per_s
-            queue_s = median(each.num_waiting_tokens for each in signals) / tokens_per_s
-            most = max(load.num_replicas, rule.max_growth * load.num_running)
-            replicas += [
-                num_busy / rule.target_prefill_utilization,
-                min(len(signals) * queue_s / rule.target_queue_time_s, most),
-            ]
-        return min(max(ceil(max(replicas)), rule.min_replicas), rule.max_replicas)
+        if not any(capacities):
+            return 0.0
+        tokens_per_s = fmean(capacity for capacity in capacities if capacity)
+        arriving_tokens_per_s = sum(each.arriving_tokens_per_s for each in signals)
+        for_new = arriving_tokens_per_s / (tokens_per_s * rule.target_prefill_utilization)
+        queues = [
+            each.num_waiting_tokens / tokens_per_s / rule.target_queue_time_s for each in signals
+        ]
+        num_clogged = sum(queue > 1 for queue in queues)
+        started = min(len(queues) * median_low(queues), rule.max_growth * load.num_running)
+        return max(for_new, min(for_new + num_clogged, max(load.num_replicas, started)))

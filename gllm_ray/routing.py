@@ -68,7 +68,7 @@ class PrefixRouter(Generic[Replica]):
     """
 
     def __init__(
-        self, rng: Random, *, max_keys: int = 16_384, request_tokens: float = 256.0
+        self, rng: Random, *, max_keys: int = 16_384, request_tokens: float = 64.0
     ) -> None:
         self._rng = rng
         self._max_keys = max_keys

@@ -47,10 +47,10 @@ class Controller:
         return number
 
 
-def told(num_waiting_tokens):
+def told(num_waiting_tokens, arriving_tokens_per_s=0.0):
     return {
         "num_waiting_tokens": dict.fromkeys(REPLICAS, num_waiting_tokens),
-        "arriving_tokens_per_s": dict.fromkeys(REPLICAS, 0.0),
+        "arriving_tokens_per_s": dict.fromkeys(REPLICAS, arriving_tokens_per_s),
         "prefill_capacity_tokens_per_s": dict.fromkeys(REPLICAS, 1000.0),
         "kv_utilization": dict.fromkeys(REPLICAS, 0.0),
         "running_requests": dict.fromkeys(REPLICAS, 7.0),  # Serve's own
@@ -59,7 +59,7 @@ def told(num_waiting_tokens):
 
 def test_serve_wants_what_the_rule_wants_and_no_sooner_or_later():
     controller = Controller()
-    queued = told(3000.0)  # 3 s for each of two, where 2 s are the target
+    queued = told(3000.0, 500.0)  # 3 s for each of two, where 2 s are the target
     assert [controller.ask(s, 2, metrics=queued) for s in (0, 2.9, 3)] == [2, 2, 3]
     assert [controller.ask(s, 3, metrics=told(0.0)) for s in (4, 9.9, 10)] == [3, 3, 1]
     assert [controller.ask(s, 1, metrics=told(0.0)) for s in (11, 16.9, 17)] == [1, 1, 0]
@@ -75,7 +75,7 @@ def test_the_first_request_starts_a_replica_at_once_and_no_second_while_it_start
 def test_a_replica_that_has_not_told_yet_counts_for_nothing():
     controller = Controller()
     assert [controller.ask(s, 2, metrics=None, num_requests=100) for s in (0, 60)] == [2, 2]
-    metrics = told(8000.0)
+    metrics = told(8000.0, 2000.0)
     del metrics["kv_utilization"][REPLICAS[1]]
     # Of one replica, and no more than twice the running ones: 4 times its target.
     assert [controller.ask(s, 2, metrics=metrics) for s in (61, 64)] == [2, 4]

@@ -15,6 +15,13 @@ IDLE = ReplicaSignals(
     kv_utilization=0.0,
 )
 
+OVERLOADED = ReplicaSignals(
+    num_waiting_tokens=1e6,
+    arriving_tokens_per_s=1000.0,
+    prefill_capacity_tokens_per_s=1000.0,
+    kv_utilization=0.0,
+)
+
 
 def rule(**options):
     return ScalingRule(
@@ -117,7 +124,7 @@ def test_the_last_replica_goes_alone_after_a_delay_of_its_own():
 @pytest.mark.parametrize(
     ("options", "each"),
     [
-        ({"target_queue_time_s": 2.0}, {"num_waiting_tokens": 6000}),
+        ({"target_queue_time_s": 2.0}, {"num_waiting_tokens": 6000, "arriving_tokens_per_s": 1600}),
         ({"target_prefill_utilization": 0.25}, {"arriving_tokens_per_s": 750}),
         ({"target_kv_utilization": 0.3}, {"kv_utilization": 0.9}),
     ],
@@ -142,29 +149,40 @@ def test_a_queue_says_nothing_while_no_rate_is_known():
 
 def test_a_replica_that_never_had_a_queue_is_as_fast_as_those_that_had():
     told = [
-        signals(num_waiting_tokens=4000),
-        signals(num_waiting_tokens=4000, prefill_capacity_tokens_per_s=1000.0),
+        signals(num_waiting_tokens=4000, arriving_tokens_per_s=1200.0),
+        signals(
+            num_waiting_tokens=4000,
+            arriving_tokens_per_s=1200.0,
+            prefill_capacity_tokens_per_s=1000.0,
+        ),
     ]
     assert decide_at_once(load(num_replicas=2, signals=told), target_queue_time_s=2.0) == 4
 
 
 def test_no_more_are_wanted_while_those_start_that_a_queue_has_asked_for():
-    told = [signals(num_waiting_tokens=10**6, prefill_capacity_tokens_per_s=1000.0)]
+    told = [OVERLOADED]
     assert decide_at_once(load(signals=told), max_growth=2.0) == 2
     starting = load(num_replicas=2, num_running=1, signals=told)
     assert decide_at_once(starting, max_growth=2.0) == 2
-    running = load(num_replicas=2, signals=told)
+    running = load(num_replicas=2, signals=told * 2)
     assert decide_at_once(running, max_growth=2.0) == 4
 
 
 def test_a_queue_starts_at_least_one_replica():
-    told = [signals(num_waiting_tokens=10**6, prefill_capacity_tokens_per_s=1000.0)]
+    told = [OVERLOADED]
     assert decide_at_once(load(signals=told), max_growth=1.1) == 2
 
 
-def test_a_queue_that_new_requests_can_avoid_wants_no_replica():
-    told = [signals(num_waiting_tokens=10**6, prefill_capacity_tokens_per_s=1000.0), *[IDLE] * 2]
-    assert decide_at_once(load(num_replicas=3, signals=told)) == 1
+def test_a_queue_that_new_requests_can_avoid_keeps_replicas_for_them_and_starts_none():
+    clogged = signals(
+        num_waiting_tokens=10**6, arriving_tokens_per_s=750.0, prefill_capacity_tokens_per_s=1000.0
+    )
+    told = [clogged, clogged, IDLE, IDLE, IDLE, IDLE]
+    options = {"target_prefill_utilization": 0.75}
+    assert decide_at_once(load(num_replicas=6, signals=told), **options) == 4
+    assert decide_at_once(load(num_replicas=3, signals=told[:3]), **options) == 4
+    assert decide_at_once(load(num_replicas=3, signals=told[:3]), max_growth=1.1, **options) == 4
+    assert decide_at_once(load(num_replicas=4, signals=told[:4]), **options) == 4
 
 
 def test_what_is_found_in_the_prefix_cache_is_no_work():

@@ -56,6 +56,41 @@ def test_new_replicas_serve_after_delay_and_startup():
     assert result.report.num_ended[FinishReason.LENGTH] == 12
 
 
+def test_the_number_of_replicas_is_told_whenever_it_changes():
+    deployed = deployment(scaling=RULE, routing="least_outstanding")
+    result = simulate(deployed, [request(0.0, output=100)] * 8 + [request(200.0)])
+    # More since 1 s. Of the 8, each has ended by 107 s, and the last 4 since 102 s.
+    assert result.replica_counts == [(0.0, 1), (4.0, 4), (107.0, 3), (113.0, 1)]
+
+
+def test_100_replicas_may_come_for_a_tide_within_seconds_and_go_after_it():
+    """A replica serves one request a second; 60 come, and then 1."""
+    rule = SimulatedScalingConfig(
+        min_replicas=2,
+        max_replicas=100,
+        target_ongoing_requests=1000,
+        target_prefill_utilization=0.7,
+        target_queue_time_s=3.0,
+        upscale_delay_s=2.0,
+        downscale_delay_s=20.0,
+        interval_s=1.0,
+        startup_s=5.0,
+    )
+    requests = [request(1.0 + index / 60) for index in range(60 * 60)]
+    requests += [request(61.0 + index, output=2) for index in range(300)]
+    result = simulate(
+        deployment(num_replicas=2, scaling=rule, routing="least_outstanding"), requests
+    )
+    assert result.report.num_ended[FinishReason.LENGTH] == len(requests)
+    # 60 a second at 70 %; later 2 are enough, and 2 stand in for those that still have a queue.
+    (_, few), (more_s, most), (fewer_s, fewer), *_, (_, last) = result.replica_counts
+    assert (few, most, fewer, last) == (2, 86, 4, 2)
+    assert more_s < 10
+    assert 61 + rule.downscale_delay_s <= fewer_s < 90
+    # Who came before there were more replicas waited, and hardly anybody else.
+    assert result.report.ttft_s.p50 == 1.0
+
+
 def test_a_replica_that_goes_finishes_what_it_holds_and_takes_no_more():
     rule = SimulatedScalingConfig(
         min_replicas=1,
