@@ -68,6 +68,7 @@ def with_key(key: tuple[str, str], value: object) -> dict[str, Any]:
 
 
 BYTES = "must be a positive number of bytes or text such as 512MiB"
+OTHERS = "must be a resource of the cluster's own; see cpus_per_stage and gpus_per_stage"
 MISTAKES = [
     ("pipeline.num_stages", 0, "=0: must be an integer from 1 to 256"),
     ("pipeline.num_stages", 257, "=257: must be an integer from 1 to 256"),
@@ -164,13 +165,12 @@ MISTAKES = [
     (
         "pipeline.resources",
         {"CPU": 2},
-        ".CPU=2: must be a resource of the cluster's own; see cpus_per_stage and gpus_per_stage",
+        f".CPU=2: {OTHERS}",
     ),
     (
         "pipeline.stages",
         [{}, {"resources": {"GPU": 0.5}}],
-        "[1].resources.GPU=0.5: must be a resource of the cluster's own; see cpus_per_stage and "
-        "gpus_per_stage",
+        f"[1].resources.GPU=0.5: {OTHERS}",
     ),
     ("deployment.routing", "random", "='random': must be power_of_two or prefix_aware"),
     ("deployment.min_replicas", 2, "=2: must be <= max_replicas=1"),
