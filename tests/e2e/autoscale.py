@@ -77,6 +77,15 @@ class Watch:
                 self.changes.append((time.monotonic(), num_running))
 
 
+def wait_until_freed():
+    """The replicas that have gone have left no placement group."""
+    deadline_s = time.monotonic() + LIMIT_S
+    while count_placement_groups():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"{count_placement_groups()} placement groups are left")
+        time.sleep(0.1)
+
+
 def main():
     logging.disable(logging.INFO)
     port = free_port()
@@ -100,12 +109,8 @@ def main():
             watch.wait_for(0)
         finally:
             watch.end()
-        outcome = {
-            "changes": watch.changes,
-            "requests": clients.outcomes,
-            "num_placement_groups": count_placement_groups(),
-        }
-        print(json.dumps(outcome))  # noqa: T201
+        wait_until_freed()
+        print(json.dumps({"changes": watch.changes, "requests": clients.outcomes}))  # noqa: T201
     finally:
         serve.shutdown()
         ray.shutdown()
