@@ -1,8 +1,10 @@
 """What `import_path: gllm_ray.serving.app:build_app` in a Serve configuration names."""
 
+import logging
 from typing import Any
 
 from ray.serve import Application
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.config import RequestRouterConfig
 
 from gllm_ray.config import parse_service_config
@@ -10,6 +12,8 @@ from gllm_ray.serving.autoscaling import autoscaling_options
 from gllm_ray.serving.routing import PrefixAwareRequestRouter
 from gllm_ray.serving.server import LLMServer
 from gllm_ray.stages.placement import REPLICA_CPUS, bundles
+
+logger = logging.getLogger(__name__)
 
 _HEALTH_CHECK_PERIOD_S = 2.0
 _ROUTERS = {
@@ -28,6 +32,8 @@ def build_app(args: dict[str, Any]) -> Application:
     """
     config = parse_service_config(args)
     deployment = config.deployment
+    if deployment.routing == "prefix_aware" and RAY_SERVE_ENABLE_HA_PROXY:
+        logger.warning("HAProxy routes HTTP requests; deployment.routing is for handles alone")
     return LLMServer.options(
         ray_actor_options={"num_cpus": REPLICA_CPUS},
         placement_group_bundles=bundles(config),
