@@ -55,10 +55,8 @@ class SignalPolicy:
 
 def _signals(metrics: dict[str, dict[Any, float]]) -> list[ReplicaSignals]:
     """Those of each replica that has told all of them."""
-    values = [metrics.get(field.name, {}) for field in fields(ReplicaSignals)]
-    replicas = set(values[0]).intersection(*values[1:])
     names = [field.name for field in fields(ReplicaSignals)]
+    replicas = set.intersection(*(set(metrics.get(name, ())) for name in names))
     return [
-        ReplicaSignals(**{name: each[replica] for name, each in zip(names, values, strict=True)})
-        for replica in replicas
+        ReplicaSignals(**{name: metrics[name][replica] for name in names}) for replica in replicas
     ]
