@@ -167,6 +167,7 @@ QUEUED = changed(
         ({"slo": {"e2e_s": 0.001}}, SMALL),
         ({"num_replicas": 2}, SMALL),
         ({"routing": "round_robin"}, TWO_REPLICAS),
+        ({"routing": "prefix_aware"}, changed({"num_replicas": 2}, PREFIXES)),
         ({"autoscaling": ...}, SCALED),
         ({"autoscaling.max_replicas": 2}, SCALED),
         ({"autoscaling.min_replicas": 2, "num_replicas": 2}, SCALED),
