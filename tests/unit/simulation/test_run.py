@@ -116,9 +116,11 @@ SCALED = changed(
         },
     }
 )
-QUEUED = changed(
+OVERLOADED = changed(
     {
-        "workload.arrivals": "at_once",
+        "workload.arrivals": 1500,
+        "workload.num_requests": 600,
+        "workload.lengths": {"prompt": 100, "output": 1},
         "autoscaling.max_replicas": 8,
         "autoscaling.target_ongoing_requests": 1000,
         "autoscaling.target_queue_time_s": 0.01,
@@ -172,10 +174,10 @@ QUEUED = changed(
         ({"autoscaling.max_replicas": 2}, SCALED),
         ({"autoscaling.min_replicas": 2, "num_replicas": 2}, SCALED),
         ({"autoscaling.target_ongoing_requests": 4}, SCALED),
-        ({"autoscaling.target_queue_time_s": 0.01}, SCALED),
-        ({"autoscaling.target_prefill_utilization": 0.1}, SCALED),
+        ({"autoscaling.target_queue_time_s": 0.5}, OVERLOADED),
+        ({"autoscaling.target_prefill_utilization": 0.5}, OVERLOADED),
         ({"autoscaling.target_kv_utilization": 0.0001}, SCALED),
-        ({"autoscaling.max_growth": 1.1}, QUEUED),
+        ({"autoscaling.max_growth": 1.1}, OVERLOADED),
         ({"autoscaling.upscale_delay_s": 0.1}, SCALED),
         ({"autoscaling.downscale_delay_s": 0.1}, SCALED),
         ({"autoscaling.interval_s": 0.02}, SCALED),
