@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from gllm_ray.autoscaling_config import AutoscalingConfig, ScalingRule
 from gllm_ray.errors import ConfigError
 from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
 from gllm_ray.predictor_config import LengthPredictorConfig, StatisticsPredictorConfig
@@ -97,6 +98,42 @@ class ModelConfig(StrictModel):
         return self
 
 
+Resources = dict[Annotated[str, Field(min_length=1)], Annotated[float, Field(gt=0)]]
+
+
+def _check_resources(resources: Resources) -> None:
+    for name in resources.keys() & {"CPU", "GPU", "memory", "object_store_memory"}:
+        raise ValueError(
+            f"resources.{name}={resources[name]:g}: must be a resource of the cluster's own; see "
+            "cpus_per_stage and gpus_per_stage"
+        )
+
+
+class StageConfig(StrictModel):
+    """What one stage has of its own; null: what all stages have."""
+
+    accelerator_type: str | None = Field(
+        default=None, min_length=1, description="Its accelerator type, instead of the pipeline's."
+    )
+    resources: Resources | None = Field(
+        default=None, description="What it reserves of Ray's custom resources, likewise."
+    )
+    memory_utilization: float | None = Field(
+        default=None, gt=0, le=1, description="Instead of that of kv_cache."
+    )
+    kv_cache_bytes: ByteSize | None = Field(default=None, description="Instead of either.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_resources(self.resources or {})
+        if self.kv_cache_bytes is not None and self.memory_utilization is not None:
+            raise ValueError(
+                f"memory_utilization={self.memory_utilization}: must be left out when "
+                "kv_cache_bytes is given"
+            )
+        return self
+
+
 class PipelineConfig(StrictModel):
     """How many stages, and where each runs."""
 
@@ -114,6 +151,12 @@ class PipelineConfig(StrictModel):
     )
     accelerator_type: str | None = Field(
         default=None, min_length=1, description="Ray's accelerator type of each stage, e.g. L40S."
+    )
+    resources: Resources = Field(
+        default={}, description="Ray's custom resources that each stage reserves, by name."
+    )
+    stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field(
+        default=(), description="What differs between stages, one entry for each; []: nothing."
     )
     placement_strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = Field(
         default="PACK", description="How Ray lays the replica's bundles over nodes."
@@ -141,6 +184,12 @@ class PipelineConfig(StrictModel):
                 f"layers={list(self.layers)}: must list num_stages={self.num_stages} stages, "
                 f"not {len(self.layers)}"
             )
+        _check_resources(self.resources)
+        if len(self.stages) not in (0, self.num_stages):
+            raise ValueError(
+                f"stages={{...}}: must list num_stages={self.num_stages} stages, not "
+                f"{len(self.stages)}"
+            )
         if self.activation_transport == "nccl" and self.device == "cpu":
             raise ValueError(
                 "activation_transport='nccl': must be auto, gloo or object_store when device is cpu"
@@ -154,7 +203,22 @@ class PipelineConfig(StrictModel):
             value = getattr(self, key)
             if self.device == "cpu" and key in self.model_fields_set and value is not None:
                 raise ValueError(f"{key}={value!r}: must be left out when device is cpu")
+        for index, stage in enumerate(self.stages):
+            for key in ("accelerator_type", "memory_utilization"):
+                value = getattr(stage, key)
+                if self.device == "cpu" and value is not None:
+                    raise ValueError(
+                        f"stages[{index}].{key}={value!r}: must be left out when device is cpu"
+                    )
         return self
+
+    def stage(self, stage_id: int) -> StageConfig:
+        """What a stage has, of its own or like all of them."""
+        own = self.stages[stage_id] if self.stages else StageConfig()
+        shared = {"accelerator_type": self.accelerator_type, "resources": self.resources}
+        return own.model_copy(
+            update={key: value for key, value in shared.items() if getattr(own, key) is None}
+        )
 
 
 class KvCacheConfig(StrictModel):
@@ -295,8 +359,14 @@ class DeploymentConfig(StrictModel):
         gt=0,
         description="Requests a replica should hold on average; more start another replica.",
     )
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
     max_ongoing_requests: int = Field(
         default=1024, ge=1, description="Requests a replica takes before Serve queues them."
+    )
+    routing: Literal["power_of_two", "prefix_aware"] = Field(
+        default="power_of_two",
+        description="Which replica a request goes to: of two drawn ones that with fewer requests, "
+        "or the one that has the beginning of the prompt cached, unless too much waits there.",
     )
     graceful_shutdown_timeout_s: float = Field(
         default=60, ge=0, description="Seconds running requests get to finish."
@@ -308,6 +378,16 @@ class DeploymentConfig(StrictModel):
         description="Replicas, in percent, that a redeployment starts before it stops old ones, on "
         "free devices; 0: it stops some first.",
     )
+
+    @property
+    def scaling_rule(self) -> ScalingRule:
+        """All that decides on the number of replicas."""
+        return ScalingRule(
+            min_replicas=self.min_replicas,
+            max_replicas=self.max_replicas,
+            target_ongoing_requests=self.target_ongoing_requests,
+            **dict(self.autoscaling),
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -345,6 +425,17 @@ class ServiceConfig(StrictModel):
                 f"pipeline.device is {self.pipeline.device}"
             )
         return self
+
+
+def kv_cache_of(config: ServiceConfig, stage_id: int) -> KvCacheConfig:
+    """The KV cache of one stage."""
+    stage = config.pipeline.stage(stage_id)
+    if stage.kv_cache_bytes is not None:
+        return config.kv_cache.model_copy(update={"kv_cache_bytes": stage.kv_cache_bytes})
+    if stage.memory_utilization is not None:
+        own = {"memory_utilization": stage.memory_utilization, "kv_cache_bytes": None}
+        return config.kv_cache.model_copy(update=own)
+    return config.kv_cache
 
 
 def parse_service_config(args: dict[str, Any]) -> ServiceConfig:

@@ -248,6 +248,9 @@ class EngineLoad:
         num_prefix_queried_tokens: Tokens of admitted prompts since the start, a preempted
             sequence's included, that were looked up in the prefix cache.
         num_prefix_hit_tokens: Those of them that were found there, and not computed again.
+        num_prompt_tokens: Prompt tokens of the requests accepted since the start.
+        prefill_capacity_tokens_per_s: Prompt tokens scheduled a second while others had to wait,
+            in the last 10 s of that; 0: none had to.
     """
 
     num_requests: int
@@ -258,6 +261,8 @@ class EngineLoad:
     num_preemptions: int
     num_prefix_queried_tokens: int
     num_prefix_hit_tokens: int
+    num_prompt_tokens: int
+    prefill_capacity_tokens_per_s: float
 
 
 class EdgeAddress(NamedTuple):

@@ -112,16 +112,7 @@ class Engine:
             PipelineError: The pipeline is broken.
         """
         self._raise_if_broken()
-        return EngineLoad(
-            num_requests=self._scheduler.num_requests,
-            num_waiting_requests=self._scheduler.num_waiting_requests,
-            num_waiting_tokens=self._scheduler.num_waiting_tokens,
-            num_in_flight=self._scheduler.num_in_flight,
-            kv_utilization=self._scheduler.kv_utilization,
-            num_preemptions=self._scheduler.num_preemptions,
-            num_prefix_queried_tokens=self._scheduler.num_prefix_queried_tokens,
-            num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
-        )
+        return self._scheduler.load()
 
     async def step(self) -> None:
         """Fill the pipeline, then take one result out of it."""

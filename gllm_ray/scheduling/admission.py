@@ -15,6 +15,11 @@ class AdmissionControl:
 
     Args:
         settings: The limits.
+
+    Attributes:
+        num_prompt_tokens: Prompt tokens of all requests that it let in.
+        tokens_per_s: Rate of prefill in the last 10 s in which requests had to wait for it; 0: they
+            never had to.
     """
 
     def __init__(self, settings: SchedulerSettings) -> None:
@@ -22,7 +27,8 @@ class AdmissionControl:
         num_slots = settings.num_blocks * settings.block_size
         self._max_tokens = min(settings.max_model_len, num_slots + 1)
         self._queue = settings.queue
-        self._tokens_per_s = 0.0
+        self.num_prompt_tokens = 0
+        self.tokens_per_s = 0.0
         self._num_tokens = 0  # scheduled since `_since_s`
         self._since_s: float | None = None
         self._seen_s = 0.0  # of backlog, up to the window
@@ -55,10 +61,11 @@ class AdmissionControl:
         ):
             given = f"{waiting.num_tokens} tokens wait, and the prompt has {num_prompt_tokens}"
             self._refuse(given, self._queue.max_tokens, waiting)
+        self.num_prompt_tokens += num_prompt_tokens
 
     def drain_time_s(self, num_tokens: int) -> float:
         """Seconds until the tokens that wait will have been scheduled, at the recent rate."""
-        estimate = num_tokens / self._tokens_per_s if self._tokens_per_s else 0.0
+        estimate = num_tokens / self.tokens_per_s if self.tokens_per_s else 0.0
         return min(max(estimate, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S)
 
     def note_scheduled(self, num_tokens: int, now_s: float, *, is_backlogged: bool) -> None:
@@ -74,7 +81,7 @@ class AdmissionControl:
             # The mean of all that was seen, until that is more than the window.
             self._seen_s = min(self._seen_s + elapsed_s, _RATE_WINDOW_S)
             weight = min(1.0, elapsed_s / self._seen_s)
-            self._tokens_per_s += weight * (self._num_tokens / elapsed_s - self._tokens_per_s)
+            self.tokens_per_s += weight * (self._num_tokens / elapsed_s - self.tokens_per_s)
             self._since_s, self._num_tokens = now_s, 0
         self._num_tokens += num_tokens
         if not is_backlogged:

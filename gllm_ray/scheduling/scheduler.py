@@ -13,6 +13,7 @@ from collections.abc import Set as AbstractSet
 
 from gllm_ray.errors import InvalidRequestError
 from gllm_ray.messages import (
+    EngineLoad,
     FinishReason,
     GenerationRequest,
     MicroBatch,
@@ -124,6 +125,21 @@ class Scheduler:
     def next_deadline_s(self) -> float | None:
         """When `expire` may next end a request."""
         return self._pool.waiting.next_deadline_s
+
+    def load(self) -> EngineLoad:
+        """How much it holds now."""
+        return EngineLoad(
+            num_requests=self.num_requests,
+            num_waiting_requests=self.num_waiting_requests,
+            num_waiting_tokens=self.num_waiting_tokens,
+            num_in_flight=self.num_in_flight,
+            kv_utilization=self.kv_utilization,
+            num_preemptions=self.num_preemptions,
+            num_prefix_queried_tokens=self.num_prefix_queried_tokens,
+            num_prefix_hit_tokens=self.num_prefix_hit_tokens,
+            num_prompt_tokens=self._admission.num_prompt_tokens,
+            prefill_capacity_tokens_per_s=self._admission.tokens_per_s,
+        )
 
     def request_of(self, seq_id: int) -> GenerationRequest:
         """The request of a sequence that is alive."""

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +13,7 @@ from ray import serve
 from ray.util import get_current_placement_group
 
 from gllm_ray.assembly.replica import PipelineReplica
+from gllm_ray.autoscaling import SignalMeter
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.messages import GenerationRequest, StageInfo, TokenEvent
@@ -30,6 +33,7 @@ class LLMServer:
     async def __init__(self, config: ServiceConfig) -> None:
         log_with_serve()
         self._config = config
+        self._meter = SignalMeter()
         total, tokenizer = PhaseClock(), PhaseClock()
         starting = asyncio.create_task(PipelineReplica.start(config, get_current_placement_group()))
         try:
@@ -61,14 +65,22 @@ class LLMServer:
             await self._client.close()
             await self._pipeline.close()
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
+    # A generator itself, so that Serve lets a handle call it.
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
         """Run a request; closing the generator early aborts it. See `EngineClient.generate`."""
-        return self._client.generate(request)
+        async with aclosing(self._client.generate(request)) as steps:
+            async for events in steps:
+                yield events
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
         await self._client.check_health()
         await self._pipeline.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, which tells the `SignalPolicy` their mean."""
+        signals = self._meter.read(await self._pipeline.load(), time.monotonic())
+        return asdict(signals)
 
     async def server_info(self) -> dict[str, Any]:
         """What this replica serves, on which stages, how long it took to start, and its load.

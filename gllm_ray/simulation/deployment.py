@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.scheduling import Scheduler
-from gllm_ray.simulation.autoscaling import Autoscaler
 from gllm_ray.simulation.cost_model import PipelineCost
+from gllm_ray.simulation.replica_config import SimulatedScalingConfig
 from gllm_ray.simulation.routing import RoutingName
 from gllm_ray.simulation.virtual_pipeline import Timing
 
@@ -38,7 +38,7 @@ class Deployment:
         timing: Of everything else.
         num_replicas: At the start.
         routing: Which replica a request goes to.
-        autoscaler: Changes the number of replicas; None: it stays.
+        scaling: When their number changes; None: it stays.
         losses: Stages that die.
 
     Raises:
@@ -50,11 +50,11 @@ class Deployment:
     timing: Timing = field(default_factory=Timing)
     num_replicas: int = 1
     routing: RoutingName = "power_of_two"
-    autoscaler: Autoscaler | None = None
+    scaling: SimulatedScalingConfig | None = None
     losses: tuple[StageLoss, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.num_replicas < 1 and self.autoscaler is None:
+        if self.num_replicas < 1 and self.scaling is None:
             raise ConfigError(
-                f"num_replicas={self.num_replicas}: must be at least 1 without an autoscaler"
+                f"num_replicas={self.num_replicas}: must be at least 1 without autoscaling"
             )

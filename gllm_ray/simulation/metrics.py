@@ -48,6 +48,7 @@ class RequestProgress:
         last_token_s: When its latest came; set by `RequestMetrics`.
         num_output_tokens: Output tokens so far; counted by `RequestMetrics`.
         num_preemptions: How often it was preempted.
+        cost_tokens: What the router takes it for.
     """
 
     arrival_s: float
@@ -57,6 +58,7 @@ class RequestProgress:
     last_token_s: float = 0.0
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    cost_tokens: float = 0.0
 
 
 class RequestMetrics:

@@ -17,8 +17,20 @@ _NUM_BARS = 10  # of each stage in a Gantt chart, so that their labels can be re
 
 
 def format_result(result: SimulationResult, hardware: HardwareConfig) -> str:
-    """The report as a table, and which constants behind it are nominal."""
-    return "\n\n".join(filter(None, (format_report(result.report), uncalibrated_note(hardware))))
+    """The report as a table, what became of the replicas, and which constants are nominal."""
+    sections = (format_report(result.report), _replica_note(result), uncalibrated_note(hardware))
+    return "\n\n".join(filter(None, sections))
+
+
+def _replica_note(result: SimulationResult) -> str:
+    """A line on the prefix caches, and one on the number of replicas; none where nothing is."""
+    lines = []
+    if result.prefix_hit_ratio:
+        lines.append(f"found in prefix caches: {result.prefix_hit_ratio:.1%} of the prompt tokens")
+    if len(result.replica_counts) > 1:
+        counts = (f"{count} from {time_s:.0f} s" for time_s, count in result.replica_counts)
+        lines.append(f"replicas: {', '.join(counts)}")
+    return "\n".join(lines)
 
 
 def uncalibrated_note(hardware: HardwareConfig) -> str:

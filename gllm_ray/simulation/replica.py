@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from typing import NamedTuple
 
+from gllm_ray.autoscaling import ReplicaSignals, SignalMeter
 from gllm_ray.errors import InvalidRequestError, OverloadedError
 from gllm_ray.messages import (
+    EngineLoad,
     FinishReason,
     MicroBatch,
     MicroBatchResult,
@@ -43,6 +45,8 @@ class FlyingBatch(NamedTuple):
 
 # Called with the time at which the result of a micro-batch reaches the scheduler of a replica.
 ExpectResult = Callable[[float, "SimulatedReplica", FlyingBatch], None]
+# Called when a request has ended, with what its router said that it costs.
+NoteEnd = Callable[["SimulatedReplica", float], None]
 
 
 class SimulatedReplica:
@@ -70,6 +74,7 @@ class SimulatedReplica:
         epoch: How often it lost its stages; results of an earlier epoch do not come.
         metrics: What its stages do.
         decisions: Every micro-batch, if the caller makes it a list.
+        note_end: Told of every request that ends, if the caller sets it.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class SimulatedReplica:
         self.epoch = 0
         self.metrics = pipeline.metrics
         self.decisions: list[MicroBatch] | None = None
+        self.note_end: NoteEnd | None = None
         self._scheduler = scheduler
         self._pipeline = pipeline
         self._requests = requests
@@ -101,6 +107,7 @@ class SimulatedReplica:
         self._open_ended: dict[str, SimulatedRequest] = {}  # whose output ends by itself
         self._start_s = ready_s
         self._idle_since_s: float | None = ready_s
+        self._meter = SignalMeter()
 
     @property
     def num_requests(self) -> int:
@@ -120,10 +127,22 @@ class SimulatedReplica:
         """When a request may next expire."""
         return self._scheduler.next_deadline_s
 
-    def add(self, index: int, request: SimulatedRequest, now_s: float) -> None:
+    def load(self) -> EngineLoad:
+        """How much its scheduler holds, and what it has counted."""
+        return self._scheduler.load()
+
+    def read_signals(self, now_s: float) -> ReplicaSignals:
+        """What an autoscaler is told of it."""
+        return self._meter.read(self.load(), now_s)
+
+    def add(
+        self, index: int, request: SimulatedRequest, now_s: float, cost_tokens: float = 0.0
+    ) -> None:
         """A request has come; one that is refused ends at once."""
         progress = RequestProgress(
-            arrival_s=request.arrival_s, num_prompt_tokens=request.num_prompt_tokens
+            arrival_s=request.arrival_s,
+            num_prompt_tokens=request.num_prompt_tokens,
+            cost_tokens=cost_tokens,
         )
         try:
             self._scheduler.add(to_generation_request(request, index), now_s)
@@ -236,4 +255,6 @@ class SimulatedReplica:
 
     def _end(self, progress: RequestProgress, reason: FinishReason, now_s: float) -> None:
         self._requests.on_end(progress, reason)
+        if self.note_end is not None:
+            self.note_end(self, progress.cost_tokens)
         self.last_end_s = now_s

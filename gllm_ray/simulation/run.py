@@ -7,7 +7,6 @@ from typing import Any
 
 from gllm_ray.scheduler_factory import make_cost_model, make_length_predictor, make_settings
 from gllm_ray.scheduling import Scheduler, make_policy
-from gllm_ray.simulation.autoscaling import Autoscaler
 from gllm_ray.simulation.cost_fit import fit_scheduler_cost
 from gllm_ray.simulation.deployment import Deployment, StageLoss
 from gllm_ray.simulation.hardware import Hardware, build_hardware
@@ -54,20 +53,19 @@ def simulate(
 
 
 def build_deployment(config: SimulationConfig) -> Deployment:
-    """What serves; for one run, since an autoscaler remembers what it has seen.
+    """What serves.
 
     Raises:
         ConfigError: A file cannot be read, or the model does not fit.
     """
     hardware = build_hardware(config)
-    scaling = config.autoscaling
     return Deployment(
         cost=hardware.cost,
         make_scheduler=_scheduler_factory(config, hardware),
         timing=_timing(config.timing, hardware),
         num_replicas=config.num_replicas,
         routing=config.routing,
-        autoscaler=None if scaling is None else Autoscaler(**dict(scaling)),
+        scaling=config.autoscaling,
         losses=tuple(StageLoss(**dict(loss)) for loss in config.losses),
     )
 

@@ -12,7 +12,7 @@ from gllm_ray.config import KvCacheConfig, LayerSplit, SchedulerConfig, resolve_
 from gllm_ray.errors import ConfigError
 from gllm_ray.predictor_config import ClassifierPredictorConfig
 from gllm_ray.simulation.hardware_config import HardwareConfig
-from gllm_ray.simulation.replica_config import AutoscalingConfig, StageLossConfig
+from gllm_ray.simulation.replica_config import SimulatedScalingConfig, StageLossConfig
 from gllm_ray.simulation.routing import RoutingName
 from gllm_ray.simulation.workload_config import TraceWorkloadConfig, WorkloadConfig
 from gllm_ray.strict_schema import StrictModel, parse_strictly
@@ -167,7 +167,7 @@ class SimulationConfig(StrictModel):
     routing: RoutingName = Field(
         default="power_of_two", description="Which replica a request goes to."
     )
-    autoscaling: AutoscalingConfig | None = Field(
+    autoscaling: SimulatedScalingConfig | None = Field(
         default=None, description="null: the number of replicas stays."
     )
     losses: Annotated[tuple[StageLossConfig, ...], Field(strict=False)] = Field(

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from math import inf
 from random import Random
 
+from gllm_ray.autoscaling import Autoscaler, DeploymentLoad
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import MicroBatch
-from gllm_ray.simulation.autoscaling import ReplicaCount
 from gllm_ray.simulation.deployment import Deployment, StageLoss
 from gllm_ray.simulation.events import Event, EventKind, EventQueue
 from gllm_ray.simulation.ideal import IdealWork
@@ -34,14 +34,22 @@ class SimulationResult:
         requests: Latencies and counts of all requests.
         intervals: When stages computed, if that was to be kept.
         decisions: The micro-batches of each replica, if they were to be kept.
-        num_replicas: Most replicas at once.
+        replica_counts: When the number of replicas changed, and to what; those that start count,
+            those that only end what they hold do not.
+        prefix_hit_ratio: Share of the tokens of admitted prompts that were found in a prefix cache.
     """
 
     report: Report
     requests: RequestMetrics = field(compare=False)
     intervals: list[StageInterval]
     decisions: list[list[MicroBatch]]
-    num_replicas: int
+    replica_counts: list[tuple[float, int]]
+    prefix_hit_ratio: float
+
+    @property
+    def num_replicas(self) -> int:
+        """Most replicas at once."""
+        return max(count for _, count in self.replica_counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +101,14 @@ class Simulation:
         self._replicas: dict[int, SimulatedReplica] = {}  # that have not gone, by their number
         self._serving: list[SimulatedReplica] = []  # or about to
         self._gone = PipelineMetrics(deployment.cost.layout.num_stages)
+        self._num_queried_tokens = self._num_hit_tokens = 0  # in prefix caches
         self._gone_s = 0.0  # how long those ran that have gone
         self._decisions: list[list[MicroBatch]] | None = [] if keep_decisions else None
         self._num_started = 0
         self._all_ready_s = 0.0  # from when on none of them has still to start
         self._held: list[_Arrival] = []  # no replica is ready
-        self._count = ReplicaCount(deployment.autoscaler) if deployment.autoscaler else None
-        self._num_replicas = 0
+        self._autoscaler = Autoscaler(deployment.scaling) if deployment.scaling else None
+        self._replica_counts: list[tuple[float, int]] = []
         self._num_requests = 0  # that have come, or come next
         self._is_next_known = True  # else all have come
 
@@ -113,10 +122,11 @@ class Simulation:
         deployment = self._deployment
         for _ in range(deployment.num_replicas):
             self._start_replica(0.0)
+        self._replica_counts.append((0.0, deployment.num_replicas))
         for loss in deployment.losses:
             self._events.push(loss.time_s, EventKind.STAGE_LOST, loss)
-        if deployment.autoscaler is not None:
-            self._events.push(deployment.autoscaler.interval_s, EventKind.SCALE, None)
+        if deployment.scaling is not None:
+            self._events.push(deployment.scaling.interval_s, EventKind.SCALE, None)
         self._expect_arrival(0.0)
         while self._is_next_known or sum(self._requests.num_ended.values()) < self._num_requests:
             self._handle(self._events.pop())
@@ -164,8 +174,9 @@ class Simulation:
         if not ready:
             self._held.append(arrival)
             return
-        replica = ready[self._router.choose(ready)]
-        replica.add(arrival.index, arrival.request, now_s)
+        replica = ready[self._router.choose(ready, arrival.request)]
+        cost_tokens = self._router.start(replica, arrival.request)
+        replica.add(arrival.index, arrival.request, now_s, cost_tokens)
         self._set_alarm(replica)
         if not replica.is_fill_due:
             replica.is_fill_due = True
@@ -204,25 +215,34 @@ class Simulation:
         self._events.push(request.arrival_s, EventKind.ARRIVAL, _Arrival(index, request))
 
     def _scale(self, now_s: float) -> None:
-        autoscaler, count = self._deployment.autoscaler, self._count
+        scaling, autoscaler = self._deployment.scaling, self._autoscaler
+        assert scaling is not None
         assert autoscaler is not None
-        assert count is not None
-        num_requests = sum(replica.num_requests for replica in self._serving) + len(self._held)
-        wanted = count.next(num_requests, len(self._serving), now_s)
+        running = [replica for replica in self._serving if replica.ready_s <= now_s]
+        load = DeploymentLoad(
+            num_requests=sum(replica.num_requests for replica in running) + len(self._held),
+            num_running=len(running),
+            num_replicas=len(self._serving),
+            signals=[replica.read_signals(now_s) for replica in running],
+        )
+        wanted = autoscaler.decide(load, now_s)
+        if wanted != len(self._serving):
+            self._replica_counts.append((now_s, wanted))
         while len(self._serving) < wanted:
-            self._start_replica(now_s + autoscaler.startup_s)
+            self._start_replica(now_s + scaling.startup_s)
         # The youngest go first; what they hold runs on to its end.
         for replica in self._serving[wanted:]:
             replica.stopped_s = now_s
+            self._router.forget(replica)
         del self._serving[wanted:]
         self._let_go(now_s)
-        self._events.push(now_s + autoscaler.interval_s, EventKind.SCALE, None)
+        self._events.push(now_s + scaling.interval_s, EventKind.SCALE, None)
 
     def _let_go(self, now_s: float) -> None:
         """Keep of the replicas that have been stopped and hold nothing what they have measured."""
         gone = [each for each in self._replicas.items() if each[1].has_gone(now_s)]
         for replica_id, replica in gone:
-            self._gone_s += replica.close(now_s)
+            self._gone_s += self._close(replica, now_s)
             self._gone.add(replica.metrics)
             del self._replicas[replica_id]
 
@@ -253,6 +273,7 @@ class Simulation:
             self._expect_result,
             ready_s,
         )
+        replica.note_end = self._router.end
         if self._decisions is not None:
             replica.decisions = []
             self._decisions.append(replica.decisions)
@@ -261,7 +282,6 @@ class Simulation:
         self._replicas[replica_id] = replica
         self._num_started += 1
         self._serving.append(replica)
-        self._num_replicas = max(self._num_replicas, len(self._serving))
 
     def _result(self) -> SimulationResult:
         # Who ended the last request is still there.
@@ -272,7 +292,7 @@ class Simulation:
                 f"no time passed: of {self._num_requests} requests none was served; give the "
                 "workload requests that the deployment can serve"
             )
-        replica_s = self._gone_s + sum(replica.close(end_s) for replica in replicas)
+        replica_s = self._gone_s + sum(self._close(replica, end_s) for replica in replicas)
         report = make_report(
             self._requests,
             self._batches,
@@ -281,5 +301,17 @@ class Simulation:
             ideal_ratio=self._ideal.time_s / replica_s,
         )
         return SimulationResult(
-            report, self._requests, self._intervals or [], self._decisions or [], self._num_replicas
+            report,
+            self._requests,
+            self._intervals or [],
+            self._decisions or [],
+            self._replica_counts,
+            self._num_hit_tokens / (self._num_queried_tokens or 1),
         )
+
+    def _close(self, replica: SimulatedReplica, end_s: float) -> float:
+        """Take what a replica has counted; returns how long it ran."""
+        load = replica.load()
+        self._num_queried_tokens += load.num_prefix_queried_tokens
+        self._num_hit_tokens += load.num_prefix_hit_tokens
+        return replica.close(end_s)

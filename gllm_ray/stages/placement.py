@@ -1,11 +1,15 @@
 """Where the processes of one pipeline replica run.
 
-Bundle 0 of the replica's placement group holds the replica and its scheduler; bundle i + 1 holds
-stage i.
+Bundle 0 of the replica's placement group holds the replica and its scheduler; each of the others
+holds a stage. Ray lays them over nodes in any order, so neighbours take bundles of the same node.
 """
 
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+from ray import PlacementGroupID
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gllm_ray.config import PipelineConfig, ServiceConfig
@@ -19,15 +23,8 @@ _ACCELERATOR_SHARE = 0.001  # what Ray's own `accelerator_type` option asks for
 def bundles(config: ServiceConfig) -> list[dict[str, float]]:
     """The placement group's bundles, in order: replica and scheduler, then one per stage."""
     pipeline = config.pipeline
-    stage = {"CPU": pipeline.cpus_per_stage}
-    if pipeline.device == "cuda":
-        stage["GPU"] = pipeline.gpus_per_stage
-    if pipeline.accelerator_type is not None:
-        stage[f"accelerator_type:{pipeline.accelerator_type}"] = _ACCELERATOR_SHARE
-    return [
-        {"CPU": REPLICA_CPUS + SCHEDULER_CPUS},
-        *(dict(stage) for _ in range(pipeline.num_stages)),
-    ]
+    stages = (_stage_bundle(pipeline, stage_id) for stage_id in range(pipeline.num_stages))
+    return [{"CPU": REPLICA_CPUS + SCHEDULER_CPUS}, *stages]
 
 
 def start_stage(
@@ -40,19 +37,60 @@ def start_stage(
         stage_id: Position in the pipeline, from 0.
         placement_group: Laid out as `bundles` says; None takes resources anywhere in the cluster.
     """
-    pipeline = config.pipeline
+    pipeline, stage = config.pipeline, config.pipeline.stage(stage_id)
     strategy = None
     if placement_group is not None:
         strategy = PlacementGroupSchedulingStrategy(
-            placement_group, placement_group_bundle_index=stage_id + 1
+            placement_group,
+            placement_group_bundle_index=_bundles_of_stages(placement_group.id)[stage_id],
         )
     return StageActor.options(
         num_cpus=pipeline.cpus_per_stage,
         num_gpus=pipeline.gpus_per_stage if pipeline.device == "cuda" else 0,
-        accelerator_type=pipeline.accelerator_type,
+        accelerator_type=stage.accelerator_type,
+        resources=stage.resources,
         runtime_env={"env_vars": stage_environment(pipeline)},
         scheduling_strategy=strategy,
     ).remote(config, stage_id)
+
+
+# Asked once, because a bundle that has lost its node gets another one, and must keep its stage.
+@cache
+def _bundles_of_stages(group_id: PlacementGroupID) -> list[int]:
+    table = placement_group_table(PlacementGroup(group_id))
+    nodes, bundles = table["bundles_to_node_id"], table["bundles"]
+    indices = range(1, len(bundles))
+    order = order_by_node([bundles[i] for i in indices], [nodes.get(i, "") for i in indices])
+    return [indices[place] for place in order]
+
+
+def order_by_node(bundles: Sequence[Mapping[str, float]], nodes: Sequence[str]) -> list[int]:
+    """Assign bundles to stages, so that neighbours share a node where they can.
+
+    Args:
+        bundles: What each stage needs, and each bundle has.
+        nodes: Where each bundle lies.
+
+    Returns:
+        For each stage the index of its bundle, one like its own.
+    """
+    free, order = list(range(len(bundles))), []
+    for wanted in bundles:
+        alike = [i for i in free if bundles[i] == wanted]
+        near = [i for i in alike if order and nodes[i] == nodes[order[-1]]]
+        order.append((near or alike)[0])
+        free.remove(order[-1])
+    return order
+
+
+def _stage_bundle(pipeline: PipelineConfig, stage_id: int) -> dict[str, float]:
+    stage = pipeline.stage(stage_id)
+    bundle = {"CPU": pipeline.cpus_per_stage}
+    if pipeline.device == "cuda":
+        bundle["GPU"] = pipeline.gpus_per_stage
+    if stage.accelerator_type is not None:
+        bundle[f"accelerator_type:{stage.accelerator_type}"] = _ACCELERATOR_SHARE
+    return bundle | stage.resources
 
 
 def num_cpu_threads(pipeline: PipelineConfig) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from gllm_ray.config import ServiceConfig
+from gllm_ray.config import ServiceConfig, kv_cache_of
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence, StageInfo
 from gllm_ray.model.allocator import keep_freed_memory
@@ -194,18 +194,19 @@ class StageWorker:
         """Learn what the attention modules cache, and how many bytes their cache may take."""
         self._geometries = self._shard.probe(num_tokens=1, num_samples=1)
         self._attention = choose_attention(self._device, self.dtype, self._geometries.values())
+        kv_cache = kv_cache_of(self._config, self._stage_id)
         if self._device.type == "cpu":
-            return self._config.kv_cache.kv_cache_bytes
+            return kv_cache.kv_cache_bytes
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
         held = torch.cuda.memory_allocated(self._device)
         self._run_largest_batches(max_model_len)
         activations = torch.cuda.max_memory_allocated(self._device) - held
         torch.cuda.empty_cache()
-        if self._config.kv_cache.kv_cache_bytes is not None:
-            return self._config.kv_cache.kv_cache_bytes
+        if kv_cache.kv_cache_bytes is not None:
+            return kv_cache.kv_cache_bytes
         free, total = torch.cuda.mem_get_info(self._device)
-        share = self._config.kv_cache.memory_utilization * self._config.pipeline.gpus_per_stage
+        share = kv_cache.memory_utilization * self._config.pipeline.gpus_per_stage
         return max(0, min(int(total * share) - held, free) - activations)
 
     def _run_largest_batches(self, max_model_len: int) -> None:

@@ -56,17 +56,17 @@ def count_stages():
 class Clients:
     """Threads that stream one completion after the other."""
 
-    def __init__(self, base_url):
+    def __init__(self, base_url, num_clients=NUM_CLIENTS):
         self._url = f"{base_url}/v1"
         self._is_over = threading.Event()
         self.outcomes = []
-        self._threads = [threading.Thread(target=self._run) for _ in range(NUM_CLIENTS)]
+        self._threads = [threading.Thread(target=self._run) for _ in range(num_clients)]
         for thread in self._threads:
             thread.start()
 
     def wait_for_outcomes(self):
         """Each client has begun another request, and ended it."""
-        enough = len(self.outcomes) + 2 * NUM_CLIENTS
+        enough = len(self.outcomes) + 2 * len(self._threads)
         while len(self.outcomes) < enough:
             time.sleep(0.1)
 

@@ -39,12 +39,15 @@ CPU_ARGS: dict[str, Any] = {
 
 
 def with_value(path: str, value: object) -> dict[str, Any]:
-    """`CPU_ARGS` with the value at a dotted path replaced."""
+    """`CPU_ARGS` with the value at a dotted path replaced; `stages[]` is the first of two."""
     args: dict[str, Any] = {section: dict(values) for section, values in CPU_ARGS.items()}
     *sections, key = path.split(".")
     mapping = args
     for section in sections:
-        mapping = mapping.setdefault(section, {})
+        if section.endswith("[]"):
+            mapping = mapping.setdefault(section.removesuffix("[]"), [{}, {}])[0]
+        else:
+            mapping = mapping.setdefault(section, {})
     mapping[key] = value
     return args
 
@@ -65,6 +68,7 @@ def with_key(key: tuple[str, str], value: object) -> dict[str, Any]:
 
 
 BYTES = "must be a positive number of bytes or text such as 512MiB"
+OTHERS = "must be a resource of the cluster's own; see cpus_per_stage and gpus_per_stage"
 MISTAKES = [
     ("pipeline.num_stages", 0, "=0: must be an integer from 1 to 256"),
     ("pipeline.num_stages", 257, "=257: must be an integer from 1 to 256"),
@@ -141,6 +145,34 @@ MISTAKES = [
         {"name": "balanced", "min_prefill_tokens": 64, "token_budget": 32},
         ".min_prefill_tokens=64: must be <= token_budget=32",
     ),
+    ("pipeline.stages", [{}] * 3, "={...}: must list num_stages=2 stages, not 3"),
+    (
+        "pipeline.stages",
+        [{}, {"accelerator_type": "L4"}],
+        "[1].accelerator_type='L4': must be left out when device is cpu",
+    ),
+    (
+        "pipeline.stages",
+        [{"memory_utilization": 0.5}, {}],
+        "[0].memory_utilization=0.5: must be left out when device is cpu",
+    ),
+    (
+        "pipeline.stages",
+        [{}, {"memory_utilization": 0.5, "kv_cache_bytes": 4096}],
+        "[1].memory_utilization=0.5: must be left out when kv_cache_bytes is given",
+    ),
+    ("pipeline.resources", {"rack": 0}, ".rack=0: must be a number > 0"),
+    (
+        "pipeline.resources",
+        {"CPU": 2},
+        f".CPU=2: {OTHERS}",
+    ),
+    (
+        "pipeline.stages",
+        [{}, {"resources": {"GPU": 0.5}}],
+        f"[1].resources.GPU=0.5: {OTHERS}",
+    ),
+    ("deployment.routing", "random", "='random': must be power_of_two or prefix_aware"),
     ("deployment.min_replicas", 2, "=2: must be <= max_replicas=1"),
     (
         "deployment.target_ongoing_requests",
@@ -159,8 +191,10 @@ def test_an_impossible_value_is_one_line_of_key_value_and_range(key, value, rest
 
 @pytest.mark.parametrize("key", keys())
 def test_every_key_refuses_a_wrong_type_in_one_line_that_names_it(key):
-    (line,) = find_mistakes(ServiceConfig, with_key(key, {"x": 1}))
-    assert line.startswith(f"{key[0]}={{...}}: must be ")
+    is_mapping = key[0].endswith(".resources")
+    (line,) = find_mistakes(ServiceConfig, with_key(key, 7 if is_mapping else {"x": 1}))
+    given = "7" if is_mapping else "{...}"
+    assert line.startswith(f"{key[0].replace('[]', '[0]')}={given}: must be ")
 
 
 def test_a_missing_key_is_named_with_what_it_allows():

@@ -1,4 +1,4 @@
-"""How many replicas there are."""
+"""Replicas that come and go in virtual time."""
 
 import weakref
 
@@ -6,20 +6,21 @@ import pytest
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import FinishReason
-from gllm_ray.simulation.autoscaling import Autoscaler, ReplicaCount
 from gllm_ray.simulation.metrics import TimeWeightedMean
+from gllm_ray.simulation.replica_config import SimulatedScalingConfig
 from tests.unit.simulation.tiny import deployment, request, serial_scheduler, simulate
 
-RULE = Autoscaler(
+RULE = SimulatedScalingConfig(
     min_replicas=1,
     max_replicas=4,
     target_ongoing_requests=2,
+    max_growth=4.0,
     upscale_delay_s=3.0,
     downscale_delay_s=5.0,
     interval_s=1.0,
     startup_s=10.0,
 )
-FROM_ZERO = Autoscaler(
+FROM_ZERO = SimulatedScalingConfig(
     min_replicas=0,
     max_replicas=2,
     target_ongoing_requests=4,
@@ -30,37 +31,8 @@ FROM_ZERO = Autoscaler(
 )
 
 
-def test_more_come_after_the_delay_and_no_more_than_the_most():
-    count = ReplicaCount(RULE)
-    assert [count.next(100, 1, float(now_s)) for now_s in range(5)] == [1, 1, 1, 4, 1]
-
-
-def test_fewer_come_after_their_delay_and_no_fewer_than_the_fewest():
-    count = ReplicaCount(RULE)
-    assert [count.next(0, 4, float(now_s)) for now_s in range(6)] == [4, 4, 4, 4, 4, 1]
-
-
-def test_a_break_in_what_is_wanted_starts_the_delay_anew():
-    count = ReplicaCount(RULE)
-    wanted = [count.next(num, 1, float(now_s)) for now_s, num in enumerate((4, 4, 2, 4, 4, 4, 4))]
-    assert wanted == [1, 1, 1, 1, 1, 1, 2]
-
-
-def test_the_first_replica_comes_at_once():
-    count = ReplicaCount(FROM_ZERO)
-    assert count.next(0, 0, 0.0) == 0
-    assert count.next(100, 0, 1.0) == 1
-
-
-@pytest.mark.parametrize("mistake", [{"max_replicas": 0}, {"min_replicas": 9}, {"interval_s": 0}])
-def test_a_rule_that_cannot_work_is_refused(mistake):
-    options = {"min_replicas": 0, "max_replicas": 2, "target_ongoing_requests": 1} | mistake
-    with pytest.raises(ConfigError):
-        Autoscaler(**options)
-
-
 def test_requests_are_held_until_the_first_replica_has_started():
-    deployed = deployment(num_replicas=0, autoscaler=FROM_ZERO)
+    deployed = deployment(num_replicas=0, scaling=FROM_ZERO)
     result = simulate(deployed, [request(0.5), request(0.75)])
     # Looked for at 1 s, started at 11 s, and two micro-batches of 1 s.
     assert result.report.wall_s == 13.0
@@ -69,7 +41,7 @@ def test_requests_are_held_until_the_first_replica_has_started():
     assert result.report.pipeline.utilization == pytest.approx(1.0)
 
 
-def test_without_replica_and_autoscaler_nothing_is_served():
+def test_without_replica_and_autoscaling_nothing_is_served():
     with pytest.raises(ConfigError, match="at least 1"):
         deployment(num_replicas=0)
 
@@ -77,22 +49,57 @@ def test_without_replica_and_autoscaler_nothing_is_served():
 def test_new_replicas_serve_after_delay_and_startup():
     # Wanted at the look at 1 s, decided at 4 s, ready at 14 s.
     arrivals = [request(0.0, output=100)] * 8 + [request(13.5)] + [request(14.0)] * 3
-    deployed = deployment(autoscaler=RULE, routing="least_outstanding")
+    deployed = deployment(scaling=RULE, routing="least_outstanding")
     result = simulate(deployed, arrivals, keep_decisions=True)
     assert result.num_replicas == 4
     assert [len(batches) for batches in result.decisions[1:]] == [1, 1, 1]
     assert result.report.num_ended[FinishReason.LENGTH] == 12
 
 
+def test_the_number_of_replicas_is_told_whenever_it_changes():
+    deployed = deployment(scaling=RULE, routing="least_outstanding")
+    result = simulate(deployed, [request(0.0, output=100)] * 8 + [request(200.0)])
+    # More since 1 s. Of the 8, each has ended by 107 s, and the last 4 since 102 s.
+    assert result.replica_counts == [(0.0, 1), (4.0, 4), (107.0, 3), (113.0, 1)]
+
+
+def test_100_replicas_may_come_for_a_tide_within_seconds_and_go_after_it():
+    """A replica serves one request a second; 60 come, and then 1."""
+    rule = SimulatedScalingConfig(
+        min_replicas=2,
+        max_replicas=100,
+        target_ongoing_requests=1000,
+        target_prefill_utilization=0.7,
+        target_queue_time_s=3.0,
+        upscale_delay_s=2.0,
+        downscale_delay_s=20.0,
+        interval_s=1.0,
+        startup_s=5.0,
+    )
+    requests = [request(1.0 + index / 60) for index in range(60 * 60)]
+    requests += [request(61.0 + index, output=2) for index in range(300)]
+    result = simulate(
+        deployment(num_replicas=2, scaling=rule, routing="least_outstanding"), requests
+    )
+    assert result.report.num_ended[FinishReason.LENGTH] == len(requests)
+    # 60 a second at 70 %; later 2 are enough, and 2 stand in for those that still have a queue.
+    (_, few), (more_s, most), (fewer_s, fewer), *_, (_, last) = result.replica_counts
+    assert (few, most, fewer, last) == (2, 86, 4, 2)
+    assert more_s < 10
+    assert 61 + rule.downscale_delay_s <= fewer_s < 90
+    # Who came before there were more replicas waited, and hardly anybody else.
+    assert result.report.ttft_s.p50 == 1.0
+
+
 def test_a_replica_that_goes_finishes_what_it_holds_and_takes_no_more():
-    rule = Autoscaler(
+    rule = SimulatedScalingConfig(
         min_replicas=1,
         max_replicas=2,
         target_ongoing_requests=10,
         downscale_delay_s=3.0,
         interval_s=1.0,
     )
-    deployed = deployment(num_replicas=2, autoscaler=rule, routing="round_robin")
+    deployed = deployment(num_replicas=2, scaling=rule, routing="round_robin")
     requests = [request(0.0, output=20)] * 2 + [request(30.0)] * 2
     result = simulate(deployed, requests, keep_decisions=True)
     assert result.report.num_ended[FinishReason.LENGTH] == 4
@@ -104,13 +111,13 @@ def test_a_replica_that_goes_finishes_what_it_holds_and_takes_no_more():
 
 
 def test_a_simulation_leaves_the_rule_as_it_was():
-    deployed = deployment(autoscaler=RULE)
+    deployed = deployment(scaling=RULE)
     requests = [request(float(index), output=50) for index in range(12)]
     assert simulate(deployed, requests) == simulate(deployed, requests)
 
 
 def test_what_is_kept_does_not_grow_with_the_replicas_that_have_gone():
-    rule = Autoscaler(
+    rule = SimulatedScalingConfig(
         min_replicas=0,
         max_replicas=2,
         target_ongoing_requests=2,
@@ -128,7 +135,7 @@ def test_what_is_kept_does_not_grow_with_the_replicas_that_have_gone():
         schedulers.append(weakref.ref(scheduler))
         return scheduler
 
-    deployed = deployment(num_replicas=0, autoscaler=rule, make=make_and_count)
+    deployed = deployment(num_replicas=0, scaling=rule, make=make_and_count)
     requests = [request(30.0 * wave, output=4) for wave in range(20) for _ in range(4)]
     result = simulate(deployed, requests)
     assert result.report.num_ended[FinishReason.LENGTH] == 80
@@ -138,14 +145,14 @@ def test_what_is_kept_does_not_grow_with_the_replicas_that_have_gone():
 
 def test_replicas_that_have_gone_count_in_the_report():
     """Two replicas, of which one goes after its 20 s: whether it has gone when all ends or not."""
-    rule = Autoscaler(
+    rule = SimulatedScalingConfig(
         min_replicas=1,
         max_replicas=2,
         target_ongoing_requests=10,
         downscale_delay_s=3.0,
         interval_s=1.0,
     )
-    deployed = deployment(num_replicas=2, autoscaler=rule, routing="round_robin")
+    deployed = deployment(num_replicas=2, scaling=rule, routing="round_robin")
     first_two = [request(0.0, output=20)] * 2
     both, one_gone = (
         simulate(deployed, first_two + later).report for later in ([], [request(40.0, output=10)])

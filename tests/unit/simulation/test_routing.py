@@ -7,6 +7,9 @@ from random import Random
 import pytest
 
 from gllm_ray.simulation.routing import Router
+from gllm_ray.simulation.simulated_request import SimulatedRequest
+
+REQUEST = SimulatedRequest(arrival_s=0.0, num_prompt_tokens=8, num_output_tokens=1)
 
 
 @dataclass
@@ -16,19 +19,27 @@ class Load:
 
 def test_round_robin_takes_turns_whatever_they_hold():
     router = Router("round_robin", Random(0))
-    assert [router.choose([Load(9), Load(0), Load(5)]) for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+    assert [router.choose([Load(9), Load(0), Load(5)], REQUEST) for _ in range(7)] == [
+        0,
+        1,
+        2,
+        0,
+        1,
+        2,
+        0,
+    ]
 
 
 def test_least_outstanding_takes_the_fewest_requests_and_the_first_of_equals():
     router = Router("least_outstanding", Random(0))
-    assert router.choose([Load(3), Load(1), Load(2)]) == 1
-    assert router.choose([Load(3), Load(1), Load(1)]) == 1
+    assert router.choose([Load(3), Load(1), Load(2)], REQUEST) == 1
+    assert router.choose([Load(3), Load(1), Load(1)], REQUEST) == 1
 
 
 def test_power_of_two_never_takes_the_fullest_and_takes_the_others_by_their_rank():
     router = Router("power_of_two", Random(0))
     loads = [Load(3), Load(0), Load(2), Load(1)]
-    counts = Counter(router.choose(loads) for _ in range(6000))
+    counts = Counter(router.choose(loads, REQUEST) for _ in range(6000))
     # Of the 6 pairs of 4 replicas 3 hold the emptiest, 2 more the next, 1 more the third.
     assert set(counts) == {1, 3, 2}
     for index, share in ((1, 3 / 6), (3, 2 / 6), (2, 1 / 6)):
@@ -37,7 +48,7 @@ def test_power_of_two_never_takes_the_fullest_and_takes_the_others_by_their_rank
 
 def test_power_of_two_of_two_replicas_takes_the_emptier():
     router = Router("power_of_two", Random(0))
-    assert all(router.choose([Load(2), Load(1)]) == 1 for _ in range(50))
+    assert all(router.choose([Load(2), Load(1)], REQUEST) == 1 for _ in range(50))
 
 
 def test_power_of_two_spreads_requests_far_better_than_chance():
@@ -48,5 +59,6 @@ def test_power_of_two_spreads_requests_far_better_than_chance():
         return max(load.num_requests for load in loads)
 
     rng = Random(1)
-    assert fullest(Router("power_of_two", Random(1)).choose) <= 3
+    router = Router("power_of_two", Random(1))
+    assert fullest(lambda loads: router.choose(loads, REQUEST)) <= 3
     assert fullest(lambda loads: rng.randrange(len(loads))) >= 4

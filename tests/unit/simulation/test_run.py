@@ -116,6 +116,17 @@ SCALED = changed(
         },
     }
 )
+OVERLOADED = changed(
+    {
+        "workload.arrivals": 1500,
+        "workload.num_requests": 600,
+        "workload.lengths": {"prompt": 100, "output": 1},
+        "autoscaling.max_replicas": 8,
+        "autoscaling.target_ongoing_requests": 1000,
+        "autoscaling.target_queue_time_s": 0.01,
+    },
+    SCALED,
+)
 
 
 @pytest.mark.parametrize(
@@ -158,10 +169,15 @@ SCALED = changed(
         ({"slo": {"e2e_s": 0.001}}, SMALL),
         ({"num_replicas": 2}, SMALL),
         ({"routing": "round_robin"}, TWO_REPLICAS),
+        ({"routing": "prefix_aware"}, changed({"num_replicas": 2}, PREFIXES)),
         ({"autoscaling": ...}, SCALED),
         ({"autoscaling.max_replicas": 2}, SCALED),
         ({"autoscaling.min_replicas": 2, "num_replicas": 2}, SCALED),
         ({"autoscaling.target_ongoing_requests": 4}, SCALED),
+        ({"autoscaling.target_queue_time_s": 0.5}, OVERLOADED),
+        ({"autoscaling.target_prefill_utilization": 0.5}, OVERLOADED),
+        ({"autoscaling.target_kv_utilization": 0.0001}, SCALED),
+        ({"autoscaling.max_growth": 1.1}, OVERLOADED),
         ({"autoscaling.upscale_delay_s": 0.1}, SCALED),
         ({"autoscaling.downscale_delay_s": 0.1}, SCALED),
         ({"autoscaling.interval_s": 0.02}, SCALED),

@@ -2,11 +2,13 @@
 
 import gc
 import tracemalloc
+from typing import get_args
 
 import pytest
 
 from gllm_ray.messages import FinishReason
 from gllm_ray.simulation import quantile_sketch, simulate
+from gllm_ray.simulation.routing import RoutingName
 from gllm_ray.simulation.run import build_deployment
 from gllm_ray.simulation.simulation_config import parse_simulation_config
 from gllm_ray.simulation.simulator import Simulation
@@ -80,7 +82,7 @@ def test_64_stages_serve_every_request():
     assert min(stage.utilization for stage in report.stages) > 0
 
 
-@pytest.mark.parametrize("routing", ["round_robin", "least_outstanding", "power_of_two"])
+@pytest.mark.parametrize("routing", get_args(RoutingName))
 def test_1000_replicas_end_every_request_exactly_once(routing):
     scale = {
         "num_replicas": 1000,

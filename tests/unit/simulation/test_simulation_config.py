@@ -138,7 +138,10 @@ def test_the_scheduler_is_that_of_the_service():
             {"autoscaling": {"min_replicas": 3, "max_replicas": 2}},
             "autoscaling.min_replicas=3: must be <= max_replicas=2",
         ),
-        ({"routing": "sticky"}, "routing='sticky': must be round_robin, least_outstanding or "),
+        (
+            {"routing": "sticky"},
+            "routing='sticky': must be round_robin, random, least_outstanding, power_of_two or ",
+        ),
         ({"workload.arrivals": 0}, "workload.arrivals=0: must be a rate > 0"),
         ({"workload": ...}, "workload: required, but not given"),
         ({"slo": {"ttft": 1}}, "slo.ttft=1: unknown key; did you mean ttft_s?"),
