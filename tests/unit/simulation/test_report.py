@@ -39,16 +39,16 @@ GOLDEN = {
     "batch_decodes": {"mean": 3.0, "p50": 3.0, "p90": 4.0, "p99": 4.0},
     "pipeline": {
         "utilization": 0.625,
-        "bubble_ratio": {"no_work": 0.1875, "upstream": 0.1875, "scheduler": 0.0},
+        "bubble_ratio": {"no_work": 0.1875, "upstream": 0.1875, "scheduler": 0.0, "repair": 0.0},
     },
     "stages": [
         {
             "utilization": 0.5,
-            "bubble_ratio": {"no_work": 0.25, "upstream": 0.25, "scheduler": 0.0},
+            "bubble_ratio": {"no_work": 0.25, "upstream": 0.25, "scheduler": 0.0, "repair": 0.0},
         },
         {
             "utilization": 0.75,
-            "bubble_ratio": {"no_work": 0.125, "upstream": 0.125, "scheduler": 0.0},
+            "bubble_ratio": {"no_work": 0.125, "upstream": 0.125, "scheduler": 0.0, "repair": 0.0},
         },
     ],
     "kv_utilization_mean": 0.125,
