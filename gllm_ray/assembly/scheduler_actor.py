@@ -79,5 +79,5 @@ class SchedulerActor:
         return await self._pipeline.next_fault()
 
     async def resume(self, outcome: StageGroup | PipelineError) -> None:
-        """Go on with repaired stages, or learn why they could not be repaired."""
+        """See `SupervisedPipeline.resume`."""
         self._pipeline.resume(outcome)

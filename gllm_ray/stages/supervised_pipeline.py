@@ -4,7 +4,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from gllm_ray.errors import PipelineError
+from gllm_ray.errors import PipelineError, SchedulerLostError
 from gllm_ray.stages.metadata import MetadataEncoder
 from gllm_ray.stages.ray_pipeline import RayPipeline, StageGroup
 
@@ -65,7 +65,7 @@ class SupervisedPipeline(RayPipeline):
         try:
             self._group = await self._repaired
         except PipelineError as error:
-            self._failure = error
+            self._failure, self._broken = error, frozenset()  # the owner knows
             raise
         self._failure, self._broken = None, frozenset()
         self._encoder = MetadataEncoder()  # the stages forgot what they were told
@@ -77,11 +77,20 @@ class SupervisedPipeline(RayPipeline):
         return await self._faults.get()
 
     def resume(self, outcome: StageGroup | PipelineError) -> None:
-        """Go on with repaired stages, or learn why they could not be repaired."""
-        if isinstance(outcome, StageGroup):
-            self._repaired.set_result(outcome)
-        else:
+        """Go on with repaired stages, or learn why they could not be repaired.
+
+        Raises:
+            SchedulerLostError: Who schedules for this pipeline cannot go on with these stages.
+        """
+        if isinstance(outcome, PipelineError):
             self._repaired.set_exception(outcome)
+        elif outcome.num_blocks != self._group.num_blocks:
+            raise SchedulerLostError(
+                f"the stages have {outcome.num_blocks} KV blocks now, and the scheduler counts "
+                f"{self._group.num_blocks}: another takes over"
+            )
+        else:
+            self._repaired.set_result(outcome)
 
     async def _fail(self, error: PipelineError, broken: frozenset[int] = frozenset()) -> None:
         start_s = time.monotonic()
