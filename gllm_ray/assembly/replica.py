@@ -15,7 +15,7 @@ from gllm_ray.engine.recovery import CrashLoop
 from gllm_ray.errors import GllmRayError, PipelineError, SchedulerLostError
 from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
 from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group, stop_stages
-from gllm_ray.stages.repair import StageKeeper
+from gllm_ray.stages.repair import RepairTimes, StageKeeper
 from gllm_ray.stages.supervised_pipeline import Fault
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,11 @@ class PipelineReplica:
     def group(self) -> StageGroup:
         """The stages and what they hold."""
         return self._stages.group
+
+    @property
+    def latest_repair(self) -> RepairTimes | None:
+        """When the latest repair that replaced stages came how far."""
+        return self._stages.latest_repair
 
     async def add(self, request: GenerationRequest) -> None:
         """Accept a request; see `EngineEndpoint.add`."""
@@ -167,6 +172,7 @@ class PipelineReplica:
         try:
             await self._stages.repair(fault)
         except GllmRayError as error:
+            logger.warning("the repair failed: %s", error)
             await self._scheduler.resume(PipelineError(str(error)))
         else:
             await self._scheduler.resume(self.group)

@@ -35,7 +35,7 @@ class SchedulerActor:
         Raises:
             ConfigError: A file that the configuration names cannot be used.
         """
-        self._pipeline = SupervisedPipeline(self._group)
+        self._pipeline = SupervisedPipeline(self._group, self._config)
         self._engine = build_engine(
             self._config,
             self._pipeline,

@@ -30,6 +30,11 @@ def name_stage(info: StageInfo) -> str:
     return f"stage {info.stage_id} ({layers}, {info.node})"
 
 
+def max_step_s(num_tokens: int, config: RecoveryConfig) -> float:
+    """How long a stage may compute a micro-batch."""
+    return config.step_timeout_s * max(1.0, num_tokens / _STEP_TOKENS)
+
+
 async def ping(stage: ActorHandle, name: str, timeout_s: float) -> StepUnderWay | None:
     """Ask a stage what it computes.
 
@@ -99,7 +104,7 @@ async def _watch_stage(stage: ActorHandle, name: str, config: RecoveryConfig) ->
             ) from None
         if step is None:
             continue
-        limit_s = config.step_timeout_s * max(1.0, step.num_tokens / _STEP_TOKENS)
+        limit_s = max_step_s(step.num_tokens, config)
         if step.elapsed_s > limit_s:
             raise StageTimeoutError(
                 f"{name} hangs: micro-batch {step.batch_id} of {step.num_tokens} tokens takes "

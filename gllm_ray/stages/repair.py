@@ -5,7 +5,7 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ray.util.placement_group import PlacementGroup
@@ -28,6 +28,23 @@ logger = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 90.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairTimes:
+    """When a repair came how far, on the clock of `time.monotonic`.
+
+    Attributes:
+        begun_s: The fault was known to the owner of the stages.
+        restarted_s: The processes of all new stages were up.
+        reloaded_s: They had their weights and their KV cache.
+        connected_s: All stages were connected.
+    """
+
+    begun_s: float
+    restarted_s: float
+    reloaded_s: float
+    connected_s: float
+
+
 class StageKeeper:
     """Owns the stages of a pipeline, watches them, and replaces those that break.
 
@@ -41,6 +58,7 @@ class StageKeeper:
 
     Attributes:
         group: The stages and what they hold.
+        latest_repair: The latest one that replaced stages; None: none has.
     """
 
     def __init__(
@@ -50,6 +68,7 @@ class StageKeeper:
         placement_group: PlacementGroup | None = None,
     ) -> None:
         self.group = group
+        self.latest_repair: RepairTimes | None = None
         self._config = config
         self._placement_group = placement_group
         self._broken: frozenset[int] = frozenset()  # known to be, and not yet replaced
@@ -89,21 +108,26 @@ class StageKeeper:
         await stop_stages(self.group.stages)
 
     async def _repair(self, detect_s: float) -> None:
-        start_s = time.monotonic()
+        begun_s = time.monotonic()
         self._broken = self._broken or await self._find_lost()
         restarts_s = await self._replace_broken()
         reloaded_s = time.monotonic()
         await self._connect()
         if restarts_s:
-            restarted_s = max(restarts_s.values())
+            times = self.latest_repair = RepairTimes(
+                begun_s=begun_s,
+                restarted_s=max(restarts_s.values()),
+                reloaded_s=reloaded_s,
+                connected_s=time.monotonic(),
+            )
             logger.info(
                 "recovered, with a new %s: detect %.2f s, restart %.2f s, reload %.2f s, "
                 "reconnect %.2f s",
                 " and ".join(name_stage(self.group.infos[i]) for i in sorted(restarts_s)),
                 detect_s,
-                restarted_s - start_s,
-                reloaded_s - restarted_s,
-                time.monotonic() - reloaded_s,
+                times.restarted_s - times.begun_s,
+                times.reloaded_s - times.restarted_s,
+                times.connected_s - times.reloaded_s,
             )
 
     async def _find_lost(self) -> frozenset[int]:

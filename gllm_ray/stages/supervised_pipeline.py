@@ -2,11 +2,19 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gllm_ray.errors import PipelineError, SchedulerLostError
+import ray
+from ray.exceptions import RayError
+
+from gllm_ray.config import ServiceConfig
+from gllm_ray.errors import PipelineError, SchedulerLostError, StageTimeoutError
+from gllm_ray.stages.heartbeat import max_step_s, name_stage
 from gllm_ray.stages.metadata import MetadataEncoder
 from gllm_ray.stages.ray_pipeline import RayPipeline, StageGroup
+
+_LOOK_S = 0.1  # until an answer that is there has come
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +37,16 @@ class SupervisedPipeline(RayPipeline):
 
     Args:
         group: Stages that no other pipeline drives.
+        config: What counts as hanging.
     """
 
-    def __init__(self, group: StageGroup) -> None:
+    def __init__(self, group: StageGroup, config: ServiceConfig) -> None:
         super().__init__(group)
+        self._heartbeat_s = config.recovery.heartbeat_s
+        # Each stage may use up the time of a step, if the largest micro-batch comes alone.
+        self._result_timeout_s = len(group.stages) * max_step_s(
+            config.scheduler.max_batch_tokens, config.recovery
+        )
         self._reports: asyncio.Queue[tuple[int, PipelineError]] = asyncio.Queue()
         self._faults: asyncio.Queue[Fault] = asyncio.Queue()
         self._repaired: asyncio.Future[StageGroup] | None = None
@@ -40,11 +54,37 @@ class SupervisedPipeline(RayPipeline):
 
     async def watch(self) -> None:
         """See `RepairablePipeline.watch`."""
+        tasks = [asyncio.create_task(self._reports.get()), asyncio.create_task(self._next_late())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            stage_id, error = done.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+        if self._failure is not None:
+            await asyncio.Event().wait()  # `next_result` has noticed it, and will tell
+        await self._fail(error, frozenset({stage_id}))
+        raise self._failure.with_traceback(None)
+
+    async def _next_late(self) -> tuple[int, PipelineError]:
+        """Wait until a result is overdue though no stage hangs: a call or its answer was lost.
+
+        Returns:
+            The stage that does not answer, and what happened.
+        """
+        oldest, since_s = None, 0.0
         while True:
-            stage_id, error = await self._reports.get()
-            if self._failure is None:  # else `next_result` has noticed it
-                await self._fail(error, frozenset({stage_id}))
-                raise self._failure
+            await asyncio.sleep(self._heartbeat_s)
+            flight, now_s = next(iter(self._in_flight), None), time.monotonic()
+            if flight is not oldest:
+                oldest, since_s = flight, now_s
+            elif flight is not None and now_s - since_s > self._result_timeout_s:
+                batch_id, refs = flight
+                stage_id = await _first_unanswered(refs)
+                return stage_id, StageTimeoutError(
+                    f"{name_stage(self._group.infos[stage_id])} does not compute micro-batch "
+                    f"{batch_id}, which has been under way for {now_s - since_s:.1f} s"
+                )
 
     def report(self, stage_id: int, error: PipelineError) -> None:
         """The owner found that a stage died or hangs."""
@@ -96,3 +136,13 @@ class SupervisedPipeline(RayPipeline):
         start_s = time.monotonic()
         await super()._fail(error, broken)
         self._detect_s = time.monotonic() - start_s
+
+
+async def _first_unanswered(refs: Sequence[ray.ObjectRef]) -> int:
+    for stage_id, ref in enumerate(refs[:-1]):
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                await ref
+        except (TimeoutError, RayError):
+            return stage_id
+    return len(refs) - 1
