@@ -23,7 +23,7 @@ class InjectingChannel:
     def __init__(self, channel, take_fault):
         self._channel = channel
         self._take_fault = take_fault
-        self._latest = None  # what the receiver was given of the message before
+        self._latest = None  # the small message before
         self._held = None  # a message that the next one overtakes
 
     def send(self, batch_id, hidden):
@@ -37,10 +37,13 @@ class InjectingChannel:
             time.sleep(DELAY_S)
         if fault == "duplicate":
             self._channel.send(batch_id, hidden)
-        latest, self._latest = self._latest, self._channel.send(batch_id, hidden)
+        carried = self._channel.send(batch_id, hidden)
         if held is not None:
             self._channel.send(*held)
-        return latest if fault == "repeat" else self._latest
+        if fault == "repeat":
+            return self._latest
+        self._latest = carried or self._latest
+        return carried
 
     def receive(self, batch_id, carried, hidden):
         self._channel.receive(batch_id, carried, hidden)

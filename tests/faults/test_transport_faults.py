@@ -43,7 +43,7 @@ FAULTS = [
     ("call", "drop", "does not compute micro-batch"),
     ("call", "duplicate", "got micro-batch"),
 ]
-IN_SHORT = {("large", "delay"), ("large", "drop"), ("small", "repeat"), ("call", "drop")}
+IN_SHORT = {("large", "delay"), ("small", "repeat"), ("call", "drop")}
 
 
 @pytest.fixture(scope="module")
