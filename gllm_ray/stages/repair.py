@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from ray.util.placement_group import PlacementGroup
@@ -159,16 +160,14 @@ class StageKeeper:
 
     async def _replace(self, stage_id: int) -> float:
         await stop_stages([self.group.stages[stage_id]])
-        stage, name = (
-            start_stage(self._config, stage_id, self._placement_group),
-            f"stage {stage_id}",
-        )
+        stage = start_stage(self._config, stage_id, self._placement_group)
+        answer = partial(ask, actor=f"stage {stage_id}")
         try:
-            await ask(stage.ping.remote(), name)
+            await answer(stage.ping.remote())
             restarted_s = time.monotonic()
-            info = await ask(stage.load.remote(), name)
+            info = await answer(stage.load.remote())
             num_blocks = min(self.group.num_blocks, self._room(info))
-            await ask(stage.allocate_kv_cache.remote(num_blocks), name)
+            await answer(stage.allocate_kv_cache.remote(num_blocks))
         except BaseException:
             await stop_stages([stage])
             raise

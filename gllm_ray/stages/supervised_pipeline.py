@@ -95,13 +95,7 @@ class SupervisedPipeline(RayPipeline):
         await self._drain()
         self._repaired = asyncio.get_running_loop().create_future()
         cause = str(self._failure or "a result was not the one due")
-        self._faults.put_nowait(
-            Fault(
-                cause=cause,
-                broken=self._broken,
-                detect_s=self._detect_s,
-            )
-        )
+        self._faults.put_nowait(Fault(cause=cause, broken=self._broken, detect_s=self._detect_s))
         try:
             self._group = await self._repaired
         except PipelineError as error:
