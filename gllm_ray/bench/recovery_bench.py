@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import ray
 
@@ -138,14 +139,17 @@ async def bench_recovery(
         killing = asyncio.create_task(
             _kill_in_turn(engine.replica, streams, num_kills, calm_s, on_step)
         )
+        tasks: list[asyncio.Future[Any]] = [running, killing]
         try:
             with watch_conditions({}) as conditions:
-                await asyncio.wait([running, killing], return_when=asyncio.FIRST_COMPLETED)
-            recoveries = await (killing if killing.done() else running)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                await running  # raises why the streams ended
+            recoveries = await killing
         finally:
-            running.cancel()
-            killing.cancel()
-            await asyncio.gather(running, killing, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         setup = describe_service(config, engine.replica.group.infos)
     return make_result(
         "recovery",
