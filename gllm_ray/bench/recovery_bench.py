@@ -125,6 +125,9 @@ async def bench_recovery(
         ConfigError: The model cannot be served as configured.
         PipelineError: The pipeline did not recover, or a request did not get all of its tokens.
     """
+    # Each death is the first in a row, and repaired without a delay.
+    recovery = config.recovery.model_copy(update={"calm_s": calm_s / 2})
+    config = config.model_copy(update={"recovery": recovery})
     workload = synthetic_workload(str(input_len), str(output_len))
     load = RequestLoad(
         workload=parse_workload(workload | {"num_requests": num_streams}),
