@@ -17,7 +17,7 @@ test: $(INSTALLED) ## Run the whole test suite.
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 chaos: $(INSTALLED) ## Run the slow tests of faults, which `make test` leaves out.
-	$(BIN)/python -m pytest -m chaos
+	$(BIN)/python -m pytest -m chaos --session-timeout=1200
 
 check: $(INSTALLED) ## Lint, check the format, the types and the layers.
 	$(BIN)/ruff check .

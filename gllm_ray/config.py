@@ -300,7 +300,7 @@ class SchedulerConfig(StrictModel):
 
 
 class RecoveryConfig(StrictModel):
-    """What happens when a stage dies or hangs, or the scheduler dies."""
+    """What happens when a stage or the scheduler dies or hangs."""
 
     enabled: bool = Field(
         default=True,
@@ -328,10 +328,14 @@ class RecoveryConfig(StrictModel):
         description="Seconds to place a new stage or scheduler, load it and connect it.",
     )
     heartbeat_s: float = Field(
-        default=1, gt=0, description="Seconds between two questions whether a stage lives."
+        default=1,
+        gt=0,
+        description="Seconds between two questions whether a stage or the scheduler lives.",
     )
     heartbeat_timeout_s: float = Field(
-        default=10, gt=0, description="Seconds without an answer after which a stage hangs."
+        default=10,
+        gt=0,
+        description="Seconds without an answer after which a stage or the scheduler hangs.",
     )
     step_timeout_s: float = Field(
         default=120,

@@ -1,5 +1,6 @@
 """A scheduler actor as the process sees it that owns it."""
 
+import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import Self, TypeVar
 
@@ -9,9 +10,10 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gllm_ray.assembly.scheduler_actor import SchedulerActor
-from gllm_ray.config import ServiceConfig
+from gllm_ray.config import RecoveryConfig, ServiceConfig
 from gllm_ray.errors import PipelineError, SchedulerLostError
 from gllm_ray.messages import EngineLoad, GenerationRequest, OpenRequest, TokenEvent
+from gllm_ray.stages.heartbeat import answer_in_time
 from gllm_ray.stages.placement import SCHEDULER_CPUS
 from gllm_ray.stages.ray_errors import ask
 from gllm_ray.stages.ray_pipeline import StageGroup
@@ -53,6 +55,23 @@ class RemoteScheduler:
         except BaseException:
             self.kill()
             raise
+
+    async def until_lost(self, config: RecoveryConfig) -> SchedulerLostError:
+        """Wait until the process dies or hangs; returns what happened."""
+        timeout_s = config.heartbeat_timeout_s
+        while True:
+            await asyncio.sleep(config.heartbeat_s)
+            try:
+                await answer_in_time(self.load, timeout_s)
+            except SchedulerLostError as error:
+                return error
+            except TimeoutError:
+                return SchedulerLostError(
+                    f"the scheduler hangs: it has not answered for {timeout_s:.1f} s "
+                    "(recovery.heartbeat_timeout_s)"
+                )
+            except PipelineError:
+                pass  # it lives, and says that its engine gave up
 
     def kill(self) -> None:
         """End the process, if it still lives."""

@@ -15,9 +15,8 @@ from gllm_ray.engine.journal import JournaledEndpoint
 from gllm_ray.engine.recovery import CrashLoop
 from gllm_ray.errors import GllmRayError, PipelineError, SchedulerLostError
 from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
-from gllm_ray.stages.heartbeat import first_fault
 from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group, stop_stages
-from gllm_ray.stages.repair import repair_stage_group
+from gllm_ray.stages.repair import RepairTimes, StageKeeper
 from gllm_ray.stages.supervised_pipeline import Fault
 from gllm_ray.stages.timeline import PhaseClock
 
@@ -30,16 +29,13 @@ class PipelineReplica:
     """The stage actors and the scheduler actor of one pipeline; implements `EngineEndpoint`.
 
     The actors die with the process that made this. It replaces stages when the scheduler tells of a
-    fault, and the scheduler when it dies.
+    fault, and the scheduler when it dies or hangs.
 
     Args:
         config: What is served, and how.
         group: Connected stages.
         scheduler: Theirs.
         placement_group: As for `start`.
-
-    Attributes:
-        group: The stages and what they hold.
     """
 
     def __init__(
@@ -49,11 +45,10 @@ class PipelineReplica:
         scheduler: RemoteScheduler,
         placement_group: PlacementGroup | None,
     ) -> None:
-        self.group = group
         self._config = config
         self._placement_group = placement_group
         self._scheduler = scheduler
-        self._broken: frozenset[int] = frozenset()  # stages known to be, and not yet replaced
+        self._stages = StageKeeper(config, group, placement_group)
         self._endpoint = JournaledEndpoint(scheduler)
         self._crash_loop = CrashLoop(config.recovery)
         self._supervision = asyncio.create_task(self._supervise())
@@ -87,6 +82,16 @@ class PipelineReplica:
         clock.end("scheduler")
         group = replace(group, startup_s={**group.startup_s, **clock.times_s})
         return cls(config, group, scheduler, placement_group)
+
+    @property
+    def group(self) -> StageGroup:
+        """The stages and what they hold."""
+        return self._stages.group
+
+    @property
+    def latest_repair(self) -> RepairTimes | None:
+        """When the latest repair that replaced stages came how far."""
+        return self._stages.latest_repair
 
     async def add(self, request: GenerationRequest) -> None:
         """Accept a request; see `EngineEndpoint.add`."""
@@ -127,33 +132,44 @@ class PipelineReplica:
         self._supervision.cancel()
         await asyncio.gather(self._supervision, return_exceptions=True)
         self._scheduler.kill()
-        await stop_stages(self.group.stages)
+        await self._stages.close()
 
     async def _supervise(self) -> None:
-        while True:
-            error = await self._until_lost()
-            try:
-                await self._replace_scheduler(error)
-            except PipelineError as failure:
-                self._endpoint.fail(failure)
-                raise
+        try:
+            while True:
+                await self._replace_scheduler(await self._until_lost())
+        except PipelineError as error:
+            self._endpoint.fail(error)
+            raise
+        except Exception as error:
+            logger.exception("supervision of the pipeline broke")
+            failure = PipelineError(f"internal error: {type(error).__name__}")
+            self._endpoint.fail(failure)
+            raise failure from error
 
     async def _until_lost(self) -> SchedulerLostError:
         """Repair the stages until their scheduler is lost."""
-        loss, repairs = self._endpoint.loss, asyncio.create_task(self._repair_for_ever())
+        loss = self._endpoint.loss
+        tasks = [
+            asyncio.create_task(self._repair_for_ever()),
+            asyncio.create_task(self._scheduler.until_lost(self._config.recovery)),
+        ]
         try:
-            await asyncio.wait([loss, repairs], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([loss, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            if not loss.done():
+                error = next(task.result() for task in tasks if task.done())
+                self._endpoint.note_loss(self._scheduler, error)
+            return loss.result()
         finally:
-            repairs.cancel()
-            await asyncio.wait([repairs])
-        return loss.result() if loss.done() else repairs.result()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _repair_for_ever(self) -> SchedulerLostError:
         try:
             while True:
                 await self._repair_once()
         except SchedulerLostError as error:
-            self._endpoint.note_loss(self._scheduler, error)
             return error
 
     async def _repair_once(self) -> None:
@@ -163,25 +179,16 @@ class PipelineReplica:
         finally:
             watching.cancel()
         logger.warning(_STANDS_STILL, fault.cause)
-        self._broken = fault.broken
         try:
-            await self._repair_stages(fault)
-        except PipelineError as error:
-            await self._scheduler.resume(error)
+            await self._stages.repair(fault)
+        except GllmRayError as error:
+            logger.warning("the repair failed: %s", error)
+            await self._scheduler.resume(PipelineError(str(error)))
         else:
             await self._scheduler.resume(self.group)
 
-    async def _repair_stages(self, fault: Fault) -> None:
-        try:
-            self.group = await repair_stage_group(
-                self._config, self.group, fault, self._placement_group
-            )
-        except GllmRayError as error:
-            raise PipelineError(str(error)) from error
-        self._broken = frozenset()
-
     async def _watch(self) -> None:
-        fault = await first_fault(self.group.stages, self.group.infos, self._config.recovery)
+        fault = await self._stages.next_fault()
         with contextlib.suppress(PipelineError):  # without a scheduler nobody needs to know
             await self._scheduler.report(*fault)
 
@@ -191,6 +198,7 @@ class PipelineReplica:
         Raises:
             PipelineError: It is not worth another attempt; tells the first cause.
         """
+        self._scheduler.kill()  # it may live, and who waits for it would wait on
         if not self._config.recovery.enabled:
             raise error
         logger.warning(_STANDS_STILL, error)
@@ -208,7 +216,7 @@ class PipelineReplica:
         self._scheduler.kill()
         start_s = time.monotonic()
         # The stages may still compute for the lost one; a new epoch ends that.
-        await self._repair_stages(Fault(cause=cause, broken=self._broken, detect_s=0.0))
+        await self._stages.repair(Fault(cause=cause, broken=frozenset(), detect_s=0.0))
         reconnected_s = time.monotonic()
         limit_s = self._config.recovery.restart_timeout_s
         try:

@@ -36,7 +36,7 @@ class SchedulerActor:
         Raises:
             ConfigError: A file that the configuration names cannot be used.
         """
-        self._pipeline = SupervisedPipeline(group)
+        self._pipeline = SupervisedPipeline(group, self._config)
         self._engine = build_engine(
             self._config,
             self._pipeline,
@@ -80,5 +80,5 @@ class SchedulerActor:
         return await self._pipeline.next_fault()
 
     async def resume(self, outcome: StageGroup | PipelineError) -> None:
-        """Go on with repaired stages, or learn why they could not be repaired."""
+        """See `SupervisedPipeline.resume`."""
         self._pipeline.resume(outcome)

@@ -170,11 +170,30 @@ def _front(results: Sequence[Result], _: Sequence[str]) -> str:
     return markdown_table([*head, "load average"], rows)
 
 
+def _recovery(results: Sequence[Result], _: Sequence[str]) -> str:
+    """A row for each death, in seconds."""
+    phases = ("detect", "restart", "reload", "reconnect", "prefill", "pause")
+    rows = [
+        [
+            result["target"],
+            f"{result['num_streams']} x {result['input_len']} + {result['output_len']}",
+            f"stage {each['stage_id']}",
+            *(f"{each[f'{phase}_s']:.2f}" for phase in phases),
+            _load_average(result["conditions"]),
+        ]
+        for result in results
+        for each in result["recoveries"]
+    ]
+    head = ["what", "streams x prompt + output tokens", "killed"]
+    return markdown_table([*head, *(f"{phase} s" for phase in phases), "load average"], rows)
+
+
 _TABLES: dict[str, Callable[[Sequence[Result], Sequence[str]], str]] = {
     "requests": _requests,
     "stage": _stage,
     "transport": _transport,
     "front": _front,
+    "recovery": _recovery,
     "compare": _compare,
 }
 

@@ -43,6 +43,7 @@ def add_service_benchmarks(benchmarks: Any) -> None:  # noqa: ANN401 - argparse 
     _add_stage(benchmarks)
     _add_transport(benchmarks)
     _add_front(benchmarks)
+    _add_recovery(benchmarks)
     _add_compare(benchmarks)
     _add_table(benchmarks)
 
@@ -203,6 +204,44 @@ def _front(options: argparse.Namespace) -> int:
                 on_step=show_step,
             )
         )
+
+    return _report(options, measure)
+
+
+def _add_recovery(benchmarks: Any) -> None:  # noqa: ANN401
+    parser = benchmarks.add_parser(
+        "recovery",
+        help="how long streams stand still when a stage dies, by phase",
+        description="Start the engine of a service on a Ray of its own, let requests run, and kill "
+        "its stages in turn. Fails unless every request gets all of its tokens.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_config(parser)
+    parser.add_argument("--kills", type=positive, default=6, help="stages that die")
+    parser.add_argument("--streams", type=positive, default=8, help="requests at once")
+    parser.add_argument("--input-len", type=positive, default=256, help="tokens of their prompts")
+    parser.add_argument("--output-len", type=positive, default=256, help="of their outputs")
+    parser.add_argument("--calm", type=float, default=2, help="seconds between recovery and death")
+    add_json_option(parser)
+    parser.set_defaults(run=_recovery)
+
+
+def _recovery(options: argparse.Namespace) -> int:
+    def measure() -> "Result":
+        with _own_ray(config := load_only_service(options.file)):
+            from gllm_ray.bench.recovery_bench import bench_recovery
+
+            return asyncio.run(
+                bench_recovery(
+                    config,
+                    num_streams=options.streams,
+                    input_len=options.input_len,
+                    output_len=options.output_len,
+                    num_kills=options.kills,
+                    calm_s=options.calm,
+                    on_step=show_step,
+                )
+            )
 
     return _report(options, measure)
 

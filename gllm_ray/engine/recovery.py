@@ -6,6 +6,7 @@ Nothing here has a clock or does anything: the engine tells what happened and wh
 from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from itertools import islice
 
 from gllm_ray.config import RecoveryConfig
 from gllm_ray.errors import PipelineError
@@ -77,13 +78,14 @@ class PoisonSearch:
 
     Prefill repeats all that a request has computed. So one that breaks the pipeline when it
     computes a certain token does so again before it gets another output token: who was in flight at
-    two faults and got no token in between is a suspect. The suspects are tried in halves while all
-    others wait. A group that breaks the pipeline is halved again, and one whose members all get a
-    token, or end, is innocent and runs on. A single request is to blame if it breaks the pipeline
-    with nobody else in flight; and does so twice, unless others got tokens since the search began:
-    it may be the stages that are broken.
+    two faults and got no token in between is a suspect. The suspects are tried in halves while the
+    rest of them wait. A group that breaks the pipeline is halved again, and one whose members all
+    get a token, or end, is innocent and runs on. Who is no suspect, or comes later, runs along, and
+    is a suspect too if it was in flight when a trial broke. A single request is to blame if it
+    breaks the pipeline with nobody else in flight; and does so twice, unless others got tokens
+    since the search began: it may be the stages that are broken.
 
-    So the search ends: after about 2 log2(n) trials of n suspects if one is to blame, and after
+    So the search ends: after about 2 log2(n) faults of n suspects if one is to blame, and after
     some 4 n at most.
 
     Attributes:
@@ -97,7 +99,7 @@ class PoisonSearch:
         self._groups: deque[list[str]] = deque()  # to try, the one on trial first
         self._on_trial: set[str] = set()  # of its members those that got no token yet
         self._innocent: set[str] = set()
-        self._is_alone = False  # the innocent wait, too
+        self._is_alone = False  # all others wait, those too that are no suspects
         self._has_blamed = False
         self._has_progress = False  # since the latest fault
         self._is_working = False  # somebody got a token since the search began
@@ -106,11 +108,14 @@ class PoisonSearch:
         self.is_solved = False
 
     @property
-    def admitted(self) -> AbstractSet[str] | None:
-        """The requests that may run now; None for all."""
-        if not self._groups:
-            return None
-        return set(self._groups[0]) | (set() if self._is_alone else self._innocent)
+    def alone(self) -> AbstractSet[str] | None:
+        """The only requests that may run now; None: all may that are not held back."""
+        return set(self._groups[0]) if self._groups and self._is_alone else None
+
+    @property
+    def held_back(self) -> AbstractSet[str]:
+        """The suspects that are not on trial."""
+        return set().union(*islice(self._groups, 1, None))
 
     def note_fault(self, in_flight: Mapping[str, int]) -> str | None:
         """The pipeline broke.
@@ -125,6 +130,9 @@ class PoisonSearch:
         self.is_explained = self.is_solved = False
         if self._groups:
             guilty = [n for n in self._groups[0] if n in self._on_trial and n in in_flight]
+            known = self._innocent.union(*self._groups)
+            if newcomers := [name for name in in_flight if name not in known]:
+                self._groups.append(newcomers)
             self.is_explained = has_progress and bool(guilty)
             return self._narrow(guilty, in_flight) if guilty else None
         suspects = [name for name, count in in_flight.items() if self._before.get(name) == count]
@@ -139,7 +147,7 @@ class PoisonSearch:
         """Requests got tokens, or ended.
 
         Returns:
-            Whether `admitted` is another now.
+            Whether others may run now.
         """
         if not self._groups:
             return False

@@ -92,7 +92,10 @@ class Supervisor:
             self._apply(scheduler)
 
     def _apply(self, scheduler: Scheduler) -> None:
-        scheduler.admit_only(self._search.admitted)
+        if self._search.alone is None:
+            scheduler.hold_back(self._search.held_back)
+        else:
+            scheduler.admit_only(self._search.alone)
         if self._search.is_solved:
             self._crash_loop.forgive()
 

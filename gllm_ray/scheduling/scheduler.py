@@ -312,13 +312,16 @@ class Scheduler:
         self._pool.dequeue(sequence)
         return [self._finish(sequence, FinishReason.BLAMED, error=message)]
 
-    def admit_only(self, request_ids: AbstractSet[str] | None) -> None:
-        """Let the others wait that hold no block, whenever they came; None lifts that."""
-        if request_ids is None:
-            self._pool.waiting.admit_only(None)
-        else:
-            known = self._seq_ids.keys() & request_ids
-            self._pool.waiting.admit_only({self._seq_ids[request_id] for request_id in known})
+    def hold_back(self, request_ids: AbstractSet[str]) -> None:
+        """Let these wait while they hold no block, and none but these."""
+        self._pool.waiting.hold_back(self._known_seq_ids(request_ids))
+
+    def admit_only(self, request_ids: AbstractSet[str]) -> None:
+        """Let all others wait that hold no block, those too that come later."""
+        self._pool.waiting.admit_only(self._known_seq_ids(request_ids))
+
+    def _known_seq_ids(self, request_ids: AbstractSet[str]) -> set[int]:
+        return {self._seq_ids[name] for name in self._seq_ids.keys() & request_ids}
 
     def _view(self, now_s: float) -> LoadView:
         return take_view(self._pool, self._flights, self._settings, self._cost, now_s)

@@ -1,7 +1,7 @@
 """The order in which waiting sequences get their blocks: priority, fairness, arrival."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from heapq import heapify, heappop, heappush, nlargest
 from operator import itemgetter
@@ -56,7 +56,7 @@ class WaitingQueue:
         self._virtual_time = 0.0  # tokens
         self._num_tokens_before = 0  # of all prompts that ever came
         self._num_pops = 0
-        self._admitted_only: AbstractSet[int] | None = None
+        self._may_enter: Callable[[int], bool] | None = None  # None: all may
 
     def __len__(self) -> int:
         return len(self._members)
@@ -91,14 +91,18 @@ class WaitingQueue:
         if deadline_s is not None:
             self._deadlines.push((deadline_s, sequence.seq_id))
 
-    def admit_only(self, seq_ids: AbstractSet[int] | None) -> None:
-        """Hold all others back, whether they are here or come later; None holds nobody back."""
-        self._admitted_only = seq_ids
+    def hold_back(self, seq_ids: AbstractSet[int]) -> None:
+        """Hold these back, whether they are here or come later, and nobody else."""
+        self._may_enter = (lambda seq_id: seq_id not in seq_ids) if seq_ids else None
+
+    def admit_only(self, seq_ids: AbstractSet[int]) -> None:
+        """Hold all others back, whether they are here or come later."""
+        self._may_enter = seq_ids.__contains__
 
     def head(self) -> Sequence | None:
         """The sequence to admit next."""
-        if self._admitted_only is not None:
-            return next((s for s in self if s.seq_id in self._admitted_only), None)
+        if self._may_enter is not None:
+            return next((s for s in self if self._may_enter(s.seq_id)), None)
         is_aged = self._num_pops % _AGING_INTERVAL == _AGING_INTERVAL - 1
         first = self._ages.first() if is_aged else self._ranks.first()
         return None if first is None else self._members[first[-1]]
@@ -111,7 +115,7 @@ class WaitingQueue:
         served = sequence.num_tokens / len(self._num_waiting)
         counter = due - self._overtaking * sequence.num_prompt_tokens
         self._virtual_time = max(self._virtual_time + served, counter)
-        if sequence.rank != first and self._admitted_only is None:
+        if sequence.rank != first and self._may_enter is None:
             sequence.rank = (_AGED_PRIORITY, due, seq_id)
         self._num_pops += 1
         self._forget(sequence)

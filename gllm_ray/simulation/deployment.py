@@ -13,12 +13,12 @@ from gllm_ray.simulation.virtual_pipeline import Timing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLoss:
-    """A stage dies.
+    """A stage dies, and is replaced; meanwhile the requests of its replica wait.
 
     Attributes:
         time_s: When.
         replica_id: Whose stage.
-        recovery_s: Seconds until the replica takes requests again.
+        recovery_s: Seconds until the replica goes on, with a prefill of all that it held.
 
     To a replica that is not running at that time nothing happens.
     """

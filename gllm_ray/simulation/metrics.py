@@ -47,7 +47,7 @@ class RequestProgress:
         first_token_s: When its first output token came; set by `RequestMetrics`.
         last_token_s: When its latest came; set by `RequestMetrics`.
         num_output_tokens: Output tokens so far; counted by `RequestMetrics`.
-        num_preemptions: How often it was preempted.
+        num_preemptions: How often it was preempted, or lost its KV with a stage.
         cost_tokens: What the router takes it for.
     """
 
@@ -161,6 +161,7 @@ class IdleCause(StrEnum):
     NO_WORK = "no_work"  # nothing that could be scheduled, and nothing on its way
     UPSTREAM = "upstream"  # the next micro-batch is in an earlier stage or on a link
     SCHEDULER = "scheduler"  # work could be scheduled, but is not yet
+    REPAIR = "repair"  # requests wait for a stage that is being replaced
 
 
 @dataclass(slots=True)

@@ -65,8 +65,8 @@ class SimulatedReplica:
         ready_s: When the replica takes its first request.
 
     Attributes:
-        busy_until_s: When the scheduler is next free.
-        ready_s: When the replica takes requests, or took them again after its latest loss.
+        busy_until_s: When the scheduler is next free, and no stage is being replaced.
+        ready_s: When the replica takes its first request.
         last_end_s: When a request last ended.
         stopped_s: When it was told that no more requests will come; it ends those that it holds.
         alarm_s: When it is next asked which requests have waited too long.
@@ -106,7 +106,7 @@ class SimulatedReplica:
         self._progress: dict[str, RequestProgress] = {}
         self._open_ended: dict[str, SimulatedRequest] = {}  # whose output ends by itself
         self._start_s = ready_s
-        self._idle_since_s: float | None = ready_s
+        self._idle_since_s: float | None = ready_s  # without requests, or without a stage
         self._meter = SignalMeter()
 
     @property
@@ -151,20 +151,22 @@ class SimulatedReplica:
         except OverloadedError:
             self._end(progress, FinishReason.EXPIRED, now_s)
         else:
+            self._note_idle(now_s)
             self._progress[str(index)] = progress
             if request.max_tokens is not None:
                 self._open_ended[str(index)] = request
-            if self._idle_since_s is not None:
-                self._pipeline.note_idle(self._idle_since_s, now_s, IdleCause.NO_WORK)
-                self._idle_since_s = None
 
     def expire(self, now_s: float) -> None:
         """End the requests that have waited too long."""
+        self._note_idle(now_s)
         self._take(self._scheduler.expire(now_s), now_s)
 
     def fill(self, now_s: float) -> None:
         """Form micro-batches until the scheduler has no more."""
         timing, formed_s = self._pipeline.timing, now_s
+        self._note_idle(now_s)
+        if self._progress:
+            self._idle_since_s = None
         self._pipeline.advance(now_s)
         while (batch := self._scheduler.schedule(formed_s)) is not None:
             load, begun_s = self._scheduler.latest_load, formed_s
@@ -192,13 +194,14 @@ class SimulatedReplica:
         self.fill(now_s)
 
     def lose_stage(self, now_s: float, recovery_s: float) -> None:
-        """A stage dies: all requests end with an error, and none is taken until it is replaced."""
+        """A stage dies: until it is replaced all requests wait, and then are prefilled again."""
         self.epoch += 1
-        self.ready_s = max(self.ready_s, now_s + recovery_s)
-        self.busy_until_s = min(self.busy_until_s, now_s)
+        self.busy_until_s = max(self.busy_until_s, now_s + recovery_s)
+        self._note_idle(now_s)
+        self._idle_since_s = now_s
         self._pipeline.restart(now_s)
-        self._take(self._scheduler.fail_all("a stage was lost"), now_s)
-        self.metrics.kv_utilization.set(0.0, now_s)
+        self._take(self._scheduler.requeue_all().events, now_s)
+        self.metrics.kv_utilization.set(self._scheduler.kv_utilization, now_s)
 
     def close(self, end_s: float) -> float:
         """Account for the time up to its end, or to that of the simulation if that is earlier.
@@ -207,11 +210,17 @@ class SimulatedReplica:
             How long it ran.
         """
         end_s = max(self._start_s, min(end_s, max(self.stopped_s, self.last_end_s)))
-        if self._idle_since_s is not None:
-            self._pipeline.note_idle(self._idle_since_s, end_s, IdleCause.NO_WORK)
+        self._note_idle(end_s)
         self._pipeline.close(end_s)
         self.metrics.kv_utilization.set(self._scheduler.kv_utilization, end_s)
         return end_s - self._start_s
+
+    def _note_idle(self, now_s: float) -> None:
+        """Tell why nothing was computed up to now, if nothing is; more idle time may follow."""
+        if self._idle_since_s is not None:
+            cause = IdleCause.REPAIR if self._progress else IdleCause.NO_WORK
+            self._pipeline.note_idle(self._idle_since_s, now_s, cause)
+            self._idle_since_s = now_s
 
     def _note_chunks(self, chunks: Iterable[ScheduledSequence], now_s: float) -> None:
         for chunk in chunks:

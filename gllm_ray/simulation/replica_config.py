@@ -15,10 +15,13 @@ class SimulatedScalingConfig(ScalingRule):
 
 
 class StageLossConfig(StrictModel):
-    """A stage that dies, and its replica with it."""
+    """A stage that dies, and is replaced."""
 
     time_s: float = Field(ge=0, description="When.")
     replica_id: int = Field(default=0, ge=0, description="Whose stage, of those at the start.")
     recovery_s: float = Field(
-        default=30.0, ge=0, description="Seconds until the replica takes requests again."
+        default=30.0,
+        ge=0,
+        description="Seconds until it is replaced; the replica's requests wait, and their KV is "
+        "computed again.",
     )

@@ -1,6 +1,6 @@
 """A report as plain text, for a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from gllm_ray.simulation.metrics import IdleCause
 from gllm_ray.simulation.report import Report, StageReport, Summary
@@ -57,14 +57,16 @@ def _values(summary: Summary) -> tuple[float, ...]:
 
 
 def _stages(report: Report) -> list[list[str]]:
-    causes = [cause.replace("_", " ") for cause in IdleCause]
-    rows = [["", "busy", *(f"idle: {cause}" for cause in causes)]]
-    rows += [_shares(f"stage {index}", stage) for index, stage in enumerate(report.stages)]
-    return [*rows, _shares("all stages", report.pipeline)]
+    causes = list(IdleCause)
+    if not report.pipeline.bubble_ratio[IdleCause.REPAIR]:
+        causes.remove(IdleCause.REPAIR)
+    rows = [["", "busy", *(f"idle: {cause.replace('_', ' ')}" for cause in causes)]]
+    rows += [_shares(f"stage {index}", stage, causes) for index, stage in enumerate(report.stages)]
+    return [*rows, _shares("all stages", report.pipeline, causes)]
 
 
-def _shares(name: str, stage: StageReport) -> list[str]:
-    shares = [stage.utilization, *(stage.bubble_ratio[cause] for cause in IdleCause)]
+def _shares(name: str, stage: StageReport, causes: Iterable[IdleCause]) -> list[str]:
+    shares = [stage.utilization, *(stage.bubble_ratio[cause] for cause in causes)]
     return [name, *(f"{share:.1%}" for share in shares)]
 
 

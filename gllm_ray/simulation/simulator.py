@@ -178,6 +178,9 @@ class Simulation:
         cost_tokens = self._router.start(replica, arrival.request)
         replica.add(arrival.index, arrival.request, now_s, cost_tokens)
         self._set_alarm(replica)
+        self._expect_fill(replica, now_s)
+
+    def _expect_fill(self, replica: SimulatedReplica, now_s: float) -> None:
         if not replica.is_fill_due:
             replica.is_fill_due = True
             self._events.push(now_s, EventKind.SCHEDULE, replica)
@@ -193,8 +196,7 @@ class Simulation:
         replica = self._replicas.get(loss.replica_id)
         if replica is not None and replica.is_running(now_s):
             replica.lose_stage(now_s, loss.recovery_s)
-            self._all_ready_s = max(self._all_ready_s, replica.ready_s)
-            self._events.push(replica.ready_s, EventKind.READY, replica)
+            self._expect_fill(replica, now_s)
 
     def _is_free(self, event: Event[_Payload], replica: SimulatedReplica) -> bool:
         """Whether the scheduler of a replica can see to an event now; else it comes again."""

@@ -8,8 +8,8 @@ would wait for a step that waits for an earlier stage. Hence the owner asks.
 """
 
 import asyncio
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import NoReturn, TypeVar
 
 from ray.actor import ActorHandle
 
@@ -17,6 +17,8 @@ from gllm_ray.config import RecoveryConfig
 from gllm_ray.errors import PipelineError, StageTimeoutError
 from gllm_ray.messages import StageInfo, StepUnderWay
 from gllm_ray.stages.ray_errors import ask
+
+T = TypeVar("T")
 
 # The tokens of a micro-batch to which `step_timeout_s` refers.
 _STEP_TOKENS = 1024
@@ -28,6 +30,11 @@ def name_stage(info: StageInfo) -> str:
     return f"stage {info.stage_id} ({layers}, {info.node})"
 
 
+def max_step_s(num_tokens: int, config: RecoveryConfig) -> float:
+    """How long a stage may compute a micro-batch."""
+    return config.step_timeout_s * max(1.0, num_tokens / _STEP_TOKENS)
+
+
 async def ping(stage: ActorHandle, name: str, timeout_s: float) -> StepUnderWay | None:
     """Ask a stage what it computes.
 
@@ -35,26 +42,47 @@ async def ping(stage: ActorHandle, name: str, timeout_s: float) -> StepUnderWay 
         StageLostError: Its process is dead.
         TimeoutError: It does not answer.
     """
-    async with asyncio.timeout(timeout_s):
-        return await ask(stage.step_under_way.remote(), name)
+    return await answer_in_time(lambda: ask(stage.step_under_way.remote(), name), timeout_s)
 
 
 async def first_fault(
-    stages: Sequence[ActorHandle], infos: Sequence[StageInfo], config: RecoveryConfig
+    stages: Mapping[int, ActorHandle], infos: Sequence[StageInfo], config: RecoveryConfig
 ) -> tuple[int, PipelineError]:
-    """Wait until a stage dies or hangs; returns its id and what happened."""
-    watches = [
-        asyncio.create_task(_watch_stage(stage, name_stage(info), config))
-        for stage, info in zip(stages, infos, strict=True)
-    ]
+    """Wait until one of some stages dies or hangs; returns its id and what happened.
+
+    Args:
+        stages: The stages to watch, by id.
+        infos: What each stage of the pipeline holds.
+        config: What counts as hanging.
+    """
+    if not stages:
+        await asyncio.Event().wait()
+    watches = {
+        asyncio.create_task(_watch_stage(stage, name_stage(infos[i]), config)): i
+        for i, stage in stages.items()
+    }
     try:
-        await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
-        stage_id = next(i for i, watch in enumerate(watches) if watch.done())
-        return stage_id, watches[stage_id].exception()
+        done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+        watch = done.pop()
+        return watches[watch], watch.exception()
     finally:
         for watch in watches:
             watch.cancel()
         await asyncio.gather(*watches, return_exceptions=True)
+
+
+async def answer_in_time(ask_once: Callable[[], Awaitable[T]], timeout_s: float) -> T:
+    """An answer to a question that is asked twice, because who asks may have stood still itself.
+
+    Raises:
+        TimeoutError: There is none.
+    """
+    try:
+        async with asyncio.timeout(timeout_s / 2):
+            return await ask_once()
+    except TimeoutError:
+        async with asyncio.timeout(timeout_s / 2):
+            return await ask_once()
 
 
 async def _watch_stage(stage: ActorHandle, name: str, config: RecoveryConfig) -> NoReturn:
@@ -66,24 +94,19 @@ async def _watch_stage(stage: ActorHandle, name: str, config: RecoveryConfig) ->
     """
     while True:
         await asyncio.sleep(config.heartbeat_s)
-        step = await _ping_twice(stage, name, config.heartbeat_timeout_s)
+        timeout_s = config.heartbeat_timeout_s
+        try:
+            step = await ping(stage, name, timeout_s)
+        except TimeoutError:
+            raise StageTimeoutError(
+                f"{name} hangs: it has not answered for {timeout_s:.1f} s "
+                "(recovery.heartbeat_timeout_s)"
+            ) from None
         if step is None:
             continue
-        limit_s = config.step_timeout_s * max(1.0, step.num_tokens / _STEP_TOKENS)
+        limit_s = max_step_s(step.num_tokens, config)
         if step.elapsed_s > limit_s:
             raise StageTimeoutError(
                 f"{name} hangs: micro-batch {step.batch_id} of {step.num_tokens} tokens takes "
                 f"{step.elapsed_s:.1f} s, more than {limit_s:.1f} s (recovery.step_timeout_s)"
             )
-
-
-async def _ping_twice(stage: ActorHandle, name: str, timeout_s: float) -> StepUnderWay | None:
-    # Once more, because the process that asks may have been the one that stood still.
-    for _ in range(2):
-        try:
-            return await ping(stage, name, timeout_s / 2)
-        except TimeoutError:
-            pass
-    raise StageTimeoutError(
-        f"{name} hangs: it has not answered for {timeout_s:.1f} s (recovery.heartbeat_timeout_s)"
-    )

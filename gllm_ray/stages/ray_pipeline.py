@@ -22,7 +22,7 @@ from gllm_ray.errors import GllmRayError, PipelineError, StageLostError
 from gllm_ray.messages import MicroBatch, MicroBatchResult, StageInfo, StageTime
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.partition import describe_stage, size_kv_cache
-from gllm_ray.stages.heartbeat import name_stage, ping
+from gllm_ray.stages.heartbeat import name_stage
 from gllm_ray.stages.metadata import MetadataEncoder
 from gllm_ray.stages.placement import start_stage
 from gllm_ray.stages.ray_errors import ask, translate_ray_error
@@ -32,9 +32,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# How long a failed pipeline waits for the survivors' steps, and then for answers to a ping.
+# How long a failed pipeline waits for the survivors' steps.
 _DRAIN_TIMEOUT_S = 1.0
-_PING_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,24 +198,19 @@ class RayPipeline:
             broken: The stages at fault, if they are known.
         """
         self._failure, self._broken = error, broken
-        failed = await self._drain()
-        if broken:
+        failures = await self._drain()
+        if broken or not failures:
             return
-        pings = (ping(*stage, _PING_TIMEOUT_S) for stage in self._named_stages())
-        answers = await asyncio.gather(*pings, return_exceptions=True)
-        lost = {i: a for i, a in enumerate(answers) if isinstance(a, StageLostError)}
-        if lost:
-            self._failure = next(iter(lost.values()))
-        self._broken = frozenset(lost or failed)
+        # A stage's own step fails before those that wait for it.
+        losses = (failure for failure in failures if isinstance(failure[1], StageLostError))
+        stage_id, self._failure = next(losses, failures[0])
+        self._broken = frozenset({stage_id})
 
-    def _named_stages(self) -> Iterable[tuple[ActorHandle, str]]:
-        return zip(self._group.stages, map(name_stage, self._group.infos), strict=False)
-
-    async def _drain(self) -> list[int]:
+    async def _drain(self) -> list[tuple[int, GllmRayError]]:
         """Consume every ref in flight: survivors fall idle, and no error stays unread.
 
         Returns:
-            The stage whose step failed first, if one did; the steps after it fail with it.
+            The steps that failed, in their order: the stage of each, and what happened.
         """
         steps = {
             asyncio.ensure_future(ref): stage_id
@@ -229,7 +223,12 @@ class RayPipeline:
         for step in late:
             step.cancel()
         self._in_flight.clear()
-        return [i for step, i in steps.items() if step in done and step.exception()][:1]
+        failed = ((i, step.exception()) for step, i in steps.items() if step in done)
+        return [
+            (i, translate_ray_error(error, name_stage(self._group.infos[i])))
+            for i, error in failed
+            if error is not None
+        ]
 
 
 async def _load(stage_id: int, stage: ActorHandle) -> StageInfo:

@@ -2,11 +2,19 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gllm_ray.errors import PipelineError
+import ray
+from ray.exceptions import RayError
+
+from gllm_ray.config import ServiceConfig
+from gllm_ray.errors import PipelineError, SchedulerLostError, StageTimeoutError
+from gllm_ray.stages.heartbeat import max_step_s, name_stage
 from gllm_ray.stages.metadata import MetadataEncoder
 from gllm_ray.stages.ray_pipeline import RayPipeline, StageGroup
+
+_LOOK_S = 0.1  # until an answer that is there has come
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +37,16 @@ class SupervisedPipeline(RayPipeline):
 
     Args:
         group: Stages that no other pipeline drives.
+        config: What counts as hanging.
     """
 
-    def __init__(self, group: StageGroup) -> None:
+    def __init__(self, group: StageGroup, config: ServiceConfig) -> None:
         super().__init__(group)
+        self._heartbeat_s = config.recovery.heartbeat_s
+        # Each stage may use up the time of a step, if the largest micro-batch comes alone.
+        self._result_timeout_s = len(group.stages) * max_step_s(
+            config.scheduler.max_batch_tokens, config.recovery
+        )
         self._reports: asyncio.Queue[tuple[int, PipelineError]] = asyncio.Queue()
         self._faults: asyncio.Queue[Fault] = asyncio.Queue()
         self._repaired: asyncio.Future[StageGroup] | None = None
@@ -40,11 +54,37 @@ class SupervisedPipeline(RayPipeline):
 
     async def watch(self) -> None:
         """See `RepairablePipeline.watch`."""
+        tasks = [asyncio.create_task(self._reports.get()), asyncio.create_task(self._next_late())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            stage_id, error = done.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+        if self._failure is not None:
+            await asyncio.Event().wait()  # `next_result` has noticed it, and will tell
+        await self._fail(error, frozenset({stage_id}))
+        raise self._failure.with_traceback(None)
+
+    async def _next_late(self) -> tuple[int, PipelineError]:
+        """Wait until a result is overdue though no stage hangs: a call or its answer was lost.
+
+        Returns:
+            The stage that does not answer, and what happened.
+        """
+        oldest, since_s = None, 0.0
         while True:
-            stage_id, error = await self._reports.get()
-            if self._failure is None:  # else `next_result` has noticed it
-                await self._fail(error, frozenset({stage_id}))
-                raise self._failure
+            await asyncio.sleep(self._heartbeat_s)
+            flight, now_s = next(iter(self._in_flight), None), time.monotonic()
+            if flight is not oldest:
+                oldest, since_s = flight, now_s
+            elif flight is not None and now_s - since_s > self._result_timeout_s:
+                batch_id, refs = flight
+                stage_id = await _first_unanswered(refs)
+                return stage_id, StageTimeoutError(
+                    f"{name_stage(self._group.infos[stage_id])} does not compute micro-batch "
+                    f"{batch_id}, which has been under way for {now_s - since_s:.1f} s"
+                )
 
     def report(self, stage_id: int, error: PipelineError) -> None:
         """The owner found that a stage died or hangs."""
@@ -55,17 +95,11 @@ class SupervisedPipeline(RayPipeline):
         await self._drain()
         self._repaired = asyncio.get_running_loop().create_future()
         cause = str(self._failure or "a result was not the one due")
-        self._faults.put_nowait(
-            Fault(
-                cause=cause,
-                broken=self._broken,
-                detect_s=self._detect_s,
-            )
-        )
+        self._faults.put_nowait(Fault(cause=cause, broken=self._broken, detect_s=self._detect_s))
         try:
             self._group = await self._repaired
         except PipelineError as error:
-            self._failure = error
+            self._failure, self._broken = error, frozenset()  # the owner knows
             raise
         self._failure, self._broken = None, frozenset()
         self._encoder = MetadataEncoder()  # the stages forgot what they were told
@@ -77,13 +111,32 @@ class SupervisedPipeline(RayPipeline):
         return await self._faults.get()
 
     def resume(self, outcome: StageGroup | PipelineError) -> None:
-        """Go on with repaired stages, or learn why they could not be repaired."""
-        if isinstance(outcome, StageGroup):
-            self._repaired.set_result(outcome)
-        else:
+        """Go on with repaired stages, or learn why they could not be repaired.
+
+        Raises:
+            SchedulerLostError: Who schedules for this pipeline cannot go on with these stages.
+        """
+        if isinstance(outcome, PipelineError):
             self._repaired.set_exception(outcome)
+        elif outcome.num_blocks != self._group.num_blocks:
+            raise SchedulerLostError(
+                f"the stages have {outcome.num_blocks} KV blocks now, and the scheduler counts "
+                f"{self._group.num_blocks}: another takes over"
+            )
+        else:
+            self._repaired.set_result(outcome)
 
     async def _fail(self, error: PipelineError, broken: frozenset[int] = frozenset()) -> None:
         start_s = time.monotonic()
         await super()._fail(error, broken)
         self._detect_s = time.monotonic() - start_s
+
+
+async def _first_unanswered(refs: Sequence[ray.ObjectRef]) -> int:
+    for stage_id, ref in enumerate(refs[:-1]):
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                await ref
+        except (TimeoutError, RayError):
+            return stage_id
+    return len(refs) - 1

@@ -61,14 +61,17 @@ class ActivationChannel(Protocol):
 class ObjectStoreChannel:
     """Hidden states as the return value of the step: no connection, but two more copies."""
 
-    def send(self, batch_id: int, hidden: torch.Tensor) -> np.ndarray:
-        """Return the hidden states as bytes, since numpy has no bfloat16."""
-        return hidden.cpu().contiguous().view(torch.uint8).numpy()
+    def send(self, batch_id: int, hidden: torch.Tensor) -> list[object]:
+        """Return whose hidden states they are, and their bytes, since numpy has no bfloat16."""
+        return [batch_id, hidden.cpu().contiguous().view(torch.uint8).numpy()]
 
-    def receive(self, batch_id: int, carried: object, hidden: torch.Tensor) -> None:
+    def receive(self, batch_id: int, carried: list[object], hidden: torch.Tensor) -> None:
         """Copy out of the object store, whose memory is read-only."""
+        sent_id, content = carried
+        if sent_id != batch_id:
+            raise RuntimeError(f"the hidden states of micro-batch {sent_id} came instead")
         staged = _staging(hidden, "cpu")
-        np.copyto(staged.view(torch.uint8).numpy(), carried)
+        np.copyto(staged.view(torch.uint8).numpy(), content)
         hidden.copy_(staged)
 
     def close(self) -> None:

@@ -1,9 +1,15 @@
 """A process of the running service dies."""
 
+import contextlib
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
 import urllib.request
 
+import httpx
 import openai
 import pytest
 
@@ -44,3 +50,90 @@ def test_an_open_stream_goes_on_as_if_nothing_had_died(service, truth, actor, nu
     living = processes_of(service, actor)
     assert len(living) == number
     assert killed not in living
+
+
+def stream_completion(service, on_text):
+    """The text of a streamed completion; `on_text` is called when some has come."""
+    text = ""
+    with openai.OpenAI(base_url=f"{service.base_url}/v1", api_key="x", max_retries=0) as client:
+        for chunk in client.completions.create(
+            model=service.model, prompt=PROMPT, max_tokens=NUM_TOKENS, temperature=0, stream=True
+        ):
+            if chunk.choices and chunk.choices[0].text:
+                text += chunk.choices[0].text
+                on_text()
+    return text
+
+
+def wait_until(condition, timeout_s=90):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+@pytest.mark.chaos
+def test_serving_goes_on_while_the_controller_of_serve_is_replaced(service, truth):
+    killed = []
+
+    def kill_controller():
+        if not killed:
+            killed.extend(processes_of(service, "ServeController"))
+            os.kill(killed[0], signal.SIGKILL)
+
+    expected = truth.complete(PROMPT, NUM_TOKENS)
+    assert stream_completion(service, kill_controller) == expected
+    assert stream_completion(service, lambda: None) == expected
+    wait_until(lambda: processes_of(service, "ServeController") not in ([], killed))
+    assert stream_completion(service, lambda: None) == expected
+    assert len(processes_of(service, "StageActor")) == 2, "the pipeline is the same"
+    assert len(killed) == 1
+
+
+def placement_groups(service):
+    """Those that exist on the Ray of the service."""
+    commands = [" ".join(process.cmdline()) for process in service.processes()]
+    address = next(filter(None, (re.search(r"--gcs-address=(\S+)", each) for each in commands)))
+    code = (
+        "import ray; from ray.util.placement_group import placement_group_table; "
+        f"ray.init(address={address.group(1)!r}, logging_level='ERROR', log_to_driver=False); "
+        "print(sum(g['state'] != 'REMOVED' for g in placement_group_table().values()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    return int(done.stdout.splitlines()[-1])
+
+
+def is_answered(service):
+    try:
+        return stream_completion(service, lambda: None)
+    except (openai.OpenAIError, httpx.HTTPError):
+        return False
+
+
+@pytest.mark.chaos
+def test_who_streams_from_a_replica_that_dies_gets_an_end_and_nothing_is_left_behind(
+    service, truth
+):
+    actors = ("ServeReplica", "SchedulerActor", "StageActor")
+    killed = {actor: set(processes_of(service, actor)) for actor in actors}
+    before = placement_groups(service)
+
+    def kill_replica():
+        with contextlib.suppress(ProcessLookupError):
+            for pid in killed["ServeReplica"]:
+                os.kill(pid, signal.SIGKILL)
+
+    start_s = time.monotonic()
+    with pytest.raises((openai.OpenAIError, httpx.HTTPError)):
+        stream_completion(service, kill_replica)
+    assert time.monotonic() < start_s + 15
+    wait_until(lambda: is_answered(service))
+    assert stream_completion(service, lambda: None) == truth.complete(PROMPT, NUM_TOKENS)
+    wait_until(
+        lambda: [len(processes_of(service, actor)) for actor in actors] == [1, 1, 2], timeout_s=20
+    )
+    for actor in actors:
+        assert not killed[actor] & set(processes_of(service, actor))
+    wait_until(lambda: placement_groups(service) == before, timeout_s=20)

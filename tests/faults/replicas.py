@@ -15,13 +15,14 @@ from gllm_ray.messages import GenerationRequest, SamplingParams, TokenEvent
 DEMO_MODEL = "package://gllm_ray/demo/model"
 
 
-def make_config(num_stages, **recovery):
+def make_config(num_stages, *, scheduler=None, **recovery):
     return parse_service_config(
         {
             # In bfloat16 prefill may round a near tie otherwise than decode did.
             "model": {"path": DEMO_MODEL, "dtype": "float32"},
             "pipeline": {"device": "cpu", "num_stages": num_stages, "cpus_per_stage": 0.5},
             "kv_cache": {"kv_cache_bytes": "16MiB"},
+            "scheduler": scheduler or {},
             "recovery": {"backoff_s": 0.05, "heartbeat_s": 0.2, **recovery},
         }
     )

@@ -21,6 +21,7 @@ from tests.faults.replicas import (
 from tests.ray.test_ray_pipeline import stage_processes
 
 NUM_STAGES = 2
+HEARTBEAT_TIMEOUT_S = 4
 # More than the KV cache has room for, so that the last ones wait.
 LONG = [make_request(f"long {n}", prompt=tuple(range(5, 805)), max_tokens=20) for n in "abcdefgh"]
 
@@ -34,7 +35,8 @@ def loop():
 @pytest.fixture(scope="module")
 def pipeline(ray_cluster, loop):
     """One replica for the tests here that leave it repaired."""
-    context = running(make_config(NUM_STAGES, calm_s=0.01))
+    config = make_config(NUM_STAGES, calm_s=0.01, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S)
+    context = running(config)
     yield loop.run(context.__aenter__())
     loop.run(context.__aexit__(None, None, None))
 
@@ -54,7 +56,9 @@ async def until_recovered(caplog):
     await until(lambda: any("new scheduler" in line for line in logged(caplog, RECOVERED)), 30)
 
 
-@pytest.mark.parametrize("moment", ["queued", "prefill", "decode"])
+@pytest.mark.parametrize(
+    "moment", ["queued", pytest.param("prefill", marks=pytest.mark.chaos), "decode"]
+)
 def test_no_token_is_lost_repeated_or_changed_when_the_scheduler_dies(
     pipeline, loop, caplog, moment
 ):
@@ -96,6 +100,27 @@ def test_no_token_is_lost_repeated_or_changed_when_the_scheduler_dies(
     assert "the scheduler was lost: " in cause
     (recovered,) = logged(caplog, RECOVERED)
     assert all(part in recovered for part in ("new scheduler", "reconnect", "restart", "resume"))
+
+
+def test_a_scheduler_that_stands_still_is_replaced_after_its_deadline(pipeline, loop, caplog):
+    async def scenario():
+        undisturbed = await pipeline.collect_all(make_requests())
+        decoding = asyncio.Event()
+        tasks = [
+            asyncio.create_task(pipeline.collect(r, lambda n: n >= 5 and decoding.set()))
+            for r in make_requests()
+        ]
+        await decoding.wait()
+        (hanging,) = stage_processes("SchedulerActor")
+        os.kill(hanging, signal.SIGSTOP)
+        seconds = await until(lambda: logged(caplog, CAUSE), HEARTBEAT_TIMEOUT_S + 5)
+        assert seconds > HEARTBEAT_TIMEOUT_S
+        assert await asyncio.gather(*tasks) == undisturbed
+        await until(lambda: hanging not in stage_processes("SchedulerActor"), 20)
+
+    loop.run(scenario())
+    (cause,) = logged(caplog, CAUSE)
+    assert "the scheduler hangs: it has not answered" in cause
 
 
 @pytest.mark.parametrize("is_stage_first", [True, False])

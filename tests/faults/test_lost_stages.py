@@ -8,6 +8,8 @@ import signal
 import psutil
 import pytest
 
+from gllm_ray.stages import repair
+from gllm_ray.stages.ray_pipeline import connect_stages
 from tests.faults.replicas import (
     CAUSE,
     RECOVERED,
@@ -54,53 +56,96 @@ def by_request(answers):
     return {events[0].request_id: events for events in answers}
 
 
-async def start_requests(pipeline, moment):
-    """Tasks of the requests, one of which has reached the moment."""
+async def start_requests(pipeline):
+    """Tasks of the requests, one of which is in decode."""
     decoding = asyncio.Event()
     tasks = [
         asyncio.create_task(pipeline.collect(r, lambda n: n >= 5 and decoding.set()))
         for r in make_requests()
     ]
-    if moment == "prefill":
-        await pipeline.until_busy(1)
-    else:
-        await decoding.wait()
+    await decoding.wait()
     return tasks
 
 
-def check_replaced(before, after, stage_id):
-    replaced = [old != new for old, new in zip(before, after, strict=True)]
-    assert replaced == [i == stage_id for i in range(NUM_STAGES)]
+def check_replaced(before, after, *stage_ids):
+    replaced = [i for i in range(NUM_STAGES) if before[i] != after[i]]
+    assert replaced == list(stage_ids)
     assert stage_processes() == set(after), "an actor was left behind"
 
 
-@pytest.mark.parametrize(
-    ("stage_id", "moment"), [(0, "prefill"), (1, "decode"), (2, "prefill"), (2, "decode")]
-)
-def test_a_killed_stage_is_replaced_alone_and_no_token_is_lost_repeated_or_changed(
-    pipeline, undisturbed, loop, caplog, stage_id, moment
+def test_a_killed_stage_is_noticed_at_once_and_meanwhile_the_service_is_healthy(
+    pipeline, undisturbed, loop, caplog
 ):
     async def scenario():
         before = await pipeline.pids()
-        tasks = await start_requests(pipeline, moment)
-        await pipeline.harm(stage_id)
+        tasks = await start_requests(pipeline)
+        await pipeline.harm(2)
         assert await until(lambda: logged(caplog, CAUSE)) < 2
         await pipeline.replica.check_health()
         late = asyncio.create_task(pipeline.collect(make_request("late", max_tokens=5)))
         answers = await asyncio.gather(*tasks)
         assert len(await late) == 5
-        check_replaced(before, await pipeline.pids(), stage_id)
-        return answers, await pipeline.replica.load()
+        check_replaced(before, await pipeline.pids(), 2)
+        return answers
 
-    answers, load = loop.run(scenario())
-    assert by_request(answers) == undisturbed
-    assert (load.num_requests, load.kv_utilization) == (0, 0)
+    assert by_request(loop.run(scenario())) == undisturbed
     (cause,) = logged(caplog, CAUSE)
-    assert f"stage {stage_id} (layers" in cause
+    assert "stage 2 (layers" in cause
     assert "died" in cause
     (recovered,) = logged(caplog, RECOVERED)
-    assert f"stage {stage_id} (layers" in recovered
+    assert "stage 2 (layers" in recovered
     assert all(part in recovered for part in ("detect", "restart", "reload", "reconnect"))
+
+
+def test_a_stage_that_dies_while_another_is_being_replaced_is_replaced_too(
+    pipeline, undisturbed, loop, caplog
+):
+    async def scenario():
+        before = await pipeline.pids()
+        tasks = await start_requests(pipeline)
+        await pipeline.harm(0)
+        await until(lambda: logged(caplog, CAUSE))
+        os.kill(before[2], signal.SIGKILL)
+        answers = await asyncio.gather(*tasks)
+        check_replaced(before, await pipeline.pids(), 0, 2)
+        return answers
+
+    assert by_request(loop.run(scenario())) == undisturbed
+    assert len(logged(caplog, CAUSE)) == 1
+    (another,) = logged(caplog, "another stage broke during the repair: ")
+    assert "stage 2 (layers" in another
+    (recovered,) = logged(caplog, RECOVERED)
+    assert "stage 0 (layers" in recovered
+    assert "stage 2 (layers" in recovered
+
+
+@pytest.mark.chaos
+def test_a_new_stage_is_kept_when_connecting_fails_because_of_another(
+    pipeline, undisturbed, loop, caplog, monkeypatch
+):
+    connected = []
+
+    async def kill_stage_0_and_connect(stages, epoch):
+        pids = await asyncio.gather(*(stage.ping.remote() for stage in stages))
+        connected.append(pids)
+        if len(connected) == 1:
+            os.kill(pids[0], signal.SIGKILL)
+        await connect_stages(stages, epoch)
+
+    monkeypatch.setattr(repair, "connect_stages", kill_stage_0_and_connect)
+
+    async def scenario():
+        before = await pipeline.pids()
+        tasks = await start_requests(pipeline)
+        await pipeline.harm(1)
+        answers = await asyncio.gather(*tasks)
+        check_replaced(before, await pipeline.pids(), 0, 1)
+        return answers
+
+    assert by_request(loop.run(scenario())) == undisturbed
+    first, second = connected
+    assert second[1:] == first[1:]
+    assert len(logged(caplog, RECOVERED)) == 1
 
 
 def test_a_stage_that_stands_still_is_replaced_after_its_deadline(
@@ -108,7 +153,7 @@ def test_a_stage_that_stands_still_is_replaced_after_its_deadline(
 ):
     async def scenario():
         before = await pipeline.pids()
-        tasks = await start_requests(pipeline, "decode")
+        tasks = await start_requests(pipeline)
         await pipeline.harm(1, signal.SIGSTOP)
         seconds = await until(lambda: logged(caplog, CAUSE), HEARTBEAT_TIMEOUT_S + 5)
         assert seconds > HEARTBEAT_TIMEOUT_S
@@ -126,7 +171,7 @@ def test_a_stage_that_stands_still_is_replaced_after_its_deadline(
 def test_a_stage_that_is_slow_is_not_dead(pipeline, undisturbed, loop, caplog):
     async def scenario():
         before = await pipeline.pids()
-        tasks = await start_requests(pipeline, "decode")
+        tasks = await start_requests(pipeline)
         pid = await pipeline.harm(1, signal.SIGSTOP)
         await asyncio.sleep(1.5)
         os.kill(pid, signal.SIGCONT)

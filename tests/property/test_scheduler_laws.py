@@ -344,7 +344,7 @@ class Harness:
             self.submit(batch)
         # All of them that there were have ended: a trial is never stuck.
         assert admitted.isdisjoint(self.requests.keys() - self.ends.keys())
-        self.scheduler.admit_only(None)
+        self.scheduler.hold_back(frozenset())
 
     def known_tokens(self, index):
         request_id = str(index % len(self.requests))

@@ -6,6 +6,7 @@ import pytest
 
 from gllm_ray.bench.bare_stages import run_bare_stages
 from gllm_ray.bench.engine_bench import bench_engine
+from gllm_ray.bench.recovery_bench import bench_recovery
 from gllm_ray.bench.request_load import RequestLoad, parse_workload, synthetic_workload
 from gllm_ray.bench.result_table import result_tables
 from gllm_ray.bench.stage_bench import bench_stage
@@ -53,6 +54,28 @@ def test_a_bare_stage_that_fails_is_an_error(tiny_llama):
     config = make_service_config(tiny_llama, num_stages=1)
     with pytest.raises(PipelineError, match="bare stage 0 ended"):
         run_bare_stages(config, [make_batch(0, [96])], num_blocks=32)  # no such token
+
+
+@pytest.mark.chaos
+def test_the_phases_of_a_recovery_add_up_to_the_pause_of_the_streams(ray_cluster, tiny_llama):
+    result = asyncio.run(
+        bench_recovery(
+            make_service_config(tiny_llama, num_stages=2),
+            num_streams=3,
+            input_len=20,
+            output_len=90,
+            num_kills=2,
+            calm_s=0.1,
+            on_step=lambda step: None,
+        )
+    )
+    recoveries = result["recoveries"]
+    assert [each["stage_id"] for each in recoveries] == [0, 1]
+    for each in recoveries:
+        phases = ("detect_s", "restart_s", "reload_s", "reconnect_s", "prefill_s")
+        assert all(each[phase] > 0 for phase in phases)
+        assert sum(each[phase] for phase in phases) == pytest.approx(each["pause_s"], rel=0.2)
+    assert "| 3 x 20 + 90 | stage 1 |" in result_tables([result])
 
 
 def test_hops_are_measured_for_each_transport_depth_and_size(ray_cluster):

@@ -2,7 +2,6 @@
 
 from math import ceil, log2
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,6 +63,17 @@ def test_a_delay_never_falls_and_never_exceeds_its_bound(max_attempts, backoff_s
     assert loop.note_fault("x", now_s=0.0) is None
 
 
+def is_admitted(search, name):
+    if search.alone is not None:
+        return name in search.alone
+    return name not in search.held_back
+
+
+def waiting(search, names):
+    """Those of some requests that may not run."""
+    return {name for name in names if not is_admitted(search, name)}
+
+
 class World:
     """Requests that need some tokens each, and stages that break when they compute a poison.
 
@@ -88,8 +98,7 @@ class World:
             self._round()
 
     def _round(self):
-        admitted = self.search.admitted
-        names = [n for n in self.tokens if admitted is None or n in admitted]
+        names = [n for n in self.tokens if is_admitted(self.search, n)]
         assert names, "everybody waits"
         running = names[: self._max_running]
         # Micro-batches come one after the other, and some are done before the stages break.
@@ -128,7 +137,7 @@ def test_every_poison_is_blamed_and_nobody_else(poisons, max_running, rng):
     guilty = {f"r{i}" for i, poison in enumerate(poisons) if poison is not None}
     assert set(world.blamed) == guilty
     assert len(world.blamed) == len(guilty)
-    assert world.search.admitted is None
+    assert not waiting(world.search, guilty)
 
 
 @given(st.integers(1, 512), st.data())
@@ -146,19 +155,28 @@ def test_who_got_a_token_between_two_faults_is_no_suspect():
     search = PoisonSearch()
     search.note_fault({"a": 3, "b": 0})
     search.note_fault({"a": 4, "c": 0})
-    assert search.admitted is None
+    assert not waiting(search, "abc")
 
 
-@pytest.mark.parametrize("in_flight", [{}, {"late": 0}])
-def test_a_fault_with_nobody_on_trial_in_flight_blames_nobody(in_flight):
+def test_a_fault_with_nobody_on_trial_in_flight_blames_nobody():
     search = PoisonSearch()
     search.note_fault({"a": 0})
     search.note_fault({"a": 0})
-    assert search.admitted == {"a"}
-    assert search.note_fault(in_flight) is None
+    assert search.alone == {"a"}
+    assert search.note_fault({}) is None
     assert not search.is_explained
-    assert search.admitted == {"a"}
+    assert search.alone == {"a"}
     assert [search.note_fault({"a": 0}) for _ in range(2)] == [None, "a"]
+
+
+def test_who_comes_during_a_search_runs_along_and_is_a_suspect_once_a_trial_broke():
+    search = PoisonSearch()
+    for _ in range(2):
+        search.note_fault(dict.fromkeys("abcd", 0))
+    assert waiting(search, ["a", "b", "c", "d", "late"]) == {"c", "d"}
+    search.note_fault({"a": 0, "b": 0, "late": 0})
+    assert search.alone is None or "late" not in search.alone
+    assert "late" in search.held_back
 
 
 def test_a_request_that_failed_alone_is_tried_again_after_the_others_unless_they_got_tokens():
@@ -166,11 +184,11 @@ def test_a_request_that_failed_alone_is_tried_again_after_the_others_unless_they
     for _ in range(2):
         search.note_fault({"a": 0, "b": 0})
     assert search.note_fault({"a": 0}) is None
-    assert search.admitted == {"b"}
+    assert search.alone == {"b"}
     search.note_events([TokenEvent("b", 1)])
-    assert search.admitted == {"a", "b"}
+    assert not waiting(search, "ab")
     assert search.note_fault({"a": 0, "b": 1}) is None
-    assert search.admitted == {"a"}
+    assert search.alone == {"a"}
     assert search.note_fault({"a": 0}) == "a"
 
 
@@ -178,20 +196,20 @@ def test_groups_whose_members_all_ended_stop_nobody():
     search = PoisonSearch()
     for _ in range(2):
         search.note_fault(dict.fromkeys("abcd", 0))
-    assert search.admitted == {"a", "b"}
+    assert waiting(search, "abcd") == {"c", "d"}
     search.note_events([TokenEvent(name, None, FinishReason.ABORT) for name in "cd"])
     search.note_fault({"a": 0, "b": 0})
-    assert search.admitted == {"a"}
+    assert search.alone == {"a"}
 
 
 def test_suspects_that_end_on_their_own_end_the_search():
     search = PoisonSearch()
     for _ in range(2):
         search.note_fault({"a": 0, "b": 0, "c": 0})
-    assert search.admitted == {"a", "b"}
+    assert waiting(search, "abc") == {"c"}
     assert not search.note_events([TokenEvent("c", None, FinishReason.ABORT)])
     assert search.note_events([TokenEvent(n, None, FinishReason.ABORT) for n in "ab"])
-    assert search.admitted is None
+    assert not waiting(search, "abc")
 
 
 def test_a_trial_that_breaks_while_others_get_tokens_explains_its_fault():
@@ -199,11 +217,11 @@ def test_a_trial_that_breaks_while_others_get_tokens_explains_its_fault():
     for _ in range(2):
         search.note_fault({"a": 0, "b": 0})
         assert not search.is_explained
-    assert search.admitted == {"a"}
+    assert search.alone == {"a"}
     search.note_events([TokenEvent("a", 1)])
-    assert search.admitted == {"a", "b"}
+    assert not waiting(search, "ab")
     assert search.note_fault({"a": 1, "b": 0}) is None
     assert search.is_explained
-    assert search.admitted == {"b"}
+    assert search.alone == {"b"}
     assert search.note_fault({"b": 0}) == "b"  # "a" got a token since the search began
     assert search.is_solved

@@ -159,6 +159,25 @@ def test_without_recovery_a_lost_stage_ends_every_request():
     assert {e.error for e in asyncio.run(scenario())} == {StageLostError.public_message}
 
 
+def test_who_comes_while_a_poison_is_looked_for_is_served_before_it_is_found():
+    names = "abcdefgh"
+
+    async def scenario():
+        pipeline = RepairableFakePipeline(poisons={1007})
+        async with supervised(pipeline, max_attempts=8) as engine:
+            await add_all(engine, names)
+            while pipeline.num_repairs < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await engine.add(make_request("late", prompt=[2000, 1, 2], max_tokens=9))
+            return await drain(engine, len(names) + 1)
+
+    events = asyncio.run(scenario())
+    reasons = [event.finish_reason for event in events]
+    assert reasons.count(FinishReason.LENGTH) == len(names)
+    first_of_late = next(i for i, event in enumerate(events) if event.request_id == "late")
+    assert first_of_late < reasons.index(FinishReason.BLAMED)
+
+
 def test_requests_that_break_the_pipeline_each_time_are_failed_and_all_others_live():
     names = "abcdefghijkl"
 

@@ -91,6 +91,7 @@ def test_a_stage_adds_up_its_time():
         IdleCause.NO_WORK: 0.5,
         IdleCause.UPSTREAM: 1.0,
         IdleCause.SCHEDULER: 0.0,
+        IdleCause.REPAIR: 0.0,
     }
 
 

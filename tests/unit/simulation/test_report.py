@@ -39,16 +39,16 @@ GOLDEN = {
     "batch_decodes": {"mean": 3.0, "p50": 3.0, "p90": 4.0, "p99": 4.0},
     "pipeline": {
         "utilization": 0.625,
-        "bubble_ratio": {"no_work": 0.1875, "upstream": 0.1875, "scheduler": 0.0},
+        "bubble_ratio": {"no_work": 0.1875, "upstream": 0.1875, "scheduler": 0.0, "repair": 0.0},
     },
     "stages": [
         {
             "utilization": 0.5,
-            "bubble_ratio": {"no_work": 0.25, "upstream": 0.25, "scheduler": 0.0},
+            "bubble_ratio": {"no_work": 0.25, "upstream": 0.25, "scheduler": 0.0, "repair": 0.0},
         },
         {
             "utilization": 0.75,
-            "bubble_ratio": {"no_work": 0.125, "upstream": 0.125, "scheduler": 0.0},
+            "bubble_ratio": {"no_work": 0.125, "upstream": 0.125, "scheduler": 0.0, "repair": 0.0},
         },
     ],
     "kv_utilization_mean": 0.125,
@@ -99,7 +99,16 @@ def test_what_nobody_asked_for_is_not_in_the_table():
     )
     assert "goodput" not in text
     assert "ideal" not in text
+    assert "repair" not in text
     assert "requests         none" in text
+
+
+def test_the_table_tells_of_repairs():
+    repaired = PipelineMetrics(1)
+    repaired.stages[0].idle_s[IdleCause.REPAIR] = 0.5
+    repaired.stages[0].busy_s = 0.5
+    report = make_report(RequestMetrics(), BatchMetrics(), [repaired], wall_s=1.0)
+    assert "idle: repair" in format_report(report)
 
 
 def test_the_shares_of_a_stage_add_up_to_1():

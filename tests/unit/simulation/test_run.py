@@ -46,6 +46,7 @@ def test_the_golden_run_has_something_of_everything():
     report = simulate(GOLDEN_CONFIG).report
     assert report.num_ended["length"] > 0
     assert report.num_ended["error"] > 0
+    assert report.num_preemptions > 0
     assert 0 < report.goodput_ratio < 1
     assert all(share > 0 for share in report.pipeline.bubble_ratio.values())
 

@@ -14,7 +14,7 @@ from gllm_ray.policy_config import (
 )
 from gllm_ray.scheduling import QueueLimits
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
-from gllm_ray.simulation.deployment import Deployment
+from gllm_ray.simulation.deployment import Deployment, StageLoss
 from gllm_ray.simulation.simulator import Simulation
 from gllm_ray.simulation.virtual_pipeline import Slowdown, Timing, uniform_links
 from tests.factories import make_scheduler
@@ -63,7 +63,10 @@ def make_requests(seed):
     return requests
 
 
-def make_deployment(policy, timeout_s, ring):
+LOSSES = (StageLoss(time_s=1.0, recovery_s=0.4), StageLoss(time_s=3.1, recovery_s=0.05))
+
+
+def make_deployment(policy, timeout_s, ring, losses=()):
     return Deployment(
         cost=linear_cost(NUM_STAGES, 4e-3, token_s=5e-5, context_token_s=1e-6),
         make_scheduler=lambda: make_scheduler(
@@ -78,7 +81,18 @@ def make_deployment(policy, timeout_s, ring):
             predictor=StatisticsPredictor(),
         ),
         timing=TIMING,
+        losses=losses,
     )
+
+
+def run_both(deployment, requests, seed):
+    """What the engine submits, and how many requests end how; what the simulator makes of them."""
+    submitted, ends = run_engine(deployment, requests, seed)
+    result = Simulation(deployment, requests, seed=seed, keep_decisions=True).run()
+    assert result.decisions[0] == submitted
+    num_refused = len(requests) - ends.total()
+    assert +Counter(result.report.num_ended) == ends + Counter({FinishReason.EXPIRED: num_refused})
+    return submitted, ends, result
 
 
 @pytest.mark.parametrize("ring", [False, True], ids=["", "ring"])
@@ -87,13 +101,17 @@ def make_deployment(policy, timeout_s, ring):
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 def test_engine_and_simulator_form_the_same_micro_batches(policy, seed, timeout_s, ring):
     deployment, requests = make_deployment(policy, timeout_s, ring), make_requests(seed)
-    submitted, ends = run_engine(deployment, requests, seed)
-    result = Simulation(deployment, requests, seed=seed, keep_decisions=True).run()
-    assert result.decisions[0] == submitted
+    submitted, ends, result = run_both(deployment, requests, seed)
     assert any(batch.continues is not None for batch in submitted) == ring
-    simulated = Counter(result.report.num_ended)
-    num_refused = len(requests) - ends.total()
-    assert +simulated == ends + Counter({FinishReason.EXPIRED: num_refused})
     assert (ends[FinishReason.EXPIRED] > 0) == (timeout_s is not None)
     is_careful = policy.name in ("temporal", "balanced")
     assert result.report.num_preemptions > 0 or is_careful or timeout_s is not None
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["", "ring"])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_engine_and_simulator_form_the_same_micro_batches_when_stages_are_lost(policy, ring):
+    deployment, requests = make_deployment(policy, 0.3, ring, LOSSES), make_requests(0)
+    submitted, ends, _ = run_both(deployment, requests, 0)
+    assert ends.keys() == {FinishReason.STOP, FinishReason.LENGTH, FinishReason.EXPIRED}
+    assert max(item.epoch for batch in submitted for item in batch.sequences) >= 1

@@ -7,8 +7,10 @@ from itertools import groupby
 from random import Random
 from selectors import DefaultSelector
 
+from gllm_ray.config import RecoveryConfig
 from gllm_ray.engine.engine import Engine
-from gllm_ray.errors import GllmRayError
+from gllm_ray.engine.supervisor import Supervisor
+from gllm_ray.errors import GllmRayError, StageLostError
 from gllm_ray.messages import MicroBatchResult
 from gllm_ray.simulation.metrics import PipelineMetrics
 from gllm_ray.simulation.simulated_request import output_token_id, to_generation_request
@@ -49,7 +51,7 @@ async def sleep_until(time_s):
 
 
 class VirtualTimePipeline:
-    """A pipeline for the engine whose stages are simulated.
+    """A pipeline for the engine whose stages are simulated, and die when the deployment says so.
 
     Attributes:
         submitted: Every micro-batch.
@@ -61,6 +63,7 @@ class VirtualTimePipeline:
         self._requests = requests
         self._num_sampled = Counter()
         self._on_the_way = deque()
+        self._losses = deque(deployment.losses)
         self._stages = VirtualPipeline(
             deployment.cost,
             deployment.timing,
@@ -90,6 +93,17 @@ class VirtualTimePipeline:
         self._num_sampled[index] += 1
         return output_token_id(self._requests[index], self._num_sampled[index] - 1)
 
+    async def watch(self):
+        if not self._losses:
+            await asyncio.Event().wait()
+        await sleep_until(self._losses[0].time_s)
+        raise StageLostError("a stage was lost")
+
+    async def repair(self):
+        self._on_the_way.clear()
+        self._stages.restart(asyncio.get_running_loop().time())
+        await asyncio.sleep(self._losses.popleft().recovery_s)
+
     async def close(self):
         pass
 
@@ -111,7 +125,7 @@ def run_engine(deployment, requests, seed):
                     ends[event.finish_reason] += 1
 
     async def scenario():
-        engine = Engine(scheduler, pipeline)
+        engine = Engine(scheduler, pipeline, Supervisor(pipeline, RecoveryConfig(backoff_s=0)))
         engine.start()
         reader = asyncio.create_task(read(engine))
         num_refused = 0

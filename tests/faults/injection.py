@@ -1,0 +1,90 @@
+"""A stage that does harm, once, to what it sends or to the calls that reach it."""
+
+import contextlib
+import time
+from pathlib import Path
+
+import ray
+
+from gllm_ray.stages.actor import StageActor
+from gllm_ray.stages.transport import MAX_CARRIED_BYTES
+
+DELAY_S = 0.8
+
+
+class InjectingChannel:
+    """An `ActivationChannel` that mistreats a message when a fault for it is armed.
+
+    Args:
+        channel: The one that carries the messages.
+        take_fault: Given the size of a message, returns its fault, once.
+    """
+
+    def __init__(self, channel, take_fault):
+        self._channel = channel
+        self._take_fault = take_fault
+        self._latest = None  # the small message before
+        self._held = None  # a message that the next one overtakes
+
+    def send(self, batch_id, hidden):
+        size = "large" if hidden.nbytes > MAX_CARRIED_BYTES else "small"
+        fault, held, self._held = self._take_fault(size), self._held, None
+        if fault == "reorder":
+            self._held = batch_id, hidden
+        if fault in ("drop", "reorder"):
+            return None
+        if fault == "delay":
+            time.sleep(DELAY_S)
+        if fault == "duplicate":
+            self._channel.send(batch_id, hidden)
+        carried = self._channel.send(batch_id, hidden)
+        if held is not None:
+            self._channel.send(*held)
+        if fault == "repeat":
+            return self._latest
+        self._latest = carried or self._latest
+        return carried
+
+    def receive(self, batch_id, carried, hidden):
+        self._channel.receive(batch_id, carried, hidden)
+
+    def close(self):
+        self._channel.close()
+
+
+def faulty_stage_actor(directory: Path):
+    """The actor class of stages that look into a directory for the fault to make."""
+
+    class FaultyStage(StageActor.__ray_metadata__.modified_class):
+        def connect(self, epoch, previous):
+            super().connect(epoch, previous)
+            if self._stage._outbound is not None:
+                self._stage._outbound = InjectingChannel(self._stage._outbound, self._take)
+
+        def step(self, epoch, metadata, previous):
+            fault = self._take("call")
+            if fault == "drop":
+                time.sleep(3600)  # to the caller, and to who watches, a call that did not arrive
+            if fault == "delay":
+                time.sleep(DELAY_S)
+            answer = super().step(epoch, metadata, previous)
+            return super().step(epoch, metadata, previous) if fault == "duplicate" else answer
+
+        def _take(self, target):
+            """The fault that is armed for this stage, which then is not any more."""
+            armed = directory / f"{self._stage._stage_id} {target}"
+            with contextlib.suppress(FileNotFoundError):
+                fault = armed.read_text()
+                armed.unlink()
+                return fault
+
+    return ray.remote(
+        max_restarts=0, max_task_retries=0, enable_task_events=False, concurrency_groups={"ctl": 2}
+    )(FaultyStage)
+
+
+def arm(directory: Path, stage_id: int, target: str, fault: str) -> None:
+    """Let a stage make a fault at the next message or call of a kind."""
+    new = directory / "new"
+    new.write_text(fault)
+    new.rename(directory / f"{stage_id} {target}")
