@@ -45,6 +45,10 @@ LayerSplit = Annotated[
 ]
 
 
+AttentionName = Literal["auto", "triton", "xformers", "flash3", "torch", "cpp"]
+_GPU_ATTENTION = ("triton", "xformers", "flash3")
+
+
 class ModelConfig(StrictModel):
     """Which model, and how its weights are read."""
 
@@ -73,6 +77,12 @@ class ModelConfig(StrictModel):
         default=None,
         description="int8: weights of linear layers are stored as int8 with a scale for each "
         "output; cpu only. null: none.",
+    )
+    attention_backend: AttentionName = Field(
+        default="auto",
+        description="triton: our own kernels; xformers for decodes, with triton; flash3: "
+        "FlashAttention-3; torch: slow, and takes everything; cpp: our own operator for cpu. auto: "
+        "triton or cpp, by the device, else torch.",
     )
     max_model_len: int | None = Field(
         default=None,
@@ -344,7 +354,17 @@ class ServiceConfig(StrictModel):
                 f"model.quantization={self.model.quantization!r}: must be null when "
                 f"pipeline.device is {self.pipeline.device}"
             )
+        self._check_attention()
         return self
+
+    def _check_attention(self) -> None:
+        name, device = self.model.attention_backend, self.pipeline.device
+        allowed = ("cpp",) if device == "cpu" else _GPU_ATTENTION
+        if name not in ("auto", "torch", *allowed):
+            raise ValueError(
+                f"model.attention_backend={name!r}: must be auto, {', '.join(allowed)} or torch "
+                f"when pipeline.device is {device}"
+            )
 
 
 def parse_service_config(args: dict[str, Any]) -> ServiceConfig:

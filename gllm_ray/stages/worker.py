@@ -14,7 +14,12 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence, StageInfo
 from gllm_ray.model.allocator import keep_freed_memory
-from gllm_ray.model.attention.backend import AttentionBackend, choose_attention
+from gllm_ray.model.attention.backend import (
+    AttentionBackend,
+    AttentionSetting,
+    choose_attention,
+    find_gpu,
+)
 from gllm_ray.model.attention.interface import paged_forward
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.model.inputs import pack
@@ -178,7 +183,15 @@ class StageWorker:
     def _probe(self, max_model_len: int) -> int:
         """Learn what the attention modules cache, and how many bytes their cache may take."""
         self._geometries = self._shard.probe(num_tokens=1, num_samples=1)
-        self._attention = choose_attention(self._device, self.dtype, self._geometries.values())
+        self._attention = choose_attention(
+            self._config.model.attention_backend,
+            AttentionSetting(
+                gpu=find_gpu(self._device),
+                dtype=self.dtype,
+                geometries=tuple(self._geometries.values()),
+                block_size=self._config.kv_cache.block_size,
+            ),
+        )
         if self._device.type == "cpu":
             return self._config.kv_cache.kv_cache_bytes
         torch.cuda.empty_cache()
