@@ -84,6 +84,10 @@ class ModelConfig(StrictModel):
         "FlashAttention-3; torch: slow, and takes everything; cpp: our own operator for cpu. auto: "
         "triton or cpp, by the device, else torch.",
     )
+    enforce_eager: bool = Field(
+        default=False,
+        description="Compute decodes without CUDA graphs, as other micro-batches are.",
+    )
     max_model_len: int | None = Field(
         default=None,
         ge=1,
@@ -353,6 +357,10 @@ class ServiceConfig(StrictModel):
             raise ValueError(
                 f"model.quantization={self.model.quantization!r}: must be null when "
                 f"pipeline.device is {self.pipeline.device}"
+            )
+        if self.model.enforce_eager and self.pipeline.device == "cpu":
+            raise ValueError(
+                "model.enforce_eager=true: must be left out when pipeline.device is cpu"
             )
         self._check_attention()
         return self

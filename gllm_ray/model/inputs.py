@@ -128,13 +128,13 @@ class PackedInputs:
             )[0]
             prefills.append(
                 PrefillChunk(
-                    rows=rows, start=end - (rows.stop - rows.start), slots=_to_device(slots, device)
+                    rows=rows, start=end - (rows.stop - rows.start), slots=to_device(slots, device)
                 )
             )
         return Gathers(
-            decode_rows=_to_device(starts[decodes], device),
-            decode_slots=_to_device(decode_slots, device),
-            decode_lens=_to_device(ends[decodes], device),
+            decode_rows=to_device(starts[decodes], device),
+            decode_slots=to_device(decode_slots, device),
+            decode_lens=to_device(ends[decodes], device),
             prefills=tuple(prefills),
         )
 
@@ -207,7 +207,7 @@ def _copied_slots(
         return None
     blocks = np.array(batch.block_copies).T[..., None]
     slots = (blocks * block_size + np.arange(block_size)).reshape(2, -1)
-    sources, targets = _to_device(slots, device)
+    sources, targets = to_device(slots, device)
     return sources, targets
 
 
@@ -227,13 +227,14 @@ def _copy_together(
     together = np.zeros(sum(sizes), dtype=dtype)
     for array, piece in zip(arrays, np.split(together, np.cumsum(sizes)[:-1]), strict=True):
         piece[: array.size] = array.ravel()
-    pieces = _to_device(together, device).split(sizes)
+    pieces = to_device(together, device).split(sizes)
     return [
         piece[: array.size].view(array.shape) for array, piece in zip(arrays, pieces, strict=True)
     ]
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array on the device, by a copy for which nobody waits; the same memory on CPU."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -347,6 +347,15 @@ def test_nccl_needs_a_whole_gpu_for_each_stage():
     assert "gpus_per_stage=0.5" in line
 
 
+def test_cpu_has_no_cuda_graphs_to_do_without():
+    args = {"model": {"path": "org/model", "enforce_eager": True}}
+    assert find_mistakes(ServiceConfig, args) == []
+    args |= {"pipeline": {"device": "cpu"}, "kv_cache": {"kv_cache_bytes": "1GiB"}}
+    assert find_mistakes(ServiceConfig, args) == [
+        "model.enforce_eager=true: must be left out when pipeline.device is cpu"
+    ]
+
+
 def test_quantized_weights_are_for_cpu_alone():
     args = {"model": {"path": "org/model", "quantization": "int8"}}
     assert find_mistakes(ServiceConfig, args) == [

@@ -21,7 +21,7 @@ _MAX_RESULTS_OF_FOUR_WARPS = 2**13
 # The contexts of decodes are cut into parts while there are fewer programs than this for each
 # processor, but into no more parts than this, and none may become shorter than this.
 _PROGRAMS_PER_PROCESSOR = 4
-_MAX_PARTS = 64
+_MAX_PARTS = 32
 _MIN_PART_KEYS = 256
 
 
@@ -139,13 +139,12 @@ class TritonAttention:
         _attend(output, query, cache, inputs, rule, launch)
 
     def _num_parts(self, num_programs: int, cache: LayerKvCache, inputs: PackedInputs) -> int:
-        """A power of 2, by nothing but sizes that the host knows."""
-        longest = inputs.block_tables.shape[1] * inputs.block_size
+        """By nothing but sizes that the host knows."""
+        longest = inputs.tables.block_tables.shape[1] * inputs.block_size
         if cache.geometry.window is not None:
             longest = min(longest, cache.geometry.window)
         wanted = self._num_processors * _PROGRAMS_PER_PROCESSOR // num_programs
-        most = min(wanted, longest // _MIN_PART_KEYS, _MAX_PARTS)
-        return 1 << max(0, most.bit_length() - 1)
+        return max(1, min(wanted, longest // _MIN_PART_KEYS, _MAX_PARTS))
 
 
 def _attend(
@@ -175,6 +174,7 @@ def _attend(
         *inputs.tables,
         launch.first_sequence,
         launch.num_sequences,
+        launch.num_parts,
         inputs.tables.block_tables.stride(0),
         *_log2_factors(rule),
         *_strides(query, cache.keys, cache.values),
@@ -186,7 +186,7 @@ def _attend(
         HAS_SOFTCAP=rule.softcap is not None,
         HAS_SINKS=rule.sinks is not None,
         ONE_ROW=launch.one_row,
-        NUM_PARTS=launch.num_parts,
+        IN_PARTS=launch.num_parts > 1,
         TILE_ROWS=launch.tile_rows,
         TILE_KEYS=max(_MIN_TILE, min(_MAX_TILE_KEYS, _KEYS_BYTES // width_bytes)),
         TILE_KEY_WIDTH=_tile_width(key_width),
@@ -198,8 +198,9 @@ def _attend(
             output,
             part_outputs,
             part_sums,
+            launch.num_parts,
             VALUE_WIDTH=value_width,
-            NUM_PARTS=launch.num_parts,
+            TILE_PARTS=_MAX_PARTS,
             TILE_VALUE_WIDTH=_tile_width(value_width),
         )
 

@@ -33,7 +33,14 @@ def _find_sequence(row_starts, first_sequence, num_sequences, tile, TILE_TOKENS:
 
 
 @triton.jit(
-    do_not_specialize=["first_sequence", "num_sequences", "table_stride", "scale", "softcap"]
+    do_not_specialize=[
+        "first_sequence",
+        "num_sequences",
+        "num_parts",
+        "table_stride",
+        "scale",
+        "softcap",
+    ]
 )
 def attend(
     output,
@@ -48,6 +55,7 @@ def attend(
     block_tables,
     first_sequence,
     num_sequences,
+    num_parts,
     table_stride,
     scale,
     softcap,
@@ -65,7 +73,7 @@ def attend(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     ONE_ROW: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     TILE_KEY_WIDTH: tl.constexpr,
@@ -119,8 +127,8 @@ def attend(
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(0, first_position - WINDOW + 1) // TILE_KEYS * TILE_KEYS
-    if NUM_PARTS > 1:
-        tiles_of_part = tl.cdiv(tl.cdiv(end - begin, TILE_KEYS), NUM_PARTS)
+    if IN_PARTS:
+        tiles_of_part = tl.cdiv(tl.cdiv(end - begin, TILE_KEYS), num_parts)
         begin += part * tiles_of_part * TILE_KEYS
         end = tl.minimum(end, begin + tiles_of_part * TILE_KEYS)
 
@@ -176,23 +184,24 @@ def attend(
     result = result / total[:, None]
     is_stored = is_row[:, None] & (value_columns < VALUE_WIDTH)[None, :]
     rows_and_heads = query_rows * (tl.num_programs(1) * GROUP) + heads
-    if NUM_PARTS == 1:
-        places = rows_and_heads[:, None] * VALUE_WIDTH + value_columns[None, :]
-        tl.store(output + places, result.to(output.dtype.element_ty), mask=is_stored)
-    else:
-        parts = rows_and_heads * NUM_PARTS + part
+    if IN_PARTS:
+        parts = rows_and_heads * num_parts + part
         places = parts[:, None] * VALUE_WIDTH + value_columns[None, :]
         tl.store(part_outputs + places, result, mask=is_stored)
         tl.store(part_sums + parts, largest + tl.log2(total), mask=is_row)
+    else:
+        places = rows_and_heads[:, None] * VALUE_WIDTH + value_columns[None, :]
+        tl.store(output + places, result.to(output.dtype.element_ty), mask=is_stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def combine(
     output,
     part_outputs,
     part_sums,
+    num_parts,
     VALUE_WIDTH: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
+    TILE_PARTS: tl.constexpr,
     TILE_VALUE_WIDTH: tl.constexpr,
 ):
     """Add the parts of each row and head up by their share of the softmax.
@@ -202,12 +211,14 @@ def combine(
     row_and_head = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE_VALUE_WIDTH)
     is_column = columns < VALUE_WIDTH
-    parts = row_and_head * NUM_PARTS + tl.arange(0, NUM_PARTS)
-    sums = tl.load(part_sums + parts)
+    part = tl.arange(0, TILE_PARTS)
+    is_part = part < num_parts
+    parts = row_and_head * num_parts + part
+    sums = tl.load(part_sums + parts, mask=is_part, other=float("-inf"))
     shares = tl.exp2(sums - tl.max(sums, 0))
     outputs = tl.load(
         part_outputs + parts[:, None] * VALUE_WIDTH + columns[None, :],
-        mask=is_column[None, :],
+        mask=is_part[:, None] & is_column[None, :],
         other=0.0,
     )
     result = tl.sum(outputs * shares[:, None], 0) / tl.sum(shares, 0)

@@ -115,7 +115,7 @@ def test_more_processors_cut_a_context_into_more_parts_but_not_into_crumbs():
         attention = TritonAttention(num_processors)
         return attention._num_parts(num_programs, problem.cache, problem.inputs)
 
-    assert [num_parts(1, 8), num_parts(1, 2), num_parts(1), num_parts(1000)] == [1, 2, 4, 4]
+    assert [num_parts(1, 8), num_parts(1, 2), num_parts(1), num_parts(1000)] == [1, 2, 4, 5]
     short = Problem(replace(LONG, sequences=[(200, 1)]))
     assert TritonAttention(1000)._num_parts(1, short.cache, short.inputs) == 1
 
