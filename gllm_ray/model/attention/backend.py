@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 _MAX_WIDTH = 256
 # What xformers' operator `triton_splitk` takes.
 _XFORMERS_WIDTHS = (16, 32, 64, 128, 256)
-XFORMERS_BLOCK_SIZE = 64
+_XFORMERS_BLOCK_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def _check_triton(setting: AttentionSetting) -> Gpu:
     _refuse_unless(
         widest <= _MAX_WIDTH, f"it takes heads of up to {_MAX_WIDTH} numbers, not {widest}"
     )
-    _refuse_unless_installed("triton")
+    _refuse_unless_importable("triton")
     return gpu
 
 
@@ -155,21 +155,25 @@ def _xformers(setting: AttentionSetting) -> AttentionBackend:
     )
     _refuse_widths_beyond(setting, _XFORMERS_WIDTHS)
     _refuse_unless(
-        setting.block_size % XFORMERS_BLOCK_SIZE == 0,
-        f"kv_cache.block_size={setting.block_size} is no multiple of {XFORMERS_BLOCK_SIZE}",
+        setting.block_size % _XFORMERS_BLOCK_SIZE == 0,
+        f"kv_cache.block_size={setting.block_size} is no multiple of {_XFORMERS_BLOCK_SIZE}",
     )
-    _refuse_unless_installed("xformers")
+    _refuse_unless_importable("xformers.ops.fmha")
     from gllm_ray.model.attention.xformers_attention import XformersAttention
 
     kernels = XformersAttention(gpu.num_processors)
-    return AttentionBackend("xformers and Triton kernels", kernels.attend, kernels.write)
+    return AttentionBackend(
+        "xformers for decodes, without CUDA graphs, and Triton kernels",
+        kernels.attend,
+        kernels.write,
+    )
 
 
 def _flash3(setting: AttentionSetting) -> AttentionBackend:
     _gpu(setting, (8, 0), (9, 0))
     _refuse_extras(setting)
     _refuse_widths_beyond(setting, range(8, _MAX_WIDTH + 1, 8))
-    _refuse_unless_installed("flash_attn_interface")
+    _refuse_unless_importable("flash_attn_interface")
     from gllm_ray.model.attention import flash3_attention
 
     return AttentionBackend("FlashAttention-3", flash3_attention.attend, is_graph_safe=True)
@@ -222,8 +226,11 @@ def _refuse_widths_beyond(setting: AttentionSetting, widths: Container[int]) -> 
         )
 
 
-def _refuse_unless_installed(package: str) -> None:
-    _refuse_unless(find_spec(package) is not None, f"{package} is not installed")
+def _refuse_unless_importable(module: str) -> None:
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise AttentionUnavailableError(f"{module} cannot be imported ({error})") from error
 
 
 def _refuse_unless(condition: bool, reason: str) -> None:
