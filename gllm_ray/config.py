@@ -46,6 +46,10 @@ LayerSplit = Annotated[
 ]
 
 
+AttentionName = Literal["auto", "triton", "xformers", "flash3", "torch", "cpp"]
+_GPU_ATTENTION = ("triton", "xformers", "flash3")
+
+
 class ModelConfig(StrictModel):
     """Which model, and how its weights are read."""
 
@@ -74,6 +78,16 @@ class ModelConfig(StrictModel):
         default=None,
         description="int8: weights of linear layers are stored as int8 with a scale for each "
         "output; cpu only. null: none.",
+    )
+    attention_backend: AttentionName = Field(
+        default="auto",
+        description="triton: our own kernels; xformers for decodes, with triton; flash3: "
+        "FlashAttention-3; torch: slow, and takes everything; cpp: our own operator for cpu. auto: "
+        "triton or cpp, by the device, else torch.",
+    )
+    enforce_eager: bool = Field(
+        default=False,
+        description="Compute decodes without CUDA graphs, as other micro-batches are.",
     )
     max_model_len: int | None = Field(
         default=None,
@@ -428,7 +442,21 @@ class ServiceConfig(StrictModel):
                 f"model.quantization={self.model.quantization!r}: must be null when "
                 f"pipeline.device is {self.pipeline.device}"
             )
+        if self.model.enforce_eager and self.pipeline.device == "cpu":
+            raise ValueError(
+                "model.enforce_eager=true: must be left out when pipeline.device is cpu"
+            )
+        self._check_attention()
         return self
+
+    def _check_attention(self) -> None:
+        name, device = self.model.attention_backend, self.pipeline.device
+        allowed = ("cpp",) if device == "cpu" else _GPU_ATTENTION
+        if name not in ("auto", "torch", *allowed):
+            raise ValueError(
+                f"model.attention_backend={name!r}: must be auto, {', '.join(allowed)} or torch "
+                f"when pipeline.device is {device}"
+            )
 
 
 def kv_cache_of(config: ServiceConfig, stage_id: int) -> KvCacheConfig:

@@ -4,11 +4,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from gllm_ray.messages import MicroBatch
+
+# Numbers that arrays in one copy are filled up to a multiple of, so that each begins at an address
+# that kernels are compiled for.
+_ALIGNMENT = 4
+
+
+class SequenceTables(NamedTuple):
+    """Where the sequences of a packed batch lie; int32, on the device.
+
+    Attributes:
+        row_starts: See `PackedInputs`, like the others.
+        context_lens: `[num_sequences]`.
+        block_tables: `[num_sequences, longest]`.
+    """
+
+    row_starts: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +76,7 @@ class PackedInputs:
             the CPU, like the next two.
         context_lens: `[num_sequences]` positions up to the last row, its own included.
         block_tables: `[num_sequences, longest]` blocks, filled up with zeros.
+        tables: The last three on the device.
         block_size: Slots of a block.
         sample_rows: `[num_samples]` rows whose logits are drawn from.
         copied_slots: The slots of `MicroBatch.block_copies`, those copied from and those copied
@@ -69,9 +89,26 @@ class PackedInputs:
     row_starts: torch.Tensor
     context_lens: torch.Tensor
     block_tables: torch.Tensor
+    tables: SequenceTables
     block_size: int
     sample_rows: torch.Tensor
     copied_slots: tuple[torch.Tensor, torch.Tensor] | None
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of the micro-batch."""
+        return len(self.context_lens)
+
+    @cached_property
+    def num_leading_decodes(self) -> int:
+        """Sequences of one row before the first one of several."""
+        is_decode = np.diff(self.row_starts.numpy()) == 1
+        return len(is_decode) if is_decode.all() else int(is_decode.argmin())
+
+    @cached_property
+    def max_rows(self) -> int:
+        """Rows of the sequence that has the most."""
+        return int(np.diff(self.row_starts.numpy()).max(initial=0))
 
     @cached_property
     def gathers(self) -> Gathers:
@@ -91,13 +128,13 @@ class PackedInputs:
             )[0]
             prefills.append(
                 PrefillChunk(
-                    rows=rows, start=end - (rows.stop - rows.start), slots=_to_device(slots, device)
+                    rows=rows, start=end - (rows.stop - rows.start), slots=to_device(slots, device)
                 )
             )
         return Gathers(
-            decode_rows=_to_device(starts[decodes], device),
-            decode_slots=_to_device(decode_slots, device),
-            decode_lens=_to_device(ends[decodes], device),
+            decode_rows=to_device(starts[decodes], device),
+            decode_slots=to_device(decode_slots, device),
+            decode_lens=to_device(ends[decodes], device),
             prefills=tuple(prefills),
         )
 
@@ -125,15 +162,29 @@ def pack(
     if sampled:
         ids = np.where(ids < 0, np.array(sampled)[~np.minimum(ids, -1)], ids)
     is_sampled = np.array([seq.sampling is not None for seq in sequences], dtype=bool)
+    input_ids, position_ids, slot_mapping, sample_rows = _copy_together(
+        [
+            ids,
+            positions,
+            blocks * block_size + positions % block_size,
+            row_starts[1:][is_sampled] - 1,
+        ],
+        np.int64,
+        device,
+    )
+    context_lens = starts + counts
     return PackedInputs(
-        input_ids=_to_device(ids[None], device),
-        position_ids=_to_device(positions[None], device),
-        slot_mapping=_to_device(blocks * block_size + positions % block_size, device),
+        input_ids=input_ids[None],
+        position_ids=position_ids[None],
+        slot_mapping=slot_mapping,
         row_starts=torch.from_numpy(row_starts),
-        context_lens=torch.from_numpy(starts + counts),
+        context_lens=torch.from_numpy(context_lens),
         block_tables=torch.from_numpy(tables),
+        tables=SequenceTables(
+            *_copy_together([row_starts, context_lens, tables], np.int32, device)
+        ),
         block_size=block_size,
-        sample_rows=_to_device(row_starts[1:][is_sampled] - 1, device),
+        sample_rows=sample_rows,
         copied_slots=_copied_slots(batch, block_size, device),
     )
 
@@ -156,7 +207,7 @@ def _copied_slots(
         return None
     blocks = np.array(batch.block_copies).T[..., None]
     slots = (blocks * block_size + np.arange(block_size)).reshape(2, -1)
-    sources, targets = _to_device(slots, device)
+    sources, targets = to_device(slots, device)
     return sources, targets
 
 
@@ -168,7 +219,22 @@ def _slots(block_tables: np.ndarray, lengths: np.ndarray, block_size: int) -> np
     return np.where(np.arange(longest) < lengths[:, None], slots, slots[:, :1])
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def _copy_together(
+    arrays: Sequence[np.ndarray], dtype: type[np.integer], device: torch.device
+) -> list[torch.Tensor]:
+    """Arrays on the device, as integers of this type, by one copy for which nobody waits."""
+    sizes = [-(-array.size // _ALIGNMENT) * _ALIGNMENT for array in arrays]
+    together = np.zeros(sum(sizes), dtype=dtype)
+    for array, piece in zip(arrays, np.split(together, np.cumsum(sizes)[:-1]), strict=True):
+        piece[: array.size] = array.ravel()
+    pieces = to_device(together, device).split(sizes)
+    return [
+        piece[: array.size].view(array.shape) for array, piece in zip(arrays, pieces, strict=True)
+    ]
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array on the device, by a copy for which nobody waits; the same memory on CPU."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -18,12 +18,16 @@ class AttentionGeometry:
         value_shape: Heads and width of a value; of the rotary key where `expand` is set.
         window: Positions a token attends to, itself included; None means all.
         expand: Turns cached latents into keys and values (multi-head latent attention), or None.
+        has_softcap: Whether it caps its scores.
+        has_sinks: Whether its softmaxes have sinks.
     """
 
     key_shape: tuple[int, int]
     value_shape: tuple[int, int]
     window: int | None
     expand: ExpandKv | None
+    has_softcap: bool = False
+    has_sinks: bool = False
 
     @property
     def num_values(self) -> int:
@@ -69,11 +73,17 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[nn.Module, LayerKvCache]:
-    """Reserve the cache of every attention module of a stage."""
+    """Reserve the cache of every attention module of a stage.
+
+    On CPU the slots of a head lie side by side, as the C++ operator likes them; elsewhere the heads
+    of a slot do, which is the layout of FlashAttention-3.
+    """
 
     def reserve(shape: tuple[int, int]) -> torch.Tensor:
         heads, width = shape
-        return torch.zeros(heads, num_slots, width, dtype=dtype, device=device)
+        if device.type == "cpu":
+            return torch.zeros(heads, num_slots, width, dtype=dtype, device=device)
+        return torch.zeros(num_slots, heads, width, dtype=dtype, device=device).transpose(0, 1)
 
     return {
         module: LayerKvCache(
@@ -83,3 +93,8 @@ def allocate_kv_cache(
         )
         for module, geometry in geometries.items()
     }
+
+
+def with_dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with each row in one piece; rows may lie anywhere."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

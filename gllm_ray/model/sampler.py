@@ -7,9 +7,11 @@ most likely first. What else is in the batch, and how it was split, never shows.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from gllm_ray.messages import SamplingParams
+from gllm_ray.model.inputs import to_device
 
 # Enough candidates for nearly every row; the few rows that need more are sorted in full.
 _NUM_CANDIDATES = 256
@@ -34,14 +36,25 @@ def sample(
     """
     if not params:
         return ()
+    vocab_size = logits.shape[-1]
     tokens = _argmax(logits)
+    is_open = torch.zeros_like(tokens)
+
+    def draw(rows: Sequence[int], num_candidates: int) -> None:
+        step = max(1, _MAX_WORKSPACE // vocab_size)
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
+            columns = to_device(_columns(part, params, positions, vocab_size), logits.device)
+            index = to_device(np.array(part), logits.device)
+            tokens[index], is_open[index] = _draw(logits[index].float(), columns, num_candidates)
+
     drawn = [row for row, rule in enumerate(params) if rule.temperature >= _MIN_TEMPERATURE]
-    step = max(1, _MAX_WORKSPACE // logits.shape[-1])
-    for first in range(0, len(drawn), step):
-        rows = drawn[first : first + step]
-        rules = [params[row] for row in rows]
-        uniforms = [uniform(params[row].seed, positions[row]) for row in rows]
-        tokens[rows] = _draw(logits[rows].float(), rules, uniforms)
+    draw(drawn, min(_NUM_CANDIDATES, vocab_size))
+    # The one time that the device is waited for, but for rows the candidates are not enough for.
+    drawn_tokens, open_rows = torch.stack([tokens, is_open]).tolist()
+    if not any(open_rows):
+        return tuple(drawn_tokens)
+    draw([row for row, open_ in enumerate(open_rows) if open_], vocab_size)
     return tuple(tokens.tolist())
 
 
@@ -67,27 +80,26 @@ def _splitmix64(state: int) -> int:
     return state ^ (state >> 31)
 
 
+def _columns(
+    rows: Sequence[int], params: Sequence[SamplingParams], positions: Sequence[int], vocab_size: int
+) -> np.ndarray:
+    """Temperature, top k, top p, min p and the uniform number of each row, float64."""
+
+    def column(rule: SamplingParams, position: int) -> tuple[float, ...]:
+        top_k = min(rule.top_k or vocab_size, vocab_size)
+        number = uniform(rule.seed, position)
+        return rule.temperature, top_k, rule.top_p, rule.min_p, number
+
+    return np.array([column(params[row], positions[row]) for row in rows])
+
+
 def _draw(
-    logits: torch.Tensor, rules: Sequence[SamplingParams], uniforms: Sequence[float]
-) -> torch.Tensor:
-    vocab_size = logits.shape[-1]
-    top_k = [min(rule.top_k or vocab_size, vocab_size) for rule in rules]
-    columns = torch.tensor(
-        [
-            (rule.temperature, k, rule.top_p, rule.min_p, number)
-            for rule, k, number in zip(rules, top_k, uniforms, strict=True)
-        ],
-        device=logits.device,
-        dtype=torch.float64,
-    )
+    logits: torch.Tensor, columns: torch.Tensor, num_candidates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw from the most likely tokens; see `_draw_among`. Overwrites the logits."""
     logits = logits.nan_to_num_(nan=-_MAX_LOGIT).clamp_(-_MAX_LOGIT, _MAX_LOGIT)
     logits = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(columns[:, :1].float())
-    log_probs = torch.log_softmax(logits, dim=-1)
-    tokens, is_done = _draw_among(log_probs, min(_NUM_CANDIDATES, vocab_size), columns)
-    rest = (~is_done).nonzero().flatten()
-    if len(rest):
-        tokens[rest], _ = _draw_among(log_probs[rest], vocab_size, columns[rest])
-    return tokens
+    return _draw_among(torch.log_softmax(logits, dim=-1), num_candidates, columns)
 
 
 def _draw_among(
@@ -96,7 +108,7 @@ def _draw_among(
     """Draw from the most likely tokens.
 
     Returns:
-        The token of each row, and whether the candidates were enough to tell it.
+        The token of each row, and 1 where the candidates are not enough to tell it, else 0.
     """
     vocab_size = log_probs.shape[-1]
     _, top_k, top_p, min_p, uniforms = columns.unsqueeze(-1).unbind(1)
@@ -122,7 +134,7 @@ def _draw_among(
     # Tokens as likely as the last candidate may be missing among the candidates.
     is_done &= candidates.gather(-1, rank) > candidates[:, -1:]
     is_done |= num_candidates == vocab_size
-    return ids.gather(-1, rank).squeeze(-1), is_done.squeeze(-1)
+    return ids.gather(-1, rank).squeeze(-1), (~is_done).long().squeeze(-1)
 
 
 def _most_likely(log_probs: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:

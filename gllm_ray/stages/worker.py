@@ -1,5 +1,6 @@
 """One stage without a cluster: a shard of the model and the KV cache of its layers."""
 
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -14,10 +15,22 @@ from gllm_ray.config import ServiceConfig, kv_cache_of
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence, StageInfo
 from gllm_ray.model.allocator import keep_freed_memory
-from gllm_ray.model.attention.backend import AttentionBackend, choose_attention
+from gllm_ray.model.attention.backend import (
+    AttentionBackend,
+    AttentionSetting,
+    choose_attention,
+    find_gpu,
+)
 from gllm_ray.model.attention.interface import paged_forward
 from gllm_ray.model.checkpoint import Checkpoint, open_checkpoint
-from gllm_ray.model.inputs import pack
+from gllm_ray.model.decode_graphs import (
+    Capture,
+    DecodeGraphs,
+    DecodeSetting,
+    cuda_capture,
+    graph_sizes,
+)
+from gllm_ray.model.inputs import PackedInputs, pack
 from gllm_ray.model.kv_cache import (
     AttentionGeometry,
     LayerKvCache,
@@ -31,6 +44,8 @@ from gllm_ray.model.shard import Shard, count_parameters
 from gllm_ray.model.weights import SafetensorsReader, dummy_tensors
 from gllm_ray.partition import explicit_layers, split_layers
 from gllm_ray.stages.timeline import PhaseClock
+
+logger = logging.getLogger(__name__)
 
 
 class StageWorker:
@@ -48,6 +63,7 @@ class StageWorker:
         self._attention: AttentionBackend
         self._geometries: dict[nn.Module, AttentionGeometry] = {}
         self._caches: dict[nn.Module, LayerKvCache] = {}
+        self._graphs: DecodeGraphs | None = None
         self.bytes_read = 0
 
     @property
@@ -96,7 +112,8 @@ class StageWorker:
         self._convert_weights(shard)
         clock.end("conversion")
         self._shard = shard
-        kv_cache_bytes = self._probe(checkpoint.max_model_len)
+        self._max_model_len = checkpoint.max_model_len
+        kv_cache_bytes = self._probe()
         if self._device.type == "cpu":
             keep_freed_memory()
         kv_block_bytes = block_bytes(
@@ -111,15 +128,19 @@ class StageWorker:
             num_parameters=num_parameters,
             weight_bytes=shard.weight_bytes,
             kv_block_bytes=kv_block_bytes,
-            max_kv_blocks=kv_cache_bytes // kv_block_bytes,
+            max_kv_blocks=kv_cache_bytes // kv_block_bytes - self._uses_graphs,
             attention=self._attention.description,
             startup_s=clock.times_s,
         )
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Reserve the KV cache; block ids run from 0 to `num_blocks - 1`."""
-        num_slots = num_blocks * self._config.kv_cache.block_size
-        self._caches = allocate_kv_cache(self._geometries, num_slots, self.dtype, self._device)
+        self._reserve(num_blocks + self._uses_graphs)
+        if self._uses_graphs:
+            try:
+                self._graphs = self._capture(cuda_capture(), reserved_block=num_blocks)
+            except RuntimeError as error:
+                logger.warning("decodes run without CUDA graphs, which cannot be made: %s", error)
 
     @torch.inference_mode()
     def execute(
@@ -136,9 +157,11 @@ class StageWorker:
             Hidden states of the same shape, or on the last stage one token id for each sequence
             whose `sampling` is set.
         """
-        inputs = pack(batch, self._config.kv_cache.block_size, self._device, sampled)
-        with paged_forward(inputs, self._caches, self._attention):
-            output = self._shard.forward(inputs, hidden)
+        if self._graphs is not None and self._graphs.takes(batch):
+            output = self._graphs.run(batch, hidden, sampled)
+        else:
+            inputs = pack(batch, self._config.kv_cache.block_size, self._device, sampled)
+            output = self._forward(inputs, hidden)
         if not self.is_last:
             return output
         drawn = [seq for seq in batch.sequences if seq.sampling is not None]
@@ -158,6 +181,36 @@ class StageWorker:
         if self._device.type == "cpu":
             with suppress(OperatorsUnavailableError):  # then attention's description says why
                 speed_up_linears(shard.model)
+
+    def _forward(self, inputs: PackedInputs, hidden: torch.Tensor | None) -> torch.Tensor:
+        with paged_forward(inputs, self._caches, self._attention):
+            return self._shard.forward(inputs, hidden)
+
+    @property
+    def _uses_graphs(self) -> bool:
+        """Whether decodes are to run from CUDA graphs; they need one KV block for themselves."""
+        is_eager = self._config.model.enforce_eager or self._device.type == "cpu"
+        return self._attention.is_graph_safe and not is_eager
+
+    def _reserve(self, num_blocks: int) -> None:
+        num_slots = num_blocks * self._config.kv_cache.block_size
+        self._caches = allocate_kv_cache(self._geometries, num_slots, self.dtype, self._device)
+
+    @torch.inference_mode()
+    def _capture(self, capture: Capture, reserved_block: int) -> DecodeGraphs:
+        sizes = graph_sizes(self._config.scheduler.max_decodes)
+        hidden = torch.zeros(sizes[-1], self.hidden_size, dtype=self.dtype, device=self._device)
+        block_size = self._config.kv_cache.block_size
+        setting = DecodeSetting(
+            sizes=sizes,
+            max_blocks=-(-self._max_model_len // block_size),
+            block_size=block_size,
+            reserved_block=reserved_block,
+            hidden=None if self.is_first else hidden,
+            is_last=self.is_last,
+            device=self._device,
+        )
+        return DecodeGraphs(self._forward, capture, setting)
 
     def _prepare_device(self) -> None:
         transformers_logging.disable_progress_bar()
@@ -190,18 +243,28 @@ class StageWorker:
             return torch.float32 if stored in (None, torch.float16) else stored
         return torch.bfloat16 if stored is None else stored
 
-    def _probe(self, max_model_len: int) -> int:
+    def _probe(self) -> int:
         """Learn what the attention modules cache, and how many bytes their cache may take."""
         self._geometries = self._shard.probe(num_tokens=1, num_samples=1)
-        self._attention = choose_attention(self._device, self.dtype, self._geometries.values())
+        self._attention = choose_attention(
+            self._config.model.attention_backend,
+            AttentionSetting(
+                gpu=find_gpu(self._device),
+                dtype=self.dtype,
+                geometries=tuple(self._geometries.values()),
+                block_size=self._config.kv_cache.block_size,
+            ),
+        )
         kv_cache = kv_cache_of(self._config, self._stage_id)
         if self._device.type == "cpu":
             return kv_cache.kv_cache_bytes
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
         held = torch.cuda.memory_allocated(self._device)
-        self._run_largest_batches(max_model_len)
+        self._run_largest_batches(self._max_model_len)
         activations = torch.cuda.max_memory_allocated(self._device) - held
+        if self._uses_graphs:
+            activations *= 2  # graphs have memory of their own, for no larger batches
         torch.cuda.empty_cache()
         if kv_cache.kv_cache_bytes is not None:
             return kv_cache.kv_cache_bytes
@@ -213,7 +276,7 @@ class StageWorker:
         """Reach the peak of the activations, those of attention and sampler included."""
         num_rows = self._config.scheduler.max_batch_tokens
         chunk = min(num_rows, max_model_len)
-        self.allocate_kv_cache(num_blocks=1)
+        self._reserve(num_blocks=1)
         # A draw from every row; then as many prefill rows as can be, at the end of their contexts.
         for chunks in ([1] * num_rows, [chunk] * -(-num_rows // chunk)):
             batch = self._batch_in_block_0(chunks, max_model_len)

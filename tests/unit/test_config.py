@@ -381,6 +381,15 @@ def test_nccl_needs_a_whole_gpu_for_each_stage():
     assert "gpus_per_stage=0.5" in line
 
 
+def test_cpu_has_no_cuda_graphs_to_do_without():
+    args = {"model": {"path": "org/model", "enforce_eager": True}}
+    assert find_mistakes(ServiceConfig, args) == []
+    args |= {"pipeline": {"device": "cpu"}, "kv_cache": {"kv_cache_bytes": "1GiB"}}
+    assert find_mistakes(ServiceConfig, args) == [
+        "model.enforce_eager=true: must be left out when pipeline.device is cpu"
+    ]
+
+
 def test_quantized_weights_are_for_cpu_alone():
     args = {"model": {"path": "org/model", "quantization": "int8"}}
     assert find_mistakes(ServiceConfig, args) == [
@@ -388,6 +397,18 @@ def test_quantized_weights_are_for_cpu_alone():
     ]
     args |= {"pipeline": {"device": "cpu"}, "kv_cache": {"kv_cache_bytes": "1GiB"}}
     assert find_mistakes(ServiceConfig, args) == []
+
+
+@pytest.mark.parametrize("name", ["triton", "xformers", "flash3", "torch", "cpp", "auto"])
+def test_attention_must_be_made_for_the_device(name):
+    args = {"model": {"path": "org/model", "attention_backend": name}}
+    refusal = f"model.attention_backend={name!r}: must be auto, "
+    expected = [f"{refusal}triton, xformers, flash3 or torch when pipeline.device is cuda"]
+    assert find_mistakes(ServiceConfig, args) == (expected if name == "cpp" else [])
+    args |= {"pipeline": {"device": "cpu"}, "kv_cache": {"kv_cache_bytes": "1GiB"}}
+    expected = [f"{refusal}cpp or torch when pipeline.device is cpu"]
+    is_for_gpu = name in ("triton", "xformers", "flash3")
+    assert find_mistakes(ServiceConfig, args) == (expected if is_for_gpu else [])
 
 
 def test_a_package_path_is_a_directory_of_the_installed_package():

@@ -107,7 +107,7 @@ def _probe_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: _MaskRecord | None,
-    **_: object,
+    **options: object,
 ) -> tuple[torch.Tensor, None]:
     geometries = _geometries.get()
     if module in geometries:
@@ -118,6 +118,8 @@ def _probe_attention(
         value_shape=(value.shape[1], value.shape[3]),
         window=attention_mask.window if attention_mask is not None else None,
         expand=expand.__get__(module) if expand is not None else None,
+        has_softcap=options.get("softcap") is not None,
+        has_sinks=options.get("s_aux") is not None,
     )
     if expand is not None:
         key, value = geometries[module].expand(key, value)

@@ -30,13 +30,31 @@ class Case:
 
 
 class Problem:
-    """Random tensors for a case, in a cache of NaN with shuffled blocks."""
+    """Random tensors for a case, in a cache of NaN with shuffled blocks.
 
-    def __init__(self, case: Case, dtype=torch.float32, scale: float = 0.7):
+    `slots_first` lays the cache out as on a GPU, where the heads of a slot lie side by side.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        dtype=torch.float32,
+        scale: float = 0.7,
+        device: torch.device = CPU,
+        slots_first: bool = False,
+    ):
         generator = torch.Generator().manual_seed(case.seed)
 
         def randn(*shape):
-            return torch.randn(*shape, generator=generator).to(dtype)
+            return torch.randn(*shape, generator=generator).to(device, dtype)
+
+        def unwritten(width):
+            num_slots = (num_blocks + 2) * case.block_size
+            shape = (case.num_kv_heads, num_slots, width)
+            if slots_first:
+                shape = (num_slots, case.num_kv_heads, width)
+            cache = torch.full(shape, torch.nan, dtype=dtype, device=device)
+            return cache.transpose(0, 1) if slots_first else cache
 
         num_heads = case.num_kv_heads * case.group
         lengths = [start + count for start, count in case.sequences]
@@ -56,16 +74,8 @@ class Problem:
                 window=case.window,
                 expand=None,
             ),
-            keys=torch.full(
-                (case.num_kv_heads, (num_blocks + 2) * case.block_size, case.key_width),
-                torch.nan,
-                dtype=dtype,
-            ),
-            values=torch.full(
-                (case.num_kv_heads, (num_blocks + 2) * case.block_size, case.value_width),
-                torch.nan,
-                dtype=dtype,
-            ),
+            keys=unwritten(case.key_width),
+            values=unwritten(case.value_width),
         )
         sequences = []
         for seq_id, ((start, count), length) in enumerate(
@@ -82,7 +92,9 @@ class Problem:
                     sampling=None,
                 )
             )
-        self.inputs = pack(MicroBatch(batch_id=0, sequences=tuple(sequences)), case.block_size, CPU)
+        self.inputs = pack(
+            MicroBatch(batch_id=0, sequences=tuple(sequences)), case.block_size, device
+        )
         self.write_past()
 
     def write_past(self) -> None:
@@ -93,9 +105,8 @@ class Problem:
             self.case.sequences, tables, self.keys, self.values, strict=True
         ):
             slots = [table[position // size] * size + position % size for position in range(start)]
-            self.cache.write(
-                torch.tensor(slots, dtype=torch.long), keys[:, :start], values[:, :start]
-            )
+            slots = torch.tensor(slots, dtype=torch.long, device=keys.device)
+            self.cache.write(slots, keys[:, :start], values[:, :start])
 
     def paged(self, attend: PagedAttention) -> torch.Tensor:
         starts = [start for start, _ in self.case.sequences]

@@ -3,29 +3,37 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+from gllm_ray.errors import ConfigError
 from gllm_ray.model.attention import reference
-from gllm_ray.model.attention.backend import choose_attention
+from gllm_ray.model.attention.backend import AttentionSetting, Gpu, choose_attention
 from gllm_ray.model.kv_cache import AttentionGeometry
 from gllm_ray.model.operators import build
 from gllm_ray.model.operators.build import OperatorsUnavailableError
 
-CPU = torch.device("cpu")
-PLAIN = AttentionGeometry(key_shape=(1, 8), value_shape=(1, 8), window=None, expand=None)
+PLAIN = AttentionGeometry(key_shape=(1, 64), value_shape=(1, 64), window=None, expand=None)
 LATENT = AttentionGeometry(
-    key_shape=(1, 8), value_shape=(1, 8), window=None, expand=lambda keys, values: (keys, values)
+    key_shape=(1, 64), value_shape=(1, 64), window=None, expand=lambda keys, values: (keys, values)
 )
 CHOOSE = """
-import torch
-from tests.unit.model.test_attention_backend import CPU, PLAIN, choose_attention
+from tests.unit.model.test_attention_backend import choose
 
-print(choose_attention(CPU, torch.float32, [PLAIN]).description)
+print(choose("auto").description)
 """
 ROOT = Path(__file__).parents[3]
+
+
+def choose(name, geometry=PLAIN, dtype=torch.float32, gpu=None, block_size=16):
+    setting = AttentionSetting(
+        gpu=gpu, dtype=dtype, geometries=(PLAIN, geometry), block_size=block_size
+    )
+    return choose_attention(name, setting)
 
 
 def choose_in_process(cache_home: Path, **environment: str) -> subprocess.Popen:
@@ -115,12 +123,84 @@ def test_another_cpu_or_torch_or_source_has_another_place_in_the_cache(monkeypat
 
 
 def test_what_the_operator_does_not_take_is_left_to_torch(compiler):
-    assert choose_attention(CPU, torch.bfloat16, [PLAIN]).description == "C++ operator"
-    for device, dtype, geometry, reason in (
-        (CPU, torch.float16, PLAIN, "it does not take torch.float16"),
-        (CPU, torch.float32, LATENT, "it does not take the latents this model caches"),
-        (torch.device("cuda"), torch.float32, PLAIN, "torch"),
+    assert choose("auto", dtype=torch.bfloat16).description == "C++ operator"
+    for dtype, geometry, reason in (
+        (torch.float16, PLAIN, "it does not take torch.float16"),
+        (torch.float32, LATENT, "it does not take the latents this model caches"),
     ):
-        backend = choose_attention(device, dtype, [PLAIN, geometry])
+        backend = choose("auto", geometry, dtype)
         assert backend.attend is reference.paged_attention
-        assert backend.description.endswith(reason)
+        assert backend.description == f"torch, slower than the C++ operator, because {reason}"
+        with pytest.raises(
+            ConfigError, match=rf"attention_backend='cpp': cannot .*, because {reason}"
+        ):
+            choose("cpp", geometry, dtype)
+
+
+def test_torch_runs_where_it_is_asked_for(compiler):
+    backend = choose("torch")
+    assert backend.attend is reference.paged_attention
+    assert backend.description == "torch"
+
+
+H100 = Gpu(capability=(9, 0), num_processors=132)
+HALF = torch.bfloat16
+WIDE = replace(PLAIN, key_shape=(1, 512))
+UNEQUAL = replace(PLAIN, key_shape=(2, 64), value_shape=(2, 128))
+WINDOW, CAP, SINKS = (
+    replace(PLAIN, **feature)
+    for feature in ({"window": 8}, {"has_softcap": True}, {"has_sinks": True})
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem", "reason"),
+    [
+        *((name, {"gpu": None}, "GPUs only") for name in ("triton", "xformers", "flash3")),
+        *(
+            (name, {"gpu": Gpu((7, 5), 40)}, "a GPU of compute capability 7.5")
+            for name in ("triton", "xformers", "flash3")
+        ),
+        ("flash3", {"gpu": Gpu((10, 0), 148)}, "a GPU of compute capability 10.0"),
+        *((name, {"geometry": LATENT}, "latents") for name in ("triton", "xformers", "flash3")),
+        *((name, {"dtype": torch.float64}, "float64") for name in ("triton", "xformers", "flash3")),
+        *((name, {"dtype": torch.float32}, "float32") for name in ("xformers", "flash3")),
+        ("triton", {"geometry": WIDE}, "heads of up to 256 numbers, not 512"),
+        *(
+            (name, {"geometry": UNEQUAL}, "keys of 64 and values of 128 numbers")
+            for name in ("xformers", "flash3")
+        ),
+        ("xformers", {"geometry": replace(PLAIN, key_shape=(1, 96), value_shape=(1, 96))}, "96"),
+        *((name, {"geometry": SINKS}, "sinks") for name in ("xformers", "flash3")),
+        *(("xformers", {"geometry": geometry}, "window nor a soft") for geometry in (WINDOW, CAP)),
+        ("xformers", {"block_size": 48}, r"block_size=48 is no multiple of 64"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_reason(name, problem, reason):
+    setting = {"gpu": H100, "dtype": HALF, "block_size": 64} | problem
+    with pytest.raises(ConfigError, match=rf"attention_backend='{name}': cannot run.*{reason}"):
+        choose(name, **setting)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("xformers", "xformers"), ("flash3", "flash_attn_interface")]
+)
+def test_a_package_that_is_missing_is_named(name, package):
+    if find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(ConfigError, match=rf"'{name}': .* {package}.* cannot be imported \(No "):
+        choose(name, dtype=HALF, gpu=H100, block_size=64)
+
+
+def test_auto_prefers_our_own_kernels_on_a_gpu_and_tells_why_where_they_cannot_run():
+    pytest.importorskip("triton")
+    for geometry in (PLAIN, WINDOW, CAP, SINKS, UNEQUAL):
+        backend = choose("auto", geometry, HALF, H100)
+        assert backend.description == "Triton kernels"
+        assert backend.is_graph_safe
+    backend = choose("auto", LATENT, HALF, H100)
+    assert backend.description == (
+        "torch, slower than the Triton kernels, because it does not take the latents this model "
+        "caches"
+    )
+    assert not backend.is_graph_safe

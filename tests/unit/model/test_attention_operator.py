@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gllm_ray.model.attention.backend import OperatorAttention
+from gllm_ray.model.attention.cpp_attention import OperatorAttention
 from gllm_ray.model.attention.reference import paged_attention
 from gllm_ray.model.operators.build import OperatorsUnavailableError, load_operators
 from tests.unit.model.attention_problems import Case, Problem

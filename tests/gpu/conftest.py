@@ -1,0 +1,3 @@
+from tests.numerics.conftest import small_model
+
+__all__ = ["small_model"]
