@@ -4,9 +4,9 @@ from typing import Any
 
 from ray.serve import Application
 
+from gllm_ray.bundles import REPLICA_CPUS, bundles
 from gllm_ray.config import parse_service_config
 from gllm_ray.serving.server import LLMServer
-from gllm_ray.stages.placement import REPLICA_CPUS, bundles
 
 _HEALTH_CHECK_PERIOD_S = 2.0
 

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from gllm_ray.stages.placement import bundles
+from gllm_ray.bundles import bundles
 from tests.pipelines import make_service_config
 
 
