@@ -40,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gllm-ray {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    validate = commands.add_parser("validate",
+    validate = commands.add_parser(
+        "validate",
         help="check configurations and Kubernetes manifests; starts nothing",
         description="Check files of Ray Serve, Kubernetes manifests, and kustomize overlays.",
     )

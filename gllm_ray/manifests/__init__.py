@@ -1,1 +1,1 @@
-"""Kubernetes manifests of the service: made from its configuration, and checked without a cluster."""
+"""Kubernetes manifests: made from a configuration, and checked without a cluster."""

@@ -86,7 +86,9 @@ def node_resources(group: GroupSpec) -> Resources:
         if option in group.ray_start_params:
             node[key] = float(group.ray_start_params[option])
     custom = group.ray_start_params.get("resources", "")
-    return node | {key: float(value) for key, value in re.findall(r'([\w:.-]+)\\*":\s*([\d.]+)', custom)}
+    return node | {
+        key: float(value) for key, value in re.findall(r'([\w:.-]+)\\*":\s*([\d.]+)', custom)
+    }
 
 
 def parse_quantity(value: object) -> float:

@@ -17,7 +17,7 @@ CRD_VARIABLE = "KUBERAY_CRD_DIR"
 
 def add_manifests_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not name its type
     """Add `manifests` to the commands of a parser."""
-    manifests = commands.add_parser("manifests", help="Kubernetes manifests of a configuration")
+    manifests = commands.add_parser("manifests", help="make Kubernetes manifests")
     actions = manifests.add_subparsers(dest="action", required=True)
     render = actions.add_parser(
         "render",

@@ -81,9 +81,9 @@ def _strict(node: Any) -> Any:  # noqa: ANN401
         return node
     node = {key: _strict(child) for key, child in node.items()}
     # A mapping of keys may be called `properties` itself; then it has no type.
-    if isinstance(node.get("properties"), dict) and node.get("type") == "object":
-        if not node.get(_KEEPS_UNKNOWN):
-            node.setdefault("additionalProperties", False)
+    is_object = isinstance(node.get("properties"), dict) and node.get("type") == "object"
+    if is_object and not node.get(_KEEPS_UNKNOWN):
+        node.setdefault("additionalProperties", False)
     return node
 
 
@@ -96,7 +96,7 @@ def _without_nulls(value: Any) -> Any:  # noqa: ANN401
 
 
 def _broken_rules(schema: JsonSchema, value: Any, path: tuple[str | int, ...]) -> Iterator[str]:  # noqa: ANN401
-    """Rules in the Common Expression Language that a value breaks; those of changes are left out."""
+    """Rules in the Common Expression Language that a value breaks, but for those of changes."""
     for rule in schema.get(_RULES, ()):
         if "oldSelf" not in rule["rule"] and not _program(rule["rule"])(value):
             yield f"{key_path(path)}: {rule.get('message', rule['rule'])}"

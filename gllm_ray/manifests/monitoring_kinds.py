@@ -36,7 +36,7 @@ class Endpoint(KubeModel):
     port: Text
     path: str | None = None
     interval: Duration | None = None
-    relabelings: list[Relabeling] = []
+    relabelings: list[Relabeling] = Field(default=[])
 
 
 class PodMonitorSpec(KubeModel):

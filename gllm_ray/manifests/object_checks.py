@@ -77,8 +77,10 @@ def object_name(item: object) -> str:
 
 def _disruption_mistakes(item: dict[str, Any]) -> list[str]:
     """Kubernetes cannot tell how many pods a RayCluster wants, so only `minAvailable: N` works."""
-    spec = item.get("spec") if isinstance(item.get("spec"), dict) else {}
-    lines = []
+    spec: Any = item.get("spec")
+    lines: list[str] = []
+    if not isinstance(spec, dict):
+        return lines
     if "maxUnavailable" in spec:
         lines.append("spec.maxUnavailable: must be left out for pods of Ray; use minAvailable")
     if "minAvailable" in spec and not isinstance(spec["minAvailable"], int):

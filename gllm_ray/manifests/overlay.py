@@ -69,7 +69,7 @@ class Overlay:
         return stale
 
     def render(self) -> list[Path]:
-        """Write `serve-config.yaml` and, where kubectl is, `rendered.yaml`; returns what was written.
+        """Write `serve-config.yaml` and, with kubectl, `rendered.yaml`; returns those written.
 
         Raises:
             ConfigError: The configuration has mistakes, or kubectl refuses to build.

@@ -4,8 +4,8 @@ The keys are those of the custom resource definitions of KubeRay 1.7.0, which a 
 validators are rules that the operator applies to an object that the API server has taken already.
 Pods are Kubernetes' own and are checked as such; here are the keys that rules need.
 
-Source: KubeRay, `ray-operator/controllers/ray/utils/validation.go`. Stricter than it: who may use the
-cluster has to be said, `minReplicas` is at most `maxReplicas`, and an autoscaler needs the API
+Source: KubeRay, `ray-operator/controllers/ray/utils/validation.go`. Stricter than it: who may use
+the cluster has to be said, `minReplicas` is at most `maxReplicas`, and an autoscaler needs the API
 server's token.
 """
 
@@ -47,9 +47,9 @@ class Container(PodModel):
 
     name: Text
     image: Text
-    resources: Mapping = {}
-    env: list[EnvVar] = []
-    ports: list[Mapping] = []
+    resources: Mapping = Field(default={})
+    env: list[EnvVar] = Field(default=[])
+    ports: list[Mapping] = Field(default=[])
 
 
 class PodSpec(PodModel):
@@ -71,9 +71,9 @@ class GroupSpec(KubeModel):
     """What head and workers have in common."""
 
     template: PodTemplate
-    ray_start_params: dict[str, str] = {}
-    resources: dict[str, str] = {}
-    labels: dict[str, str] = {}
+    ray_start_params: dict[str, str] = Field(default={})
+    resources: dict[str, str] = Field(default={})
+    labels: dict[str, str] = Field(default={})
 
     @model_validator(mode="after")
     def _check_resources(self) -> Self:
@@ -177,10 +177,10 @@ class ClusterUpgradeStrategy(KubeModel):
 
 
 class RayClusterSpec(KubeModel):
-    """The `spec` of a RayCluster, `rayClusterConfig` of a RayService, `rayClusterSpec` of a RayJob."""
+    """`spec` of a RayCluster, `rayClusterConfig` of a RayService, `rayClusterSpec` of a RayJob."""
 
     head_group_spec: HeadGroup
-    worker_group_specs: list[WorkerGroup] = []
+    worker_group_specs: list[WorkerGroup] = Field(default=[])
     ray_version: str | None = None
     auth_options: AuthOptions
     enable_in_tree_autoscaling: bool = False
@@ -214,7 +214,9 @@ class RayClusterSpec(KubeModel):
             return
         least = ".".join(map(str, RAY_VERSION_WITH_TOKENS))
         if self.ray_version is None:
-            raise ValueError(f"rayVersion: required beside authOptions.mode=token; at least {least}")
+            raise ValueError(
+                f"rayVersion: required beside authOptions.mode=token; at least {least}"
+            )
         match = re.fullmatch(r"(\d+)\.(\d+)(\.\d+.*)?", self.ray_version)
         if match is None or (int(match[1]), int(match[2])) < RAY_VERSION_WITH_TOKENS:
             raise ValueError(

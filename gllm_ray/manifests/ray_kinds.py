@@ -32,8 +32,8 @@ class Metadata(KubeModel):
 
     name: Annotated[str, _name(47)]
     namespace: str | None = None
-    labels: dict[str, str] = {}
-    annotations: dict[str, str] = {}
+    labels: dict[str, str] = Field(default={})
+    annotations: dict[str, str] = Field(default={})
 
 
 class ClusterMetadata(Metadata):
@@ -155,7 +155,7 @@ class RayJobSpec(KubeModel):
 
     entrypoint: Text
     ray_cluster_spec: RayClusterSpec | None = None
-    cluster_selector: dict[str, str] = {}
+    cluster_selector: dict[str, str] = Field(default={})
     submission_mode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"] = (
         "K8sJobMode"
     )
@@ -179,7 +179,9 @@ class RayJobSpec(KubeModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.ray_cluster_spec is None) == (not self.cluster_selector):
-            raise ValueError("rayClusterSpec: must be given unless clusterSelector is, and not both")
+            raise ValueError(
+                "rayClusterSpec: must be given unless clusterSelector is, and not both"
+            )
         if self.cluster_selector and not self.cluster_selector.get(_CLUSTER_LABEL):
             raise ValueError(f"clusterSelector.{_CLUSTER_LABEL}: required; the name of a cluster")
         if self.ttl_seconds_after_finished and not self.shutdown_after_job_finishes:

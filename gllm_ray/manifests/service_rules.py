@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from gllm_ray.manifests.capacity import Demand, find_capacity_mistakes
-from gllm_ray.manifests.ray_kinds import RayService
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError
+from gllm_ray.manifests.capacity import Demand, find_capacity_mistakes
+from gllm_ray.manifests.ray_kinds import RayService
 from gllm_ray.serve_file import find_serve_mistakes, service_config
 from gllm_ray.serve_schema import Application, Deployment, ServeFile
 from gllm_ray.strict_yaml import parse_documents
@@ -78,13 +78,15 @@ def _find_room_mistakes(service: RayService, serve_file: ServeFile) -> Iterator[
 def _find_drain_mistakes(service: RayService, serve_file: ServeFile) -> Iterator[str]:
     drain_s = max((_drain_s(*pair) for pair in _ours(serve_file)), default=0.0)
     least_s, spec = drain_s + _STOP_MARGIN_S, service.spec
-    reason = f"must be at least {least_s:g}: graceful_shutdown_timeout_s={drain_s:g} of serveConfigV2"
+    reason = (
+        f"must be at least {least_s:g}: graceful_shutdown_timeout_s={drain_s:g} of serveConfigV2"
+    )
     for i, group in enumerate(spec.ray_cluster_config.worker_group_specs):
         grace_s = group.template.spec.termination_grace_period_seconds
         if grace_s < least_s:
             yield (
                 f"{_CLUSTER}.workerGroupSpecs[{i}].template.spec.terminationGracePeriodSeconds="
-                f"{grace_s}: {reason} and {_STOP_MARGIN_S} s for Ray"
+                f"{grace_s}: {reason}, and {_STOP_MARGIN_S} s for Ray"
             )
     delay_s = spec.ray_cluster_deletion_delay_seconds
     if spec.upgrade_strategy.type != "None" and delay_s < drain_s:

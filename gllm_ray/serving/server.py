@@ -15,7 +15,7 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.messages import GenerationRequest, StageInfo, TokenEvent
 from gllm_ray.model.tokenizer import Tokenizer
-from gllm_ray.serving.observability import log_with_serve
+from gllm_ray.serving.observability import ServiceMetrics, log_with_serve
 from gllm_ray.serving.openai_api import build_api
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ class LLMServer:
         self.max_model_len = self._pipeline.group.max_model_len
         self._client = EngineClient(self._pipeline)
         await self._client.start()
+        self._metrics = ServiceMetrics(self.model_name)
+        self._reporting = asyncio.create_task(self._metrics.report(self._pipeline.load))
         logger.info("ready: model=%s num_stages=%d", self.model_name, config.pipeline.num_stages)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -51,12 +53,13 @@ class LLMServer:
     async def __del__(self) -> None:
         """Called by Serve after the last request; what it finds half started dies with it."""
         if hasattr(self, "_client"):
+            self._reporting.cancel()
             await self._client.close()
             await self._pipeline.close()
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
         """Run a request; closing the generator early aborts it. See `EngineClient.generate`."""
-        return self._client.generate(request)
+        return self._metrics.observe(request, self._client.generate(request))
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
