@@ -23,7 +23,7 @@ def add_manifests_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does
         "render",
         help="write the configuration into kustomize overlays",
         description="Write the configuration that the annotation `gllm-ray/config` of each "
-        "overlay's kustomization.yaml names into its serve-config.yaml, and, with kubectl, all that "
+        "overlay's kustomization.yaml names into its serve-config.yaml, and, with kubectl, what "
         "the overlay builds into its rendered.yaml.",
     )
     render.add_argument("directories", nargs="+", type=Path, metavar="OVERLAY")

@@ -18,7 +18,7 @@ class Overlay:
     """A directory with a `kustomization.yaml`.
 
     Its annotation `gllm-ray/config` names the file of Ray Serve, relative to the directory, that
-    `serve-config.yaml` there embeds. `rendered.yaml` is what kustomize builds of it all, for readers
+    `serve-config.yaml` there embeds. `rendered.yaml` is what kustomize builds of it all, to read
     and for machines without kubectl.
 
     Args:

@@ -84,7 +84,7 @@ class ClusterUpgradeOptions(KubeModel):
 
 
 class UpgradeStrategy(KubeModel):
-    """What a change of the cluster does; the custom resource definition takes any text as `type`."""
+    """What a change of the cluster does; the API server takes any text as `type`."""
 
     type: Literal["None", "NewCluster", "NewClusterWithIncrementalUpgrade"] = "NewCluster"
     cluster_upgrade_options: ClusterUpgradeOptions | None = None
@@ -179,9 +179,7 @@ class RayJobSpec(KubeModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.ray_cluster_spec is None) == (not self.cluster_selector):
-            raise ValueError(
-                "rayClusterSpec: must be given unless clusterSelector is, and not both"
-            )
+            raise ValueError("rayClusterSpec: must be given or clusterSelector, not both")
         if self.cluster_selector and not self.cluster_selector.get(_CLUSTER_LABEL):
             raise ValueError(f"clusterSelector.{_CLUSTER_LABEL}: required; the name of a cluster")
         if self.ttl_seconds_after_finished and not self.shutdown_after_job_finishes:

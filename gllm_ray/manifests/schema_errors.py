@@ -23,7 +23,7 @@ def describe_errors(errors: Iterable[ValidationError], prefix: str = "") -> list
 
 def _describe(error: ValidationError, prefix: str) -> Iterator[str]:
     path = key_path(error.absolute_path, prefix)
-    schema: dict[str, Any] = error.schema  # type: ignore[assignment]
+    schema: dict[str, Any] = error.schema
     instance: Any = error.instance
     if error.validator == "additionalProperties":
         known = list(schema.get("properties", {}))

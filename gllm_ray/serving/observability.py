@@ -15,8 +15,8 @@ from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
 
 METRIC_PREFIX = "gllm_ray_"  # Ray puts `ray_` before it
 _REPORT_PERIOD_S = 5.0
-_LATENCY_BOUNDS_S = [0.01 * 2**i for i in range(16)]  # to 328 s
-_TPOT_BOUNDS_S = [0.001 * 2**i for i in range(12)]  # to 2 s
+_LATENCY_BOUNDS_S = tuple(0.01 * 2**i for i in range(16))  # to 328 s
+_TPOT_BOUNDS_S = tuple(0.001 * 2**i for i in range(12))  # to 2 s
 
 
 class MetricKind(NamedTuple):
@@ -25,13 +25,13 @@ class MetricKind(NamedTuple):
     Attributes:
         make: Its type.
         description: What it counts or measures.
-        options: Of its type.
+        bounds_s: Between the buckets of a histogram.
         tags: Besides those of all.
     """
 
     make: Callable[..., Counter | Gauge | Histogram]
     description: str
-    options: dict[str, list[float]] = {}
+    bounds_s: tuple[float, ...] = ()
     tags: tuple[str, ...] = ()
 
 
@@ -50,15 +50,15 @@ METRICS = {
         Counter, "Requests that ended, by how: stop, length, ...", tags=("finished_reason",)
     ),
     "time_to_first_token_seconds": MetricKind(
-        Histogram, "From arrival to the first token.", {"boundaries": _LATENCY_BOUNDS_S}
+        Histogram, "From arrival to the first token.", _LATENCY_BOUNDS_S
     ),
     "request_time_per_output_token_seconds": MetricKind(
         Histogram,
         "From the first token to the end, by the tokens after the first.",
-        {"boundaries": _TPOT_BOUNDS_S},
+        _TPOT_BOUNDS_S,
     ),
     "e2e_request_latency_seconds": MetricKind(
-        Histogram, "From arrival to the end.", {"boundaries": _LATENCY_BOUNDS_S}
+        Histogram, "From arrival to the end.", _LATENCY_BOUNDS_S
     ),
 }
 
@@ -81,9 +81,12 @@ class ServiceMetrics:
     def __init__(self, model_name: str) -> None:
         self._metrics = {}
         for name, kind in METRICS.items():
-            tag_keys = ("model_name", *kind.tags)
+            options = {"boundaries": list(kind.bounds_s)} if kind.bounds_s else {}
             metric = kind.make(
-                METRIC_PREFIX + name, kind.description, tag_keys=tag_keys, **kind.options
+                METRIC_PREFIX + name,
+                kind.description,
+                tag_keys=("model_name", *kind.tags),
+                **options,
             )
             metric.set_default_tags({"model_name": model_name})
             self._metrics[name] = metric
@@ -135,7 +138,7 @@ class ServiceMetrics:
         self._count_up_to("num_preemptions_total", load.num_preemptions)
         self._count_up_to("prefix_cache_queries_total", load.num_prefix_queried_tokens)
         self._count_up_to("prefix_cache_hits_total", load.num_prefix_hit_tokens)
-        # Once for all requests: a call into Ray for each token would cost more than the token's way.
+        # For all requests at once: a call into Ray for each token would be dear.
         self._count_up_to("generation_tokens_total", self._num_output_tokens)
 
     def _count_up_to(self, name: str, total: int) -> None:

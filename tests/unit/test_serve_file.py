@@ -98,8 +98,7 @@ def mappings(schema_data: Any, path: str = "") -> Iterator[str]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_files_are_right_and_serve_takes_them(path):
     ray_schema = pytest.importorskip("ray.serve.schema")
-    (application,) = load_serve_file(path).applications
-    assert service_config(application) is not None
+    assert all(service_config(item) is not None for item in load_serve_file(path).applications)
     ray_schema.ServeDeploySchema.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
