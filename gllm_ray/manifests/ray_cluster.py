@@ -131,7 +131,7 @@ class AuthOptions(KubeModel):
 
     mode: Literal["disabled", "token"]
     secret_name: str | None = None
-    enable_k8s_token_auth: bool | None = None
+    enable_k8s_token_auth: bool | None = Field(default=None, alias="enableK8sTokenAuth")
 
 
 class AutoscalerOptions(KubeModel):

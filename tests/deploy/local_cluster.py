@@ -1,0 +1,156 @@
+"""A Ray cluster of several nodes on this machine, with a token, as KubeRay would start its pods."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+from gllm_ray.demo.serve_process import free_port
+from tests.deploy.manifests import ROOT
+
+START_TIMEOUT_S = 60
+_PORTS = (
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "node-manager-port",
+    "object-manager-port",
+)
+
+
+class LocalCluster:
+    """A head without CPUs and one worker, as a context manager; every process ends with it.
+
+    Attributes:
+        dashboard: The address that `serve deploy` and `ray job submit` take.
+        metrics_ports: Where Prometheus would ask, the head's first.
+        environment: Of a client that knows the token.
+    """
+
+    def __init__(self, *, worker_cpus, head_options=()):
+        self._directory = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+        self._processes = []
+        self._gcs, dashboard = f"127.0.0.1:{free_port()}", free_port()
+        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        self.metrics_ports = []
+        self.environment = self._environment()
+        self._head = [
+            *("--head", "--num-cpus=0", f"--port={self._gcs.partition(':')[2]}"),
+            *(f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
+            *(f"--ray-client-server-port={free_port()}", f"--temp-dir={self._directory}"),
+            *head_options,
+        ]
+        self._worker = [f"--address={self._gcs}", f"--num-cpus={worker_cpus}"]
+
+    def __enter__(self):
+        try:
+            self._start_node(self._head)
+            self._wait_until(lambda: self.status_of("/api/version") == 200)
+            self._start_node(self._worker)
+            self._wait_until(self._has_worker)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self._end()
+
+    def run(self, *command, timeout_s=110):
+        """What a command of Ray prints, run by a client with the token."""
+        return subprocess.run(
+            [Path(sys.executable).with_name(command[0]), *command[1:]],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            env=self.environment,
+        )
+
+    def status_of(self, path, token=True):
+        """The HTTP status of a page of the dashboard; 0 if nobody answers."""
+        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        request = urllib.request.Request(self.dashboard + path, headers=headers if token else {})
+        try:
+            with urllib.request.urlopen(request, timeout=5) as response:
+                return response.status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return 0
+
+    def metrics(self):
+        """All that Prometheus would get."""
+        return "".join(_get(f"http://127.0.0.1:{port}/metrics") for port in self.metrics_ports)
+
+    def _environment(self):
+        programs = Path(sys.executable).parent
+        unset = {"RAY_ADDRESS", "RAY_SERVE_ENABLE_HA_PROXY"}
+        return {key: value for key, value in os.environ.items() if key not in unset} | {
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_ADDRESS": self._gcs,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_memory_monitor_refresh_ms": "0",
+        }
+
+    def _start_node(self, options):
+        metrics_port = free_port()
+        self.metrics_ports.append(metrics_port)
+        ports = [f"--{name}={free_port()}" for name in _PORTS]
+        command = [
+            *(Path(sys.executable).with_name("ray"), "start", "--block", *options, *ports),
+            *(f"--metrics-export-port={metrics_port}", "--object-store-memory=100000000"),
+            *("--min-worker-port=0", "--max-worker-port=0", "--node-ip-address=127.0.0.1"),
+        ]
+        with (self._directory / f"node{len(self._processes)}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                cwd=self._directory,
+                start_new_session=True,
+            )
+        self._processes.append(process)
+
+    def _has_worker(self):
+        result = self.run("ray", "list", "nodes", "--address", self.dashboard)
+        return result.stdout.count("ALIVE") == 2
+
+    def _wait_until(self, holds):
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not holds():
+            if time.monotonic() > deadline_s or any(p.poll() is not None for p in self._processes):
+                logs = [path.read_text("utf-8") for path in self._directory.glob("node*.log")]
+                raise TimeoutError("the cluster does not start:\n" + "\n".join(logs))
+            time.sleep(0.5)
+
+    def _end(self):
+        mine = [
+            psutil.Process(process.pid) for process in self._processes if process.poll() is None
+        ]
+        doomed = [child for process in mine for child in process.children(recursive=True)] + mine
+        for process in doomed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(doomed, timeout=10)
+        for process in self._processes:
+            process.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _get(url):
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return response.read().decode()
