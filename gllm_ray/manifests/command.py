@@ -3,16 +3,17 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gllm_ray.errors import ConfigError
-from gllm_ray.manifests.object_checks import Checks, object_name
+from gllm_ray.manifests.object_checks import OUR_KINDS, Checks, find_our_mistakes, object_name
 from gllm_ray.manifests.overlay import RENDER, Overlay
 from gllm_ray.strict_yaml import read_documents
 
 CRD_VARIABLE = "KUBERAY_CRD_DIR"
+_LACKS_PACKAGES = "pods not checked (pip install gllm_ray[deploy])"
+_LACKS_DEFINITIONS = f"without KubeRay's definitions (--crd-dir or {CRD_VARIABLE})"
 
 
 def add_manifests_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not name its type
@@ -55,9 +56,15 @@ def load_checks(crd_dir: Path | None) -> Checks:
     except ModuleNotFoundError as error:
         if crd_dir is not None:
             raise ConfigError(f"{crd_dir}: needs gllm_ray[deploy]; {error}") from None
-        return Checks()
-    definitions = CustomResources(crd_dir) if crd_dir is not None else None
-    return Checks(definitions=definitions, core=find_core_mistakes, pods=find_pod_mistakes)
+        return Checks(finders=(find_our_mistakes,), lacking=(_LACKS_PACKAGES, _LACKS_DEFINITIONS))
+
+    def find_mistakes_of_pods(item: dict[str, Any]) -> list[str] | None:
+        return list(find_pod_mistakes(item)) if item["kind"] in OUR_KINDS else None
+
+    finders = (find_our_mistakes, find_core_mistakes, find_mistakes_of_pods)
+    if crd_dir is None:
+        return Checks(finders=finders, lacking=(_LACKS_DEFINITIONS,))
+    return Checks(finders=(*finders, CustomResources(crd_dir).find_mistakes))
 
 
 def is_manifest(path: Path) -> bool:
@@ -78,17 +85,16 @@ def validate_manifests(path: Path, checks: Checks) -> bool:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return False
-    mistakes = [
-        f"{path}: {object_name(item)}: {line}"
-        for item in objects
-        for line in checks.find_object_mistakes(item)
-    ]
+    found = [(object_name(item), checks.find_object_mistakes(item)) for item in objects]
+    mistakes = [f"{path}: {name}: {line}" for name, lines in found for line in lines or ()]
     for line in mistakes:
         print(line, file=sys.stderr)
     if mistakes:
         return False
+    if unknown := [name for name, lines in found if lines is None]:
+        notes.append(f"not checked: {', '.join(unknown)}")
     count = f"{len(objects)} object" + ("s" if len(objects) != 1 else "")
-    print("; ".join([f"OK {path}: {count}", *notes, *_unchecked(checks)]), flush=True)
+    print("; ".join([f"OK {path}: {count}", *notes, *checks.lacking]), flush=True)
     return True
 
 
@@ -102,13 +108,6 @@ def _read(path: Path) -> tuple[list[object], list[str]]:
         raise ConfigError(f"{path}: {names}: out of date; run `{RENDER} {path}`")
     notes = [] if overlay.can_build else ["as rendered.yaml has it, for there is no kubectl"]
     return overlay.objects(), notes
-
-
-def _unchecked(checks: Checks) -> Iterator[str]:
-    if checks.core is None:
-        yield "pods and core kinds unchecked (pip install gllm_ray[deploy])"
-    if checks.definitions is None:
-        yield f"without KubeRay's definitions (--crd-dir or {CRD_VARIABLE})"
 
 
 def _render(options: argparse.Namespace) -> int:

@@ -11,15 +11,14 @@ KUBERNETES_VERSION = "1.32"  # the oldest whose schema is checked; keys that cam
 _POD = {"apiVersion": "v1", "kind": "Pod"}
 
 
-def find_core_mistakes(item: dict[str, Any], prefix: str = "") -> list[str] | None:
-    """One line for the first mistake in an object, if any; None if Kubernetes has no such kind."""
+def find_core_mistakes(item: dict[str, Any]) -> list[str] | None:
+    """One line for the first mistake in an object; None if its group is not Kubernetes' own."""
     try:
-        kubernetes_validate.validate(item, KUBERNETES_VERSION, strict=True)
+        return _first_mistake(item)
     except kubernetes_validate.SchemaNotFoundError:
-        return None
-    except kubernetes_validate.ValidationError as error:
-        return describe_errors([error], prefix)
-    return []
+        if "." in item["apiVersion"]:
+            return None
+        return [f"kind={item['kind']!r}: is none of {item['apiVersion']}"]
 
 
 def find_pod_mistakes(value: object, path: str = "") -> Iterator[str]:
@@ -31,6 +30,14 @@ def find_pod_mistakes(value: object, path: str = "") -> Iterator[str]:
         for key, child in value.items():
             place = f"{path}.{key}".removeprefix(".")
             if key in ("template", "submitterPodTemplate") and isinstance(child, dict):
-                yield from find_core_mistakes(_POD | child, place) or ()
+                yield from _first_mistake(_POD | child, place)
             else:
                 yield from find_pod_mistakes(child, place)
+
+
+def _first_mistake(item: dict[str, Any], prefix: str = "") -> list[str]:
+    try:
+        kubernetes_validate.validate(item, KUBERNETES_VERSION, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return describe_errors([error], prefix)
+    return []

@@ -36,24 +36,24 @@ class CustomResources:
         self._schemas: dict[tuple[str, str], JsonSchema | None] = {}
 
     def schema(self, api_version: str, kind: str) -> JsonSchema | None:
-        """The strict schema of a kind; None if the folder does not define it.
+        """The strict schema of a kind; None if the folder does not define its group.
 
         Raises:
-            ConfigError: The folder defines the kind, but not this version of it.
+            ConfigError: The folder defines the group, but not the kind or this version of it.
         """
         key = (api_version, kind)
         if key not in self._schemas:
             self._schemas[key] = self._read(*key)
         return self._schemas[key]
 
-    def find_mistakes(self, item: dict[str, Any]) -> list[str]:
-        """One line for each mistake in an object; none if its kind is not defined here."""
+    def find_mistakes(self, item: dict[str, Any]) -> list[str] | None:
+        """One line for each mistake in an object; None if its group is not defined here."""
         try:
-            schema = self.schema(str(item["apiVersion"]), str(item["kind"]))
+            schema = self.schema(item["apiVersion"], item["kind"])
         except ConfigError as error:
             return [str(error)]
         if schema is None:
-            return []
+            return None
         item = _without_nulls(item)
         lines = describe_errors(Draft7Validator(schema).iter_errors(item))
         return lines + list(_broken_rules(schema, item, ()))
@@ -62,6 +62,8 @@ class CustomResources:
         group, _, version = api_version.rpartition("/")
         path = self._folder / f"{group}_{kind.lower()}s.yaml"
         if not path.is_file():
+            if any(self._folder.glob(f"{group}_*.yaml")):
+                raise ConfigError(f"kind={kind!r}: is none of {api_version}")
             return None
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte, so the fast one
         definition = yaml.load(path.read_bytes(), Loader=loader)

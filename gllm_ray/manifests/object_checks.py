@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 from gllm_ray.manifests.monitoring_kinds import PodMonitor, PrometheusRule
 from gllm_ray.manifests.ray_cluster import KubeModel
@@ -11,60 +12,51 @@ from gllm_ray.manifests.ray_kinds import RayCluster, RayJob, RayService
 from gllm_ray.manifests.service_rules import find_service_mistakes
 from gllm_ray.strict_schema import find_mistakes
 
-_MODELS: dict[str, type[KubeModel]] = {
+OUR_KINDS: dict[str, type[KubeModel]] = {
     model.__name__: model for model in (RayService, RayCluster, RayJob, PodMonitor, PrometheusRule)
 }
 
 
-class Definitions(Protocol):
-    """Custom resource definitions."""
-
-    def find_mistakes(self, item: dict[str, Any]) -> list[str]:
-        """One line for each mistake; none if the kind is not defined."""
+Finder = Callable[[dict[str, Any]], list[str] | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checks:
-    """What objects are checked against, besides our own schemas and rules.
+    """What objects are checked against.
 
     Attributes:
-        definitions: Custom resource definitions; None: there are none.
-        core: Finds mistakes in Kubernetes' own kinds, and None in others; None: not installed.
-        pods: Finds mistakes in the pods of other kinds.
+        finders: Each has one line for each mistake in an object; None if it does not know the kind.
+        lacking: What else they could be checked against, and how to get it.
     """
 
-    definitions: Definitions | None = None
-    core: Callable[[dict[str, Any]], list[str] | None] | None = None
-    pods: Callable[[object], Any] = field(default=lambda _: ())
+    finders: tuple[Finder, ...]
+    lacking: tuple[str, ...] = ()
 
-    def find_object_mistakes(self, item: object) -> list[str]:
-        """One line for each mistake, one at most for each key."""
-        if not isinstance(item, dict) or not {"apiVersion", "kind"} <= set(item):
+    def find_object_mistakes(self, item: object) -> list[str] | None:
+        """One line for each mistake, one at most for each key; None if nobody knows the kind."""
+        if not isinstance(item, dict) or not all(
+            isinstance(item.get(key), str) for key in ("apiVersion", "kind")
+        ):
             return ["must be an object of Kubernetes, with apiVersion and kind"]
-        lines = self._ours(item)
-        if self.definitions is not None:
-            lines += self.definitions.find_mistakes(item)
-        if self.core is not None and not lines:
-            lines += self._cores(item)
-        return list({_key(line): line for line in reversed(lines)}.values())[::-1]
+        answers = [lines for finder in self.finders if (lines := finder(item)) is not None]
+        if not answers:
+            return None
+        by_key: dict[str, str] = {}
+        for line in chain.from_iterable(answers):
+            by_key.setdefault(_key(line), line)
+        return list(by_key.values())
 
-    def _ours(self, item: dict[str, Any]) -> list[str]:
-        model = _MODELS.get(item["kind"])
-        if model is None:
-            return _disruption_mistakes(item) if item["kind"] == "PodDisruptionBudget" else []
-        lines = find_mistakes(model, item)
-        if not lines and model is RayService:
-            lines = find_service_mistakes(RayService.model_validate(item))
-        return lines
 
-    def _cores(self, item: dict[str, Any]) -> list[str]:
-        assert self.core is not None
-        mistakes = self.core(item)
-        if mistakes is not None:
-            return mistakes
-        if item["kind"] in _MODELS:
-            return list(self.pods(item))
-        return [f"kind={item['kind']!r}: is none of {item['apiVersion']}, and is not checked"]
+def find_our_mistakes(item: dict[str, Any]) -> list[str] | None:
+    """What our own schemas and rules have against an object; see `Checks.finders`."""
+    if item["kind"] == "PodDisruptionBudget":
+        return _disruption_mistakes(item)
+    if (model := OUR_KINDS.get(item["kind"])) is None:
+        return None
+    lines = find_mistakes(model, item)
+    if not lines and model is RayService:
+        lines = find_service_mistakes(RayService.model_validate(item))
+    return lines
 
 
 def object_name(item: object) -> str:

@@ -1,6 +1,7 @@
 """A Ray cluster of several nodes on this machine, with a token, as KubeRay would start its pods."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -27,7 +28,7 @@ _PORTS = (
 
 
 class LocalCluster:
-    """A head without CPUs and one worker, as a context manager; every process ends with it.
+    """A head without CPUs and workers, as a context manager; every process ends with it.
 
     Attributes:
         dashboard: The address that `serve deploy` and `ray job submit` take.
@@ -35,7 +36,7 @@ class LocalCluster:
         environment: Of a client that knows the token.
     """
 
-    def __init__(self, *, worker_cpus, head_options=()):
+    def __init__(self, *, worker_cpus):
         self._directory = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
         self._processes = []
         self._gcs, dashboard = f"127.0.0.1:{free_port()}", free_port()
@@ -46,16 +47,16 @@ class LocalCluster:
             *("--head", "--num-cpus=0", f"--port={self._gcs.partition(':')[2]}"),
             *(f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
             *(f"--ray-client-server-port={free_port()}", f"--temp-dir={self._directory}"),
-            *head_options,
         ]
-        self._worker = [f"--address={self._gcs}", f"--num-cpus={worker_cpus}"]
+        self._workers = [[f"--address={self._gcs}", f"--num-cpus={cpus}"] for cpus in worker_cpus]
 
     def __enter__(self):
         try:
             self._start_node(self._head)
             self._wait_until(lambda: self.status_of("/api/version") == 200)
-            self._start_node(self._worker)
-            self._wait_until(self._has_worker)
+            for options in self._workers:
+                self._start_node(options)
+            self._wait_until(lambda: len(self.living_nodes()) == 1 + len(self._workers))
         except BaseException:
             self._end()
             raise
@@ -74,6 +75,13 @@ class LocalCluster:
             check=False,
             env=self.environment,
         )
+
+    def living_nodes(self):
+        """The ids of nodes, the head's first."""
+        result = self.run("ray", "list", "nodes", "--format=json", "--address", self.dashboard)
+        nodes = json.loads(result.stdout or "[]")
+        living = [node for node in nodes if node["state"] == "ALIVE"]
+        return [node["node_id"] for node in sorted(living, key=lambda n: not n["is_head_node"])]
 
     def status_of(self, path, token=True):
         """The HTTP status of a page of the dashboard; 0 if nobody answers."""
@@ -124,10 +132,6 @@ class LocalCluster:
                 start_new_session=True,
             )
         self._processes.append(process)
-
-    def _has_worker(self):
-        result = self.run("ray", "list", "nodes", "--address", self.dashboard)
-        return result.stdout.count("ALIVE") == 2
 
     def _wait_until(self, holds):
         deadline_s = time.monotonic() + START_TIMEOUT_S

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 def cluster():
     if free_port(PORT) != PORT:
         pytest.skip(f"port {PORT} is in use, and the configuration names it")
-    with LocalCluster(worker_cpus=2) as cluster:
+    with LocalCluster(worker_cpus=[2]) as cluster:
         yield cluster
 
 

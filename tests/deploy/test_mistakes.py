@@ -410,3 +410,16 @@ def test_every_list_of_mistakes_is_of_shipped_files():
     assert {overlay for overlay, *_ in OURS + SCHEMAS} == {
         path.name for path in (DEPLOY / "overlays").iterdir()
     }
+
+
+def test_a_kind_that_nobody_knows_is_told_unless_somebody_may(copy_of_deploy, capsys):
+    file = copy_of_deploy / "overlays" / "dev-cpu" / "rendered.yaml"
+    text = file.read_text(encoding="utf-8")
+    route = "---\napiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r}\n"
+    file.write_text(text + route, encoding="utf-8")
+    assert validate_manifests(file, full_checks())
+    assert capsys.readouterr().out.endswith("not checked: HTTPRoute r\n")
+    for kind, version in (("ServiceAccount", "v1"), ("RayService", "ray.io/v1")):
+        file.write_text(text.replace(f"kind: {kind}\n", "kind: Misspelt\n", 1), encoding="utf-8")
+        assert not validate_manifests(file, full_checks())
+        assert f"kind='Misspelt': is none of {version}\n" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 import pytest
 
 from gllm_ray.manifests import ray_cluster, ray_kinds
-from gllm_ray.manifests.custom_resources import CustomResources
 from gllm_ray.manifests.ray_kinds import API_VERSION
 from tests.deploy.manifests import crd_dir
 
