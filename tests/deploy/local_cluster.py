@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -13,11 +14,15 @@ import urllib.request
 from pathlib import Path
 
 import psutil
+import pytest
 
 from gllm_ray.demo.serve_process import free_port
-from tests.deploy.manifests import ROOT
+from gllm_ray.strict_yaml import read_documents
+from tests.deploy.manifests import DEPLOY, ROOT
 
+PORT = 8000  # as the configuration says
 START_TIMEOUT_S = 60
+DEPLOY_TIMEOUT_S = 120
 _PORTS = (
     "dashboard-agent-listen-port",
     "dashboard-agent-grpc-port",
@@ -31,6 +36,7 @@ class LocalCluster:
     """A head without CPUs and workers, as a context manager; every process ends with it.
 
     Attributes:
+        gcs_address: Of the head, for nodes.
         dashboard: The address that `serve deploy` and `ray job submit` take.
         metrics_ports: Where Prometheus would ask, the head's first.
         environment: Of a client that knows the token.
@@ -39,16 +45,18 @@ class LocalCluster:
     def __init__(self, *, worker_cpus):
         self._directory = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
         self._processes = []
-        self._gcs, dashboard = f"127.0.0.1:{free_port()}", free_port()
+        self.gcs_address, dashboard = f"127.0.0.1:{free_port()}", free_port()
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         self.metrics_ports = []
         self.environment = self._environment()
         self._head = [
-            *("--head", "--num-cpus=0", f"--port={self._gcs.partition(':')[2]}"),
+            *("--head", "--num-cpus=0", f"--port={self.gcs_address.partition(':')[2]}"),
             *(f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
             *(f"--ray-client-server-port={free_port()}", f"--temp-dir={self._directory}"),
         ]
-        self._workers = [[f"--address={self._gcs}", f"--num-cpus={cpus}"] for cpus in worker_cpus]
+        self._workers = [
+            [f"--address={self.gcs_address}", f"--num-cpus={cpus}"] for cpus in worker_cpus
+        ]
 
     def __enter__(self):
         try:
@@ -75,6 +83,28 @@ class LocalCluster:
             check=False,
             env=self.environment,
         )
+
+    def deploy_overlay(self, name):
+        """The address of a service, deployed with the text that KubeRay would get."""
+        (manifest,) = [
+            item
+            for item in read_documents(DEPLOY / "overlays" / name / "rendered.yaml")
+            if item["kind"] == "RayService"
+        ]
+        file = self._directory / "config.yaml"
+        file.write_text(manifest["spec"]["serveConfigV2"], encoding="utf-8")
+        result = self.run("serve", "deploy", str(file), "--address", self.dashboard)
+        assert result.returncode == 0, result.stdout + result.stderr
+        deadline_s = time.monotonic() + DEPLOY_TIMEOUT_S
+        while "RUNNING" not in (statuses := self._statuses()):
+            assert time.monotonic() < deadline_s, statuses
+            assert "DEPLOY_FAILED" not in statuses, statuses
+            time.sleep(1)
+        return f"http://127.0.0.1:{PORT}"
+
+    def _statuses(self):
+        result = self.run("serve", "status", "--address", self.dashboard)
+        return re.findall(r"^ +status: (\w+)", result.stdout, re.MULTILINE)
 
     def living_nodes(self):
         """The ids of nodes, the head's first."""
@@ -107,7 +137,7 @@ class LocalCluster:
             "PYTHONPATH": str(ROOT),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_ADDRESS": self._gcs,
+            "RAY_ADDRESS": self.gcs_address,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_memory_monitor_refresh_ms": "0",
         }
@@ -153,6 +183,11 @@ class LocalCluster:
         for process in self._processes:
             process.wait()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def skip_unless_the_port_is_free():
+    if free_port(PORT) != PORT:
+        pytest.skip(f"port {PORT} is in use, and the configuration names it")
 
 
 def _get(url):

@@ -9,50 +9,26 @@ import urllib.request
 import openai
 import pytest
 
-from gllm_ray.demo.serve_process import free_port
 from gllm_ray.serving.observability import METRIC_PREFIX, METRICS
 from gllm_ray.strict_yaml import read_documents
-from tests.deploy.local_cluster import LocalCluster
+from tests.deploy.local_cluster import LocalCluster, skip_unless_the_port_is_free
 from tests.deploy.manifests import DEPLOY
 
-PORT = 8000  # as the configuration says
 RARE = {"num_preemptions_total"}  # counted when it first happens
-DEPLOY_TIMEOUT_S = 120
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    if free_port(PORT) != PORT:
-        pytest.skip(f"port {PORT} is in use, and the configuration names it")
+    skip_unless_the_port_is_free()
     with LocalCluster(worker_cpus=[2]) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
-def service(cluster, tmp_path_factory):
-    """The address of the service, deployed with the text that KubeRay would get."""
-    (manifest,) = [
-        item
-        for item in read_documents(DEPLOY / "overlays" / "dev-cpu" / "rendered.yaml")
-        if item["kind"] == "RayService"
-    ]
-    file = tmp_path_factory.mktemp("serve") / "config.yaml"
-    file.write_text(manifest["spec"]["serveConfigV2"], encoding="utf-8")
-    result = cluster.run("serve", "deploy", str(file), "--address", cluster.dashboard)
-    assert result.returncode == 0, result.stdout + result.stderr
-    deadline_s = time.monotonic() + DEPLOY_TIMEOUT_S
-    while "RUNNING" not in (status := _statuses(cluster)):
-        assert time.monotonic() < deadline_s, status
-        assert "DEPLOY_FAILED" not in status, status
-        time.sleep(1)
-    return f"http://127.0.0.1:{PORT}"
-
-
-def _statuses(cluster):
-    result = cluster.run("serve", "status", "--address", cluster.dashboard)
-    return re.findall(r"^ +status: (\w+)", result.stdout, re.MULTILINE)
+def service(cluster):
+    return cluster.deploy_overlay("dev-cpu")
 
 
 def _job_entrypoint():
