@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class Overlay:
         self.rendered = directory / "rendered.yaml"
         self.serve_patch = directory / "serve-config.yaml"
         kustomization: Any = read_yaml(directory / "kustomization.yaml")
+        if not isinstance(kustomization, dict):
+            raise ConfigError(f"{directory}/kustomization.yaml: must be a mapping")
         annotations = (kustomization.get("metadata") or {}).get("annotations") or {}
         config = annotations.get(CONFIG_ANNOTATION)
         self.config = None if config is None else directory / config
@@ -50,7 +53,7 @@ class Overlay:
                 `rendered.yaml`.
         """
         if self.can_build:
-            return parse_documents(self._build(), self.directory)
+            return self._built
         if self.rendered.exists():
             return read_documents(self.rendered)
         raise ConfigError(
@@ -62,10 +65,9 @@ class Overlay:
         stale = []
         if self.config is not None and not _holds(self.serve_patch, self._serve_patch()):
             stale.append(self.serve_patch)
-        if self.can_build and self.rendered.exists():
-            built = parse_documents(self._build(), self.directory)
-            if read_documents(self.rendered) != built:
-                stale.append(self.rendered)
+        has_both = self.can_build and self.rendered.exists()
+        if has_both and read_documents(self.rendered) != self._built:
+            stale.append(self.rendered)
         return stale
 
     def render(self) -> list[Path]:
@@ -82,6 +84,10 @@ class Overlay:
             self.rendered.write_text(self._build(), encoding="utf-8")
             written.append(self.rendered)
         return written
+
+    @cached_property
+    def _built(self) -> list[object]:
+        return parse_documents(self._build(), self.directory)
 
     def _serve_patch(self) -> str:
         assert self.config is not None

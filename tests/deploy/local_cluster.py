@@ -42,7 +42,7 @@ class LocalCluster:
         environment: Of a client that knows the token.
     """
 
-    def __init__(self, *, worker_cpus):
+    def __init__(self, *, worker_cpus, head_options=(), head_environment=None):
         self._directory = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
         self._processes = []
         self.gcs_address, dashboard = f"127.0.0.1:{free_port()}", free_port()
@@ -53,17 +53,18 @@ class LocalCluster:
             *("--head", "--num-cpus=0", f"--port={self.gcs_address.partition(':')[2]}"),
             *(f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
             *(f"--ray-client-server-port={free_port()}", f"--temp-dir={self._directory}"),
+            *head_options,
         ]
+        self._head_environment = head_environment or {}
         self._workers = [
             [f"--address={self.gcs_address}", f"--num-cpus={cpus}"] for cpus in worker_cpus
         ]
 
     def __enter__(self):
         try:
-            self._start_node(self._head)
-            self._wait_until(lambda: self.status_of("/api/version") == 200)
+            self.start_head()
             for options in self._workers:
-                self._start_node(options)
+                self._processes.append(self._start_node(options))
             self._wait_until(lambda: len(self.living_nodes()) == 1 + len(self._workers))
         except BaseException:
             self._end()
@@ -72,6 +73,24 @@ class LocalCluster:
 
     def __exit__(self, *_):
         self._end()
+
+    def start_head(self):
+        """Start the head, again if `kill_head` ended it."""
+        self._processes.insert(0, self._start_node(self._head, self._head_environment))
+        self._wait_until(lambda: self.status_of("/api/version") == 200)
+
+    def kill_head(self):
+        """End every process of the head."""
+        _kill(self._processes.pop(0))
+
+    def workers_processes(self):
+        """The titles of processes on the workers, by process id."""
+        found = {}
+        for process in self._processes[1:]:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found[child.pid] = " ".join(child.cmdline())
+        return found
 
     def run(self, *command, timeout_s=110):
         """What a command of Ray prints, run by a client with the token."""
@@ -95,22 +114,29 @@ class LocalCluster:
         file.write_text(manifest["spec"]["serveConfigV2"], encoding="utf-8")
         result = self.run("serve", "deploy", str(file), "--address", self.dashboard)
         assert result.returncode == 0, result.stdout + result.stderr
+        self.wait_until_running()
+        return f"http://127.0.0.1:{PORT}"
+
+    def wait_until_running(self):
+        """Wait until Serve tells that the application runs."""
         deadline_s = time.monotonic() + DEPLOY_TIMEOUT_S
         while "RUNNING" not in (statuses := self._statuses()):
             assert time.monotonic() < deadline_s, statuses
             assert "DEPLOY_FAILED" not in statuses, statuses
             time.sleep(1)
-        return f"http://127.0.0.1:{PORT}"
 
     def _statuses(self):
         result = self.run("serve", "status", "--address", self.dashboard)
         return re.findall(r"^ +status: (\w+)", result.stdout, re.MULTILINE)
 
+    def list(self, kind):
+        """What `ray list` knows of nodes or actors."""
+        result = self.run("ray", "list", kind, "--format=json", "--address", self.dashboard)
+        return json.loads(result.stdout) if result.stdout.startswith("[") else []
+
     def living_nodes(self):
         """The ids of nodes, the head's first."""
-        result = self.run("ray", "list", "nodes", "--format=json", "--address", self.dashboard)
-        nodes = json.loads(result.stdout or "[]")
-        living = [node for node in nodes if node["state"] == "ALIVE"]
+        living = [node for node in self.list("nodes") if node["state"] == "ALIVE"]
         return [node["node_id"] for node in sorted(living, key=lambda n: not n["is_head_node"])]
 
     def status_of(self, path, token=True):
@@ -142,7 +168,7 @@ class LocalCluster:
             "RAY_memory_monitor_refresh_ms": "0",
         }
 
-    def _start_node(self, options):
+    def _start_node(self, options, environment=None):
         metrics_port = free_port()
         self.metrics_ports.append(metrics_port)
         ports = [f"--{name}={free_port()}" for name in _PORTS]
@@ -151,17 +177,16 @@ class LocalCluster:
             *(f"--metrics-export-port={metrics_port}", "--object-store-memory=100000000"),
             *("--min-worker-port=0", "--max-worker-port=0", "--node-ip-address=127.0.0.1"),
         ]
-        with (self._directory / f"node{len(self._processes)}.log").open("wb") as log:
-            process = subprocess.Popen(
+        with (self._directory / f"node{metrics_port}.log").open("wb") as log:
+            return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self.environment,
+                env=self.environment | (environment or {}),
                 cwd=self._directory,
                 start_new_session=True,
             )
-        self._processes.append(process)
 
     def _wait_until(self, holds):
         deadline_s = time.monotonic() + START_TIMEOUT_S
@@ -172,17 +197,21 @@ class LocalCluster:
             time.sleep(0.5)
 
     def _end(self):
-        mine = [
-            psutil.Process(process.pid) for process in self._processes if process.poll() is None
-        ]
-        doomed = [child for process in mine for child in process.children(recursive=True)] + mine
-        for process in doomed:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(doomed, timeout=10)
         for process in self._processes:
-            process.wait()
+            _kill(process)
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _kill(process):
+    """End a process and all that it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        doomed = [*root.children(recursive=True), root]
+        for child in doomed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(doomed, timeout=10)
+    process.wait()
 
 
 def skip_unless_the_port_is_free():

@@ -1,6 +1,5 @@
 """What the preStop hook asks of Ray: a node is emptied while clients stream, and none fails."""
 
-import json
 import threading
 import time
 
@@ -71,10 +70,9 @@ def cluster():
 
 
 def node_of_the_replica(cluster):
-    result = cluster.run("ray", "list", "actors", "--format=json", "--address", cluster.dashboard)
     (actor,) = [
         actor
-        for actor in json.loads(result.stdout)
+        for actor in cluster.list("actors")
         if "LLMServer" in actor["class_name"] and actor["state"] == "ALIVE"
     ]
     return actor["node_id"]
