@@ -64,8 +64,9 @@ class LocalCluster:
         try:
             self.start_head()
             for options in self._workers:
+                # One by one: a port that is free now may be taken by a node that starts meanwhile.
                 self._processes.append(self._start_node(options))
-            self._wait_until(lambda: len(self.living_nodes()) == 1 + len(self._workers))
+                self._wait_until(lambda: len(self.living_nodes()) == len(self._processes))
         except BaseException:
             self._end()
             raise
@@ -82,6 +83,8 @@ class LocalCluster:
     def kill_head(self):
         """End every process of the head."""
         _kill(self._processes.pop(0))
+        # A pod that KubeRay starts again finds no files of the one before.
+        (self._directory / "ray_current_cluster").unlink()
 
     def workers_processes(self):
         """The titles of processes on the workers, by process id."""
