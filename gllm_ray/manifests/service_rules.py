@@ -19,34 +19,18 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def find_service_mistakes(service: RayService) -> list[str]:
     """One line for each mistake in `serveConfigV2`, or between it and the pods."""
     try:
-        serve_file, mistakes = _read_config(service.spec.serve_config_v2)
+        documents = parse_documents(service.spec.serve_config_v2, _CONFIG)
     except ConfigError as error:
-        return str(error).splitlines()
-    if serve_file is None:
+        return [str(error)]
+    if len(documents) != 1:
+        return [f"{_CONFIG}: has {len(documents)} documents; must have one"]
+    if mistakes := find_serve_mistakes(documents[0]):
         return [f"{_CONFIG}: {mistake}" for mistake in mistakes]
+    serve_file = ServeFile.model_validate(documents[0])
     found = list(_find_port_mistakes(service, serve_file))
     found += _find_room_mistakes(service, serve_file)
     found += _find_drain_mistakes(service, serve_file)
     return found
-
-
-def applications(service: RayService) -> list[Application]:
-    """The applications of a service without mistakes."""
-    serve_file, _ = _read_config(service.spec.serve_config_v2)
-    return [] if serve_file is None else serve_file.applications
-
-
-def _read_config(text: str) -> tuple[ServeFile | None, list[str]]:
-    """The configuration, or None and its mistakes.
-
-    Raises:
-        ConfigError: It is not YAML.
-    """
-    documents = parse_documents(text, _CONFIG)
-    if len(documents) != 1:
-        raise ConfigError(f"{_CONFIG}: has {len(documents)} documents; must have one")
-    mistakes = find_serve_mistakes(documents[0])
-    return (None, mistakes) if mistakes else (ServeFile.model_validate(documents[0]), [])
 
 
 def _find_port_mistakes(service: RayService, serve_file: ServeFile) -> Iterator[str]:
