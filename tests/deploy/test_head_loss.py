@@ -12,7 +12,7 @@ import pytest
 from gllm_ray.demo.serve_process import free_port
 from tests.deploy.local_cluster import LocalCluster, skip_unless_the_port_is_free
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests.deploy.manifests import DEPLOY
 
 RARE = {"num_preemptions_total"}  # counted when it first happens
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
