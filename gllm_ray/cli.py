@@ -13,6 +13,13 @@ from gllm_ray import __version__
 from gllm_ray.bench.command import add_bench_parser, add_profile_parser
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError
+from gllm_ray.manifests.command import (
+    add_crd_option,
+    add_manifests_parser,
+    is_manifest,
+    load_checks,
+    validate_manifests,
+)
 from gllm_ray.serve_file import load_serve_file, service_config
 from gllm_ray.serve_schema import Application
 from gllm_ray.simulation.command import add_simulate_parser
@@ -33,8 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gllm-ray {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    validate = commands.add_parser("validate", help="check configuration files; starts nothing")
-    validate.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    validate = commands.add_parser(
+        "validate",
+        help="check configurations and Kubernetes manifests; starts nothing",
+        description="Check files of Ray Serve, Kubernetes manifests, and kustomize overlays.",
+    )
+    validate.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    add_crd_option(validate)
     validate.set_defaults(run=_validate)
     serve = commands.add_parser("serve", help="check a configuration file, then `serve run` it")
     serve.add_argument("file", type=Path, metavar="FILE")
@@ -50,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add_bench_parser(commands)
     add_simulate_parser(commands)
     add_plan_parser(commands)
+    add_manifests_parser(commands)
     return parser
 
 
@@ -99,7 +112,16 @@ def _train_lengths(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    return 0 if all([_is_valid(path) for path in options.files]) else 1  # noqa: C419 check them all
+    try:
+        checks = load_checks(options.crd_dir)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    are_valid = [
+        validate_manifests(path, checks) if is_manifest(path) else _is_valid(path)
+        for path in options.paths
+    ]
+    return 0 if all(are_valid) else 1
 
 
 def _serve(options: argparse.Namespace) -> int:

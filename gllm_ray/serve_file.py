@@ -36,14 +36,18 @@ def load_serve_file(path: Path) -> ServeFile:
             256`, or `demo.yaml:7: ...` where the text is not YAML.
     """
     data = read_yaml(path)
+    if mistakes := find_serve_mistakes(data):
+        raise ConfigError("\n".join(f"{path}: {line}" for line in mistakes))
+    return ServeFile.model_validate(data)
+
+
+def find_serve_mistakes(data: object) -> list[str]:
+    """Check every key of what a file of Ray Serve holds; one line for each mistake."""
     mistakes = find_mistakes(ServeFile, data)
     for key, application in _our_applications(data):
         mistakes += find_mistakes(ServiceConfig, application.get("args", {}), f"{key}.args")
         mistakes += _find_override_mistakes(application, key)
-    if mistakes:
-        # A mistake about `args` itself is one to both schemas.
-        raise ConfigError("\n".join(f"{path}: {line}" for line in dict.fromkeys(mistakes)))
-    return ServeFile.model_validate(data)
+    return list(dict.fromkeys(mistakes))  # A mistake about `args` itself is one to both schemas.
 
 
 def load_only_service(path: Path) -> ServiceConfig:

@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -79,7 +79,7 @@ def key_table(model: type[BaseModel]) -> str:
         if not _properties(node):
             key = f"`{path}`{owner}"
             default = f"`{json.dumps(node['default'])}`" if "default" in node else "required"
-            rows.append(f"| {key} | {default} | {_allowed(node)} | {node['description']} |")
+            rows.append(f"| {key} | {default} | {allowed_words(node)} | {node['description']} |")
     return "\n".join(rows)
 
 
@@ -97,35 +97,44 @@ def _describe(item: dict[str, Any], data: object, schema: JsonSchema, prefix: st
         is_present = is_item or (isinstance(value, dict) and part in value)
         if not is_present and item["type"] != "missing":
             break  # Not a key, but the member of a union that was tried.
-        key = str(part) if re.fullmatch(r"[\w.-]{1,60}", str(part)) else _Echo().repr(part)
+        key = str(part) if re.fullmatch(r"[\w.-]{1,60}", str(part)) else spell_value(part)
         path += f"[{key}]" if is_item else f".{key}"
         parent, node = node, _child(node, part)
         value = value[part] if is_present else None
     path = path.removeprefix(".")
     if item["type"] == "missing":
-        return f"{path}: required, but not given; must be {_allowed(node)}"
+        return f"{path}: required, but not given; must be {allowed_words(node)}"
     if item["type"] == "value_error" and isinstance(value, dict):
         return f"{path}.{item['ctx']['error']}".removeprefix(".")
-    given = "<hidden>" if _SECRET.search(path) else _Echo().repr(value)
+    given = "<hidden>" if _SECRET.search(path) else spell_value(value)
     if path:
         given = f"{path}={given}"
     if item["type"] in {"extra_forbidden", "invalid_key"}:
         return f"{given}: unknown key; {_suggest(key, parent, schema, prefix)}"
     finite = "finite: " if item["type"] == "finite_number" else ""
-    return f"{given}: must be {finite}{_allowed(node)}"
+    return f"{given}: must be {finite}{allowed_words(node)}"
 
 
 def _suggest(key: str, parent: JsonSchema, schema: JsonSchema, prefix: str) -> str:
     for path, owner, _ in _keys(schema):
         if path.rpartition(".")[2] == key:
             return f"did you mean {f'{prefix}.{path}'.removeprefix('.')}{owner}?"
-    known = list(_properties(parent))
+    return suggest_key(key, list(_properties(parent)))
+
+
+def suggest_key(key: str, known: Sequence[str]) -> str:
+    """What may have been meant by an unknown key."""
     near = difflib.get_close_matches(key, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
 
 
+def spell_value(value: object) -> str:
+    """A value as YAML spells it, for a message: bounded, and silent about what a mapping holds."""
+    return _Echo().repr(value)
+
+
 class _Echo(reprlib.Repr):
-    """A value as YAML spells it: bounded, on one line, and silent about what a mapping holds."""
+    """See `spell_value`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,21 +173,21 @@ def _inlined_schema(model: type[BaseModel]) -> JsonSchema:
     return inlined
 
 
-def _allowed(node: JsonSchema) -> str:
-    """What a node allows, in words that go on after `must be`."""
+def allowed_words(node: JsonSchema) -> str:
+    """What a node of a JSON schema allows, in words that go on after `must be`."""
     if "allowed" in node:
         return str(node["allowed"])
     if members := _members(node):
         return f"{_choice(list(members))}, or a mapping with that {_tag(node)}"
     if "anyOf" in node:
-        return ", or ".join(_allowed(branch) for branch in node["anyOf"])
+        return ", or ".join(allowed_words(branch) for branch in node["anyOf"])
     if "const" in node or "enum" in node:
         return _choice([str(choice) for choice in node.get("enum", [node.get("const")])])
     words = _TYPES.get(node.get("type", ""), "any value") + _range(node)
     if node.get("minLength"):
         words += " that is not empty"
     if node.get("items"):
-        words += f", each item {_allowed(node['items'])}"
+        words += f", each item {allowed_words(node['items'])}"
     return words
 
 

@@ -1,5 +1,7 @@
 """YAML files, strictly: no key twice, and a line number for each mistake."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,45 @@ def read_yaml(path: Path) -> object:
     Raises:
         ConfigError: It cannot be read, or its text is not YAML: `demo.yaml:7: ...`.
     """
+    with _mistakes_of(path):
+        return yaml.load(path.read_bytes(), Loader=_StrictLoader)
+
+
+def read_documents(path: Path) -> list[object]:
+    """What each document of a file holds, empty ones left out; see `read_yaml`."""
+    with _mistakes_of(path):
+        return parse_documents(path.read_bytes(), path)
+
+
+def parse_documents(text: str | bytes, source: object) -> list[object]:
+    """What each document of a text holds, empty ones left out.
+
+    Args:
+        text: YAML.
+        source: Where it is from, for messages.
+
+    Raises:
+        ConfigError: The text is not YAML: `<source>:7: ...`.
+    """
+    with _mistakes_of(source):
+        documents = yaml.load_all(text, Loader=_StrictLoader)
+        return [document for document in documents if document is not None]
+
+
+@contextlib.contextmanager
+def _mistakes_of(source: object) -> Iterator[None]:
     try:
-        with path.open("rb") as file:
-            return yaml.load(file, Loader=_StrictLoader)
+        yield
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise ConfigError(f"{source}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         reason = ": ".join(filter(None, (error.context, error.problem)))
-        raise ConfigError(f"{path}:{line}: {reason}") from None
+        raise ConfigError(f"{source}:{line}: {reason}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: must be UTF-8: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{source}: must be UTF-8: {str(error).splitlines()[0]}") from None
     except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply") from None
+        raise ConfigError(f"{source}: nested too deeply") from None
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -10,11 +10,11 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gllm_ray.assembly.scheduler_actor import SchedulerActor
+from gllm_ray.bundles import SCHEDULER_CPUS
 from gllm_ray.config import RecoveryConfig, ServiceConfig
 from gllm_ray.errors import PipelineError, SchedulerLostError
 from gllm_ray.messages import EngineLoad, GenerationRequest, OpenRequest, TokenEvent
 from gllm_ray.stages.heartbeat import answer_in_time
-from gllm_ray.stages.placement import SCHEDULER_CPUS
 from gllm_ray.stages.ray_errors import ask
 from gllm_ray.stages.ray_pipeline import StageGroup
 from gllm_ray.stages.supervised_pipeline import Fault

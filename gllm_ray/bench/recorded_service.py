@@ -16,11 +16,11 @@ from gllm_ray.bench.prompts import LoadRequest
 from gllm_ray.bench.recording import Record, RecordingSchedulerActor
 from gllm_ray.bench.request_figures import RequestFigures
 from gllm_ray.bench.service_costs import ServedStep
+from gllm_ray.bundles import SCHEDULER_CPUS
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.errors import PipelineError
 from gllm_ray.messages import MicroBatch
-from gllm_ray.stages.placement import SCHEDULER_CPUS
 from gllm_ray.stages.ray_errors import ask
 from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group, stop_stages
 

@@ -319,7 +319,7 @@ def _own_ray(config: "ServiceConfig | None" = None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    from gllm_ray.stages.placement import bundles
+    from gllm_ray.bundles import bundles
 
     cpus = 0.0 if config is None else sum(bundle["CPU"] for bundle in bundles(config))
     ray.init(address="local", num_cpus=ceil(cpus) + 1, include_dashboard=False, log_to_driver=False)

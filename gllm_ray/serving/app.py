@@ -7,11 +7,11 @@ from ray.serve import Application
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.config import RequestRouterConfig
 
+from gllm_ray.bundles import REPLICA_CPUS, bundles
 from gllm_ray.config import parse_service_config
 from gllm_ray.serving.autoscaling import autoscaling_options
 from gllm_ray.serving.routing import PrefixAwareRequestRouter
 from gllm_ray.serving.server import LLMServer
-from gllm_ray.stages.placement import REPLICA_CPUS, bundles
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.messages import GenerationRequest, StageInfo, TokenEvent
 from gllm_ray.model.tokenizer import Tokenizer
-from gllm_ray.serving.observability import log_with_serve
+from gllm_ray.serving.observability import ServiceMetrics, log_with_serve
 from gllm_ray.serving.openai_api import build_api
 from gllm_ray.stages.timeline import PhaseClock, describe_startup
 
@@ -53,6 +53,8 @@ class LLMServer:
         group = self._pipeline.group
         self._startup_s = {**total.times_s, **tokenizer.times_s, **group.startup_s}
         logger.info("%s", describe_startup(self._startup_s, group.infos))
+        self._metrics = ServiceMetrics(self.model_name)
+        self._reporting = asyncio.create_task(self._metrics.report(self._pipeline.load))
         logger.info("ready: model=%s num_stages=%d", self.model_name, config.pipeline.num_stages)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -61,16 +63,18 @@ class LLMServer:
 
     async def __del__(self) -> None:
         """Called by Serve after the last request; what it finds half started dies with it."""
-        if hasattr(self, "_client"):
+        if hasattr(self, "_reporting"):
+            self._reporting.cancel()
             await self._client.close()
             await self._pipeline.close()
 
     # A generator itself, so that Serve lets a handle call it.
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
         """Run a request; closing the generator early aborts it. See `EngineClient.generate`."""
-        async with aclosing(self._client.generate(request)) as steps:
-            async for events in steps:
-                yield events
+        events = self._metrics.observe(request, self._client.generate(request))
+        async with aclosing(events) as steps:
+            async for step in steps:
+                yield step
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""

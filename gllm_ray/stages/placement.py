@@ -1,7 +1,6 @@
-"""Where the processes of one pipeline replica run.
+"""Where the stages of one pipeline replica run.
 
-Bundle 0 of the replica's placement group holds the replica and its scheduler; each of the others
-holds a stage. Ray lays them over nodes in any order, so neighbours take bundles of the same node.
+Ray lays bundles over nodes in any order, so neighbours take bundles of the same node.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,17 +13,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gllm_ray.config import PipelineConfig, ServiceConfig
 from gllm_ray.stages.actor import StageActor
-
-REPLICA_CPUS = 0.1
-SCHEDULER_CPUS = 0.1
-_ACCELERATOR_SHARE = 0.001  # what Ray's own `accelerator_type` option asks for
-
-
-def bundles(config: ServiceConfig) -> list[dict[str, float]]:
-    """The placement group's bundles, in order: replica and scheduler, then one per stage."""
-    pipeline = config.pipeline
-    stages = (_stage_bundle(pipeline, stage_id) for stage_id in range(pipeline.num_stages))
-    return [{"CPU": REPLICA_CPUS + SCHEDULER_CPUS}, *stages]
 
 
 def start_stage(
@@ -81,16 +69,6 @@ def order_by_node(bundles: Sequence[Mapping[str, float]], nodes: Sequence[str]) 
         order.append((near or alike)[0])
         free.remove(order[-1])
     return order
-
-
-def _stage_bundle(pipeline: PipelineConfig, stage_id: int) -> dict[str, float]:
-    stage = pipeline.stage(stage_id)
-    bundle = {"CPU": pipeline.cpus_per_stage}
-    if pipeline.device == "cuda":
-        bundle["GPU"] = pipeline.gpus_per_stage
-    if stage.accelerator_type is not None:
-        bundle[f"accelerator_type:{stage.accelerator_type}"] = _ACCELERATOR_SHARE
-    return bundle | stage.resources
 
 
 def num_cpu_threads(pipeline: PipelineConfig) -> int:

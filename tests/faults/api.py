@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from gllm_ray.bundles import bundles
 from gllm_ray.config import ModelConfig
 from gllm_ray.model.tokenizer import Tokenizer
-from gllm_ray.stages.placement import bundles
 from tests.faults.replicas import DEMO_MODEL, Running, running
 from tests.serving.local_api import http_client, sse_chunks
 

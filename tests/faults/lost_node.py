@@ -12,7 +12,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group
 
-from gllm_ray.stages.placement import bundles
+from gllm_ray.bundles import bundles
 from tests.faults.replicas import make_config, make_requests, running
 
 # The replica, its scheduler and the first stage stay where they are.

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gllm_ray.bundles import bundles
 from gllm_ray.config import kv_cache_of, parse_service_config
-from gllm_ray.stages.placement import bundles, order_by_node
+from gllm_ray.stages.placement import order_by_node
 from tests.pipelines import make_service_config
 
 

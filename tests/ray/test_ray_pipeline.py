@@ -15,11 +15,11 @@ import ray
 import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from gllm_ray.bundles import bundles
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError, PipelineError, StageLostError
 from gllm_ray.messages import SamplingParams, StepInterval
 from gllm_ray.stages.metadata import MetadataEncoder
-from gllm_ray.stages.placement import bundles
 from gllm_ray.stages.ray_pipeline import RayPipeline, start_stage_group
 from tests.pipelines import (
     RayStages,

@@ -1,0 +1,1 @@
+"""Kubernetes manifests: made from a configuration, and checked without a cluster."""
