@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from gllm_ray.config import KvCacheConfig, LayerSplit, SchedulerConfig, resolve_package_path
+from gllm_ray.config import KvCacheConfig, SchedulerConfig, resolve_package_path
+from gllm_ray.config.pipeline import LayerSplit
 from gllm_ray.errors import ConfigError
 from gllm_ray.predictor_config import ClassifierPredictorConfig
 from gllm_ray.simulation.hardware_config import HardwareConfig
