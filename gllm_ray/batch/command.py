@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from math import ceil
 from pathlib import Path, PurePosixPath
@@ -43,8 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    return run_to_status(_run(options), options.output)
+
+
+def run_to_status(job: Coroutine[Any, Any, JobResult], output: str) -> int:
+    """Run a job in an event loop of its own; see `main` for the status."""
     try:
-        result = asyncio.run(_run(options))
+        result = asyncio.run(_until_sigterm(job))
     except (GllmRayError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -52,11 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
         return _stopped(signal.SIGTERM)
     except KeyboardInterrupt:
         return _stopped(signal.SIGINT)
-    print(
-        f"{result.num_rows - result.num_failed} of {result.num_rows} rows in {options.output}"
-        + (f", {result.num_failed} in {_errors_of(options.output)}" if result.num_failed else "")
-    )
+    summary = f"{result.num_rows - result.num_failed} of {result.num_rows} rows in {output}"
+    errors = f", {result.num_failed} in {_errors_of(output)}" if result.num_failed else ""
+    print(summary + errors)
     return 2 if result.num_failed else 0
+
+
+async def _until_sigterm(job: Coroutine[Any, Any, JobResult]) -> JobResult:
+    task = asyncio.ensure_future(job)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
 
 
 def _stopped(by: signal.Signals) -> int:
@@ -123,9 +133,6 @@ def _positive(text: str) -> int:
 
 
 async def _run(options: argparse.Namespace) -> JobResult:
-    task = asyncio.current_task()
-    if task is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     _refuse_lost_output(options.output)
     with tempfile.TemporaryDirectory(prefix="gllm_ray_input") as directory:
         source = await asyncio.to_thread(fetch, options.input, Path(directory))

@@ -1,6 +1,5 @@
 """A job of the demo model whose stage is in this process; as a program, to be killed."""
 
-import asyncio
 import hashlib
 import json
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from gllm_ray.assembly.engines import build_engine
 from gllm_ray.batch.answers import EngineAnswers
+from gllm_ray.batch.command import run_to_status
 from gllm_ray.batch.job import BatchJob, JobResult
 from gllm_ray.batch.records import read_jsonl
 from gllm_ray.batch.requests import RequestChecks
@@ -92,4 +92,4 @@ async def run_job(source: Path, output: str, tokenizer: Tokenizer, **options) ->
 
 if __name__ == "__main__":
     loaded = Tokenizer.load("package://gllm_ray/demo/model")
-    asyncio.run(run_job(Path(sys.argv[1]), sys.argv[2], loaded))
+    sys.exit(run_to_status(run_job(Path(sys.argv[1]), sys.argv[2], loaded), sys.argv[2]))
