@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gllm_ray.batch.answers import EngineAnswers
 from gllm_ray.batch.pipeline import start_pipeline
 from gllm_ray.batch.records import Answer, BatchRow
 from gllm_ray.config import ServiceConfig
@@ -23,6 +22,8 @@ from gllm_ray.stages.placement import REPLICA_CPUS
 if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
+
+    from gllm_ray.batch.answers import EngineAnswers
 
 Row = dict[str, Any]
 RowFunction = Callable[[Row], Row]
