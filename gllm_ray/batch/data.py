@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gllm_ray.batch.pipeline import start_pipeline
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from gllm_ray.batch.pipeline import reserve, run_pipeline, wait_for_room
 from gllm_ray.batch.records import Answer, BatchRow
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import InvalidRequestError
@@ -23,12 +28,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
-    from gllm_ray.batch.answers import EngineAnswers
 
 Row = dict[str, Any]
 RowFunction = Callable[[Row], Row]
 
-_CLOSE_TIMEOUT_S = 30.0
 ERROR_COLUMN = "__inference_error__"
 ADDED_COLUMNS = ("generated_text", "num_input_tokens", "num_generated_tokens", ERROR_COLUMN)
 
@@ -81,7 +84,7 @@ def build_processor(
         if preprocess is not None:
             dataset = dataset.map(lambda row: {**row, **preprocess(row)})
         dataset = dataset.map_batches(
-            _PipelineOfPool,
+            _PoolActor,
             fn_constructor_args=(service, config.should_continue_on_error),
             compute=ActorPoolStrategy(
                 min_size=least,
@@ -91,7 +94,7 @@ def build_processor(
             ),
             batch_size=config.batch_size,
             batch_format="pyarrow",
-            num_cpus=REPLICA_CPUS,
+            num_cpus=0,  # the pipeline has its own
         )
         if postprocess is not None:
             dataset = dataset.map(_without_errors(postprocess, config.should_continue_on_error))
@@ -109,35 +112,48 @@ def _without_errors(postprocess: RowFunction, keeps_column: bool) -> RowFunction
     return apply
 
 
-class _PipelineOfPool:
-    """An actor of Ray Data's pool, and its pipeline."""
+@ray.remote(max_restarts=0, num_cpus=REPLICA_CPUS)
+class _PipelineActor:
+    """Runs a pipeline in a placement group; ends with it."""
+
+    async def start(self, config: ServiceConfig, group: PlacementGroup) -> None:
+        """Called once, before anything else."""
+        self._stack = AsyncExitStack()
+        self._answers = await self._stack.enter_async_context(run_pipeline(config, group))
+
+    async def answer(self, rows: list[BatchRow]) -> list[Answer]:
+        """Answer rows, side by side."""
+        return await asyncio.gather(*map(self._answers.answer, rows))
+
+
+class _PoolActor:
+    """An actor of Ray Data's pool: it owns a pipeline.
+
+    Ray ends it as soon as it waits for nothing, which a process that runs a pipeline always does;
+    so that is another one.
+    """
 
     def __init__(self, config: ServiceConfig, continues_on_error: bool) -> None:
         self._config = config
         self._continues_on_error = continues_on_error
-        self._starting: asyncio.Task[EngineAnswers] | None = None
-        self._stack = AsyncExitStack()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._group = reserve(config)
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=0)
+        self._pipeline = _PipelineActor.options(scheduling_strategy=strategy).remote()
+        self._starting: asyncio.Task[None] | None = None
 
     async def __call__(self, batch: "pa.Table") -> "AsyncIterator[pa.Table]":
-        """Answer the rows of a batch, side by side."""
+        """Answer the rows of a batch."""
         if self._starting is None:  # here, because only here there is an event loop
-            self._loop = asyncio.get_running_loop()
-            pipeline = start_pipeline(self._config)
-            self._starting = asyncio.create_task(self._stack.enter_async_context(pipeline))
-        answers = await asyncio.shield(self._starting)
+            self._starting = asyncio.create_task(_start(self._pipeline, self._config, self._group))
+        await asyncio.shield(self._starting)
         model = self._config.model.name
-        results = await asyncio.gather(
-            *(answers.answer(_to_request(model, row)) for row in batch.to_pylist())
-        )
-        yield _add_columns(batch, [self._columns_of(result) for result in results])
+        rows = [_to_request(model, row) for row in batch.to_pylist()]
+        answers = await self._pipeline.answer.remote(rows)
+        yield _add_columns(batch, [self._columns_of(answer) for answer in answers])
 
     def __del__(self) -> None:
-        """Called by Ray Data, in another thread, when there is no more to do."""
-        # Processes would end with this one, but Ray keeps a placement group as long as the job.
-        if self._loop is not None:
-            closing = asyncio.run_coroutine_threadsafe(self._stack.aclose(), self._loop)
-            closing.result(_CLOSE_TIMEOUT_S)
+        """Called by Ray Data at the end; Ray itself keeps the group as long as the job."""
+        remove_placement_group(self._group)
 
     def _columns_of(self, answer: Answer) -> tuple[str, int, int, str]:
         if answer.status != 200:
@@ -148,6 +164,11 @@ class _PipelineOfPool:
         choice, usage = answer.body["choices"][0], answer.body["usage"]
         text = choice["message"]["content"] if "message" in choice else choice["text"]
         return text, usage["prompt_tokens"], usage["completion_tokens"], ""
+
+
+async def _start(pipeline: ActorHandle, config: ServiceConfig, group: PlacementGroup) -> None:
+    await wait_for_room(group, config)
+    await pipeline.start.remote(config, group)
 
 
 def _to_request(model: str, row: Mapping[str, Any]) -> BatchRow:

@@ -45,34 +45,54 @@ async def start_pipeline(
 
     Args:
         config: Of the service.
-        tokenizer: The model's; None: it is loaded while the stages load.
+        tokenizer: The model's; None: it is loaded.
 
     Raises:
         ConfigError: The model cannot be served as configured.
         PipelineError: The cluster has no room, or a process died.
     """
-    config = batch_config(config)
-    group = placement_group(bundles(config), strategy=config.pipeline.placement_strategy)
+    group = reserve(config)
     try:
-        await _wait_for_room(group, config.recovery.restart_timeout_s)
-        replica = await PipelineReplica.start(config, group)
-        client = EngineClient(replica)
-        try:
-            await client.start()
-            yield EngineAnswers(
-                client,
-                model_name=config.model.name,
-                tokenizer=tokenizer or await asyncio.to_thread(Tokenizer.for_model, config.model),
-                max_model_len=replica.group.max_model_len,
-            )
-        finally:
-            await client.close()
-            await replica.close()
+        await wait_for_room(group, config)
+        async with run_pipeline(config, group, tokenizer) as answers:
+            yield answers
     finally:
         remove_placement_group(group)
 
 
-async def _wait_for_room(group: PlacementGroup, timeout_s: float) -> None:
+def reserve(config: ServiceConfig) -> PlacementGroup:
+    """Ask for what a pipeline needs."""
+    return placement_group(bundles(config), strategy=config.pipeline.placement_strategy)
+
+
+@asynccontextmanager
+async def run_pipeline(
+    config: ServiceConfig, group: PlacementGroup, tokenizer: Tokenizer | None = None
+) -> AsyncIterator[EngineAnswers]:
+    """Start the pipeline of a service in a placement group; see `start_pipeline`."""
+    config = batch_config(config)
+    replica = await PipelineReplica.start(config, group)
+    client = EngineClient(replica)
+    try:
+        await client.start()
+        yield EngineAnswers(
+            client,
+            model_name=config.model.name,
+            tokenizer=tokenizer or await asyncio.to_thread(Tokenizer.for_model, config.model),
+            max_model_len=replica.group.max_model_len,
+        )
+    finally:
+        await client.close()
+        await replica.close()
+
+
+async def wait_for_room(group: PlacementGroup, config: ServiceConfig) -> None:
+    """Return when a placement group has its resources.
+
+    Raises:
+        PipelineError: It did not get them within `recovery.restart_timeout_s`.
+    """
+    timeout_s = config.recovery.restart_timeout_s
     try:
         async with asyncio.timeout(timeout_s):
             await group.ready()
