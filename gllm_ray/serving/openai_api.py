@@ -19,7 +19,7 @@ from gllm_ray.serving.openai_protocol import (
 )
 from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead, response_body
 from gllm_ray.serving.streaming import stream_response
-from gllm_ray.serving.text_stream import collect_outputs, merge_deltas, text_deltas
+from gllm_ray.serving.text_stream import TextDelta, collect_outputs, merge_deltas, text_deltas
 
 MAX_BODY_BYTES = 8 * 2**20
 
@@ -75,7 +75,7 @@ Service = Annotated[GenerationService, Depends(_service)]
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatCompletionRequest, service: Service) -> Response:
     """Answer a conversation, once or several times."""
-    _check(body, service)
+    check_body(body, service.model_name)
     head = ResponseHead.new(model=body.model, is_chat=True)
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
     return await _respond(service, body, head, await builder.from_chat(body, head.id))
@@ -84,7 +84,7 @@ async def chat_completions(body: ChatCompletionRequest, service: Service) -> Res
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, service: Service) -> Response:
     """Continue a text, or several."""
-    _check(body, service)
+    check_body(body, service.model_name)
     head = ResponseHead.new(model=body.model, is_chat=False)
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
     return await _respond(service, body, head, await builder.from_completion(body, head.id))
@@ -99,7 +99,7 @@ async def list_models(request: Request, service: Service) -> Response:
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, request: Request, service: Service) -> Response:
     """The one model, if it is the one asked for."""
-    _check_model(model, service)
+    _check_model(model, service.model_name)
     return JSONResponse(_model_card(request, service))
 
 
@@ -116,12 +116,51 @@ async def server_info(service: Service) -> Response:
     return JSONResponse(await service.server_info())
 
 
+async def whole_response(
+    service: GenerationService,
+    body: GenerationParams,
+    head: ResponseHead,
+    requests: Sequence[GenerationRequest],
+) -> dict[str, Any]:
+    """Run the token requests of a body; the body of its response, when all have ended.
+
+    Raises:
+        GllmRayError: One of them failed; the others are aborted.
+    """
+    outputs = await collect_outputs(_deltas(service, body, requests), len(requests))
+    return response_body(head, outputs, _num_prompt_tokens(body, requests))
+
+
+def check_body(body: GenerationParams, model_name: str) -> None:
+    """Check what its schema alone does not tell.
+
+    Raises:
+        InvalidRequestError: The model is not the one served, or a stream's options are without one.
+    """
+    _check_model(body.model, model_name)
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequestError(
+            "stream_options is only allowed when stream is true", param="stream_options"
+        )
+
+
 async def _respond(
     service: GenerationService,
     body: GenerationParams,
     head: ResponseHead,
     requests: Sequence[GenerationRequest],
 ) -> Response:
+    if not body.stream:
+        return JSONResponse(await whole_response(service, body, head, requests))
+    options = body.stream_options
+    writer = ChunkWriter(head, include_usage=bool(options and options.include_usage))
+    deltas = _deltas(service, body, requests)
+    return await stream_response(deltas, writer, _num_prompt_tokens(body, requests))
+
+
+def _deltas(
+    service: GenerationService, body: GenerationParams, requests: Sequence[GenerationRequest]
+) -> AsyncGenerator[TextDelta, None]:
     streams = [
         text_deltas(
             index,
@@ -130,30 +169,18 @@ async def _respond(
         )
         for index, request in enumerate(requests)
     ]
-    deltas = streams[0] if len(streams) == 1 else merge_deltas(streams)
-    # The outputs of a prompt stand side by side; the prompt is paid for once.
-    prompts = [request.prompt_token_ids for request in requests[:: body.outputs_per_prompt]]
-    num_prompt_tokens = sum(map(len, prompts))
-    if body.stream:
-        options = body.stream_options
-        writer = ChunkWriter(head, include_usage=bool(options and options.include_usage))
-        return await stream_response(deltas, writer, num_prompt_tokens)
-    outputs = await collect_outputs(deltas, len(requests))
-    return JSONResponse(response_body(head, outputs, num_prompt_tokens))
+    return streams[0] if len(streams) == 1 else merge_deltas(streams)
 
 
-def _check(body: GenerationParams, service: GenerationService) -> None:
-    _check_model(body.model, service)
-    if body.stream_options is not None and not body.stream:
+def _num_prompt_tokens(body: GenerationParams, requests: Sequence[GenerationRequest]) -> int:
+    """The outputs of a prompt stand side by side; the prompt is paid for once."""
+    return sum(len(request.prompt_token_ids) for request in requests[:: body.outputs_per_prompt])
+
+
+def _check_model(model: str, model_name: str) -> None:
+    if model != model_name:
         raise InvalidRequestError(
-            "stream_options is only allowed when stream is true", param="stream_options"
-        )
-
-
-def _check_model(model: str, service: GenerationService) -> None:
-    if model != service.model_name:
-        raise InvalidRequestError(
-            f"The model {model[:200]!r} does not exist; this server has {service.model_name!r}",
+            f"The model {model[:200]!r} does not exist; this server has {model_name!r}",
             param="model",
             code="model_not_found",
         )

@@ -77,7 +77,8 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and not _SURROGATE.search(value)
 
 
-def _check_text(value: str) -> str:
+def check_text(value: str) -> str:
+    """Refuse what UTF-8 cannot spell; a validator of pydantic."""
     if not _is_text(value):
         raise PydanticCustomError("not_unicode", "must be valid Unicode")
     return value
@@ -174,7 +175,7 @@ class TextPart(_Schema):
     """A part of a message."""
 
     type: Literal["text"]
-    text: Annotated[str, AfterValidator(_check_text)]
+    text: Annotated[str, AfterValidator(check_text)]
 
 
 class ChatMessage(_Schema):

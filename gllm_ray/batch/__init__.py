@@ -1,0 +1,1 @@
+"""A file of requests, run to its end: `python -m gllm_ray.batch`."""

@@ -1,0 +1,288 @@
+"""`python -m gllm_ray.batch`: from the options to a job, and to an exit status."""
+
+import argparse
+import asyncio
+import hashlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from math import ceil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gllm_ray.batch.answers import Answers, HttpAnswers, look_up_model
+from gllm_ray.batch.job import BatchJob, JobResult
+from gllm_ray.batch.locations import fetch, is_remote
+from gllm_ray.batch.records import URLS, BatchRow, Mistake, read_jsonl
+from gllm_ray.batch.requests import RequestChecks
+from gllm_ray.batch.tables import TABLE_SUFFIXES, RowTemplate, parse_params, read_table
+from gllm_ray.batch.workspace import errors_name, open_workspace
+from gllm_ray.config import ModelConfig, ServiceConfig
+from gllm_ray.errors import ConfigError, GllmRayError
+from gllm_ray.model.checkpoint import open_checkpoint
+from gllm_ray.model.tokenizer import Tokenizer
+from gllm_ray.serve_file import load_only_service
+from gllm_ray.serving.generation_requests import RequestBuilder
+
+_JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which Ray sets for the entrypoint of a job
+_URL_MAX_IN_FLIGHT = 128
+_SIGNAL_STATUS = 128
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a job.
+
+    Returns:
+        0: every row succeeded. 2: some failed. 1: nothing was run, or the job broke off. 143 or
+        130: SIGTERM or SIGINT stopped it. A job that did not end goes on when it is run again.
+    """
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    return run_to_status(_run(options), options.output)
+
+
+def run_to_status(job: Coroutine[Any, Any, JobResult], output: str) -> int:
+    """Run a job in an event loop of its own; see `main` for the status."""
+    try:
+        result = asyncio.run(_until_sigterm(job))
+    except (GllmRayError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except asyncio.CancelledError:
+        return _stopped(signal.SIGTERM)
+    except KeyboardInterrupt:
+        return _stopped(signal.SIGINT)
+    summary = f"{result.num_rows - result.num_failed} of {result.num_rows} rows in {output}"
+    errors = f", {result.num_failed} in {_errors_of(output)}" if result.num_failed else ""
+    print(summary + errors)
+    return 2 if result.num_failed else 0
+
+
+async def _until_sigterm(job: Coroutine[Any, Any, JobResult]) -> JobResult:
+    task = asyncio.ensure_future(job)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
+
+
+def _stopped(by: signal.Signals) -> int:
+    print("stopped; run it again to go on from here", file=sys.stderr)
+    return _SIGNAL_STATUS + by
+
+
+def _errors_of(output: str) -> str:
+    name = PurePosixPath(output).name
+    return output.removesuffix(name) + errors_name(name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gllm_ray.batch",
+        description="Run a file of requests to its end, through a pipeline of its own or a service "
+        "that runs. Started again, it goes on where it was.",
+    )
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--config", type=Path, metavar="FILE", help="whose pipeline to start")
+    who.add_argument("--url", help="the address of a service that runs, as http://host:port")
+    files = "a path, or a URI such as s3://bucket/name"
+    parser.add_argument(
+        "--input", required=True, help=f"OpenAI's batch JSONL, Parquet or CSV; {files}"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        help=f"JSONL; for a table Parquet or CSV, too; {files}. Rows that failed go to "
+        "NAME.errors.jsonl beside it",
+    )
+    parser.add_argument("--address", help="the Ray cluster to join; none: start one here")
+    parser.add_argument(
+        "--max-in-flight",
+        type=_positive,
+        metavar="N",
+        help="rows that run at once (default: deployment.max_ongoing_requests of the "
+        f"configuration; with --url {_URL_MAX_IN_FLIGHT})",
+    )
+    parser.add_argument(
+        "--timeout-s", type=float, default=3600.0, help="with --url: of a row (default: 3600)"
+    )
+    parser.add_argument(
+        "--retry-errors", action="store_true", help="run the rows again that failed before"
+    )
+    table = parser.add_argument_group("tables")
+    table.add_argument("--prompt-column", metavar="COLUMN", help="where the prompt lies")
+    table.add_argument(
+        "--template",
+        help="a Jinja template of the prompt over the row's columns, such as 'Sum up: {{ text }}'; "
+        "`prompt` is the prompt column",
+    )
+    table.add_argument("--id-column", metavar="COLUMN", help="the custom id (default: row-N)")
+    table.add_argument("--endpoint", choices=URLS, help=f"the route (default: {URLS[0]})")
+    table.add_argument("--params", help='more of the body, as JSON: {"max_tokens": 64, "seed": 1}')
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+async def _run(options: argparse.Namespace) -> JobResult:
+    _refuse_lost_output(options.output)
+    with tempfile.TemporaryDirectory(prefix="gllm_ray_input") as directory:
+        source = await asyncio.to_thread(fetch, options.input, Path(directory))
+        make_job = _job_of_config if options.url is None else _job_of_url
+        job = await make_job(options, source)
+        with open_workspace(options.output) as workspace:
+            return await job.run(workspace)
+
+
+def _refuse_lost_output(output: str) -> None:
+    is_relative = not is_remote(output) and not output.startswith(("/", "file://"))
+    if is_relative and _JOB_VARIABLE in os.environ:
+        raise ConfigError(
+            f"--output={output}: must be absolute, or a URI, in a Ray job: its working directory "
+            f"{os.getcwd()} is a copy that Ray made and throws away"
+        )
+
+
+async def _job_of_config(options: argparse.Namespace, source: Path) -> BatchJob:
+    config = load_only_service(options.config)
+    checkpoint = open_checkpoint(config.model)
+    tokenizer = await asyncio.to_thread(Tokenizer.for_model, config.model)
+    checks = RequestChecks(
+        model_name=config.model.name,
+        builder=RequestBuilder(tokenizer, checkpoint.max_model_len),
+        is_single=_suffix(options.output) in TABLE_SUFFIXES,
+    )
+
+    @asynccontextmanager
+    async def start() -> AsyncIterator[Answers]:
+        # It imports Ray, and what a stage computes with.
+        from gllm_ray.batch.pipeline import start_pipeline
+
+        connect_ray(config, options.address)
+        async with start_pipeline(config, tokenizer) as answers:
+            yield answers
+
+    model = _identify_model(config.model, checkpoint.directory)
+    max_in_flight = options.max_in_flight or config.deployment.max_ongoing_requests
+    return _make_job(options, source, checks, model, start, max_in_flight)
+
+
+async def _job_of_url(options: argparse.Namespace, source: Path) -> BatchJob:
+    url = options.url.rstrip("/")
+    model = await look_up_model(url)
+    checks = RequestChecks(
+        model_name=model["id"], builder=None, is_single=_suffix(options.output) in TABLE_SUFFIXES
+    )
+
+    def start() -> AbstractAsyncContextManager[Answers]:
+        return HttpAnswers.open(url, timeout_s=options.timeout_s)
+
+    max_in_flight = options.max_in_flight or _URL_MAX_IN_FLIGHT
+    return _make_job(options, source, checks, model, start, max_in_flight)
+
+
+def _make_job(
+    options: argparse.Namespace,
+    source: Path,
+    checks: RequestChecks,
+    model: dict[str, Any],
+    start: Callable[[], AbstractAsyncContextManager[Answers]],
+    max_in_flight: int,
+) -> BatchJob:
+    template = _row_template(options, checks.model_name)
+    settings = None
+
+    def read_rows() -> Iterator[BatchRow | Mistake]:
+        return read_jsonl(source) if template is None else read_table(source, template)
+
+    if template is not None:
+        settings = {
+            "endpoint": template.url,
+            "prompt_column": template.prompt_column,
+            "template": template.template,
+            "id_column": template.id_column,
+            "params": template.params,
+        }
+    with source.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return BatchJob(
+        name=options.input,
+        source=source,
+        read_rows=read_rows,
+        output_suffix=_suffix(options.output),
+        identity={"input_sha256": sha256, "model": model, "requests": settings},
+        checks=checks,
+        start_answers=start,
+        max_in_flight=max_in_flight,
+        retry_errors=options.retry_errors,
+    )
+
+
+def _row_template(options: argparse.Namespace, model_name: str) -> RowTemplate | None:
+    """How rows of a table become requests; None for JSONL, which has them."""
+    source, output = _suffix(options.input), _suffix(options.output)
+    for option, suffix in (("--input", source), ("--output", output)):
+        if suffix not in (*_JSONL_SUFFIXES, *TABLE_SUFFIXES):
+            allowed = ", ".join((*_JSONL_SUFFIXES, *TABLE_SUFFIXES))
+            raise ConfigError(f"{option}: the name must end with one of {allowed}, not {suffix!r}")
+    given = {
+        "--prompt-column": options.prompt_column,
+        "--template": options.template,
+        "--id-column": options.id_column,
+        "--endpoint": options.endpoint,
+        "--params": options.params,
+    }
+    if source in _JSONL_SUFFIXES:
+        unused = [option for option, value in given.items() if value is not None]
+        if unused:
+            raise ConfigError(f"{unused[0]}: must be left out, the lines of {source} have it")
+        if output in TABLE_SUFFIXES:
+            raise ConfigError(f"--output: must be JSONL when the input is {source}")
+        return None
+    if options.prompt_column is None and options.template is None:
+        raise ConfigError(f"{source}: needs --prompt-column, --template, or both")
+    return RowTemplate(
+        model=model_name,
+        url=options.endpoint or URLS[0],
+        prompt_column=options.prompt_column,
+        template=options.template,
+        id_column=options.id_column,
+        params=parse_params(options.params or "{}"),
+    )
+
+
+def _suffix(location: str) -> str:
+    return PurePosixPath(location).suffix
+
+
+def _identify_model(model: ModelConfig, directory: Path) -> dict[str, Any]:
+    """What tells whether answers come from the same weights, without reading all of them."""
+    config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    weights = {path.name: path.stat().st_size for path in sorted(directory.glob("*.safetensors"))}
+    return {**model.model_dump(mode="json"), "config_sha256": config, "weight_bytes": weights}
+
+
+def connect_ray(config: ServiceConfig, address: str | None) -> None:
+    """Join a cluster, that of a Ray job if this is one, or start one for this process."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    from gllm_ray.stages.placement import bundles
+
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        ray.init(address=address, log_to_driver=False)
+        return
+    cpus = ceil(sum(bundle["CPU"] for bundle in bundles(config)))
+    num_cpus = max(cpus, os.cpu_count() or 1)
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)

@@ -1,0 +1,65 @@
+"""Files by path or by URI: local ones, and those of object stores."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gllm_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+_LOCAL = "file://"
+# pyarrow brings its own clients of these; fsspec would need a package for each.
+_OF_PYARROW = ("s3", "gs")
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is not of this machine's file system."""
+    return "://" in location.removeprefix(_LOCAL)
+
+
+def local_path(location: str) -> Path:
+    """The path of a location that is not remote."""
+    return Path(location.removeprefix(_LOCAL))
+
+
+def open_remote(location: str) -> "tuple[AbstractFileSystem, str]":
+    """The file system of a URI, and its path there.
+
+    Raises:
+        ConfigError: Nothing that is installed knows the URI's scheme.
+    """
+    scheme = location.partition("://")[0]
+    try:
+        if scheme in _OF_PYARROW:
+            from fsspec.implementations.arrow import ArrowFSWrapper
+            from pyarrow.fs import FileSystem
+
+            filesystem, path = FileSystem.from_uri(location)
+            return ArrowFSWrapper(filesystem), path
+        from fsspec.core import url_to_fs
+
+        return url_to_fs(location)
+    except (ImportError, ValueError) as error:
+        hint = "; pip install 'gllm_ray[data]'" if scheme in _OF_PYARROW else ""
+        raise ConfigError(f"{location}: cannot be opened: {error}{hint}") from error
+
+
+def fetch(location: str, directory: Path) -> Path:
+    """A file as a local one; a remote one is copied into a directory.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    if not is_remote(location):
+        path = local_path(location)
+        if not path.is_file():
+            raise ConfigError(f"{location}: there is no such file")
+        return path
+    filesystem, remote = open_remote(location)
+    path = directory / Path(remote).name
+    try:
+        filesystem.get_file(remote, str(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{location}: there is no such file") from None
+    return path

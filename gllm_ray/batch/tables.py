@@ -1,0 +1,209 @@
+"""Parquet and CSV: a column of prompts in, the same rows with columns of answers out."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from gllm_ray.batch.records import BatchRow, Mistake, is_success
+from gllm_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TABLE_SUFFIXES = (".parquet", ".csv")
+ADDED_COLUMNS = (
+    "custom_id",
+    "generated_text",
+    "num_input_tokens",
+    "num_generated_tokens",
+    "finish_reason",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowTemplate:
+    """How a row of a table becomes a request.
+
+    Attributes:
+        model: As clients name it.
+        url: The route.
+        prompt_column: Where the prompt lies; None: the template names columns by itself.
+        template: In Jinja, over the row's columns, and over the prompt column as `prompt`; None:
+            the prompt column alone.
+        id_column: Where the custom id lies; None: `row-1` and so on.
+        params: What the body has beside the model and the prompt.
+    """
+
+    model: str
+    url: str
+    prompt_column: str | None
+    template: str | None
+    id_column: str | None
+    params: Mapping[str, Any]
+
+    def compile(self) -> Callable[[int, Mapping[str, Any]], BatchRow | Mistake]:
+        """What makes a request of a row's number and columns.
+
+        Raises:
+            ConfigError: The template is none.
+        """
+        try:
+            template = SandboxedEnvironment(undefined=StrictUndefined).from_string(
+                "{{ prompt }}" if self.template is None else self.template
+            )
+        except TemplateError as error:
+            raise ConfigError(f"--template={self.template!r}: is no template: {error}") from error
+
+        def make(number: int, columns: Mapping[str, Any]) -> BatchRow | Mistake:
+            prompt = {} if self.prompt_column is None else {"prompt": columns[self.prompt_column]}
+            if None in prompt.values():
+                return Mistake(number=number, message=f"{self.prompt_column} is null")
+            custom_id = f"row-{number}" if self.id_column is None else columns[self.id_column]
+            try:
+                text = template.render({**columns, **prompt})
+            except TemplateError as error:
+                return Mistake(number=number, message=f"--template: {error}")
+            return BatchRow(
+                number=number, custom_id=str(custom_id), url=self.url, body=self._body(text)
+            )
+
+        return make
+
+    def _body(self, text: str) -> dict[str, Any]:
+        is_chat = self.url == "/v1/chat/completions"
+        prompt = {"messages": [{"role": "user", "content": text}]} if is_chat else {"prompt": text}
+        return {"model": self.model, **prompt, **self.params}
+
+
+def read_table(path: Path, template: RowTemplate) -> Iterator[BatchRow | Mistake]:
+    """The rows of a table as requests.
+
+    Raises:
+        ConfigError: It lacks a column, or cannot be read.
+    """
+    make = template.compile()
+    number = 0
+    for batch in _read_batches(path):
+        _check_columns(path, batch.schema.names, template)
+        for columns in batch.to_pylist():
+            number += 1
+            yield make(number, columns)
+
+
+def write_table(
+    path: Path,
+    source: Path,
+    suffix: str,
+    rows: Iterator[BatchRow],
+    read: Callable[[str], Mapping[str, Any] | None],
+) -> None:
+    """Write the rows of a table that succeeded, with what was generated.
+
+    Args:
+        path: Where to.
+        source: The table.
+        suffix: Of the format to write.
+        rows: Those of the table, in its order.
+        read: The record of a custom id; None: it has none.
+    """
+    with ExitStack() as stack:
+        writer = None
+        for batch in _read_batches(source):
+            answered = _with_answers(batch, [next(rows).custom_id for _ in range(len(batch))], read)
+            if writer is None:
+                writer = stack.enter_context(_open_writer(path, suffix, answered.schema))
+            writer.write_batch(answered)
+    if writer is None:
+        path.touch()
+
+
+def _with_answers(
+    batch: "pa.RecordBatch",
+    custom_ids: list[str],
+    read: Callable[[str], Mapping[str, Any] | None],
+) -> "pa.RecordBatch":
+    import pyarrow as pa
+
+    records = [read(custom_id) for custom_id in custom_ids]
+    is_kept = [record is not None and is_success(record) for record in records]
+    answers = [
+        _answer_columns(record)
+        for record, kept in zip(records, is_kept, strict=True)
+        if kept and record is not None
+    ]
+    batch = batch.filter(pa.array(is_kept, pa.bool_()))
+    types = [pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string()]
+    for i, (name, kind) in enumerate(zip(ADDED_COLUMNS, types, strict=True)):
+        batch = batch.append_column(name, pa.array([answer[i] for answer in answers], kind))
+    return batch
+
+
+def _answer_columns(record: Mapping[str, Any]) -> tuple[str, str, int, int, str]:
+    body = record["response"]["body"]
+    (choice,) = body["choices"]
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    usage = body["usage"]
+    return (
+        record["custom_id"],
+        text,
+        usage["prompt_tokens"],
+        usage["completion_tokens"],
+        choice["finish_reason"],
+    )
+
+
+def _read_batches(path: Path) -> "Iterator[pa.RecordBatch]":
+    try:
+        import pyarrow as pa
+        from pyarrow import csv, parquet
+    except ImportError as error:
+        raise ConfigError(
+            f"{path}: needs pyarrow, which is not installed; pip install 'gllm_ray[data]'"
+        ) from error
+    try:
+        if path.suffix == ".csv":
+            with csv.open_csv(path) as batches:
+                yield from batches
+        else:
+            with parquet.ParquetFile(path) as table:
+                yield from table.iter_batches(batch_size=1024)
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
+
+
+def _check_columns(path: Path, names: list[str], template: RowTemplate) -> None:
+    for option, column in (
+        ("--prompt-column", template.prompt_column),
+        ("--id-column", template.id_column),
+    ):
+        if column is not None and column not in names:
+            raise ConfigError(f"{option}={column}: {path} has the columns {', '.join(names)}")
+    if taken := [name for name in ADDED_COLUMNS if name in names and name != template.id_column]:
+        raise ConfigError(f"{path}: has a column {taken[0]}, which is the output's; rename it")
+
+
+def _open_writer(path: Path, suffix: str, schema: "pa.Schema") -> Any:  # noqa: ANN401
+    from pyarrow import csv, parquet
+
+    return (csv.CSVWriter if suffix == ".csv" else parquet.ParquetWriter)(path, schema)
+
+
+def parse_params(text: str) -> dict[str, Any]:
+    """The value of `--params`.
+
+    Raises:
+        ConfigError: It is no JSON object.
+    """
+    try:
+        params = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--params={text}: is no JSON: {error}") from error
+    if not isinstance(params, dict):
+        raise ConfigError(f'--params={text}: must be a JSON object such as {{"max_tokens": 64}}')
+    return params

@@ -1,0 +1,189 @@
+"""The command with real pipelines on a cluster, and with a service that runs."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+import yaml
+
+from gllm_ray.batch.command import main
+from gllm_ray.serving.openai_api import build_api
+from tests.batch.local_job import make_line, read_lines, write_lines
+from tests.fakes import LocalService, ScriptedPipeline
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """The demo's, in one stage."""
+    data = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    data["applications"][0]["args"]["pipeline"]["num_stages"] = 1
+    path = tmp_path_factory.mktemp("config") / "demo.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def options(config, source, output, *more):
+    return ["--config", str(config), "--input", str(source), "--output", str(output), *more]
+
+
+@pytest.mark.timeout(240)
+def test_a_file_runs_to_its_end_and_a_changed_model_does_not_resume(
+    ray_cluster, config, tmp_path, capsys
+):
+    lines = [make_line(f"chat {i}") for i in range(5)]
+    body = {"model": "gllm-ray-demo", "prompt": "a", "max_tokens": 3}
+    lines.append({**make_line("text"), "url": "/v1/completions", "body": body})
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    output = tmp_path / "out.jsonl"
+    assert main(options(config, source, output)) == 0
+    assert "6 of 6 rows in" in capsys.readouterr().out
+    records = read_lines(output)
+    assert [record["custom_id"] for record in records] == [line["custom_id"] for line in lines]
+    assert records[0]["response"]["body"]["object"] == "chat.completion"
+    assert records[-1]["response"]["body"]["usage"]["completion_tokens"] == 3
+    manifest = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
+    assert (manifest["num_rows"], manifest["num_failed"], manifest["is_complete"]) == (6, 0, True)
+
+    assert main(options(config, source, output)) == 0  # done already, so nothing starts
+    assert read_lines(output) == records
+    changed = config.with_name("bfloat16.yaml")
+    changed.write_text(config.read_text().replace("dtype: float32", "dtype: bfloat16"))
+    assert main(options(changed, source, output)) == 1
+    assert "model changed" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_comes_back_with_columns_of_answers(suffix, ray_cluster, config, tmp_path, capsys):
+    pa = pytest.importorskip("pyarrow", reason="the data extra is not installed")
+    from pyarrow import csv, parquet
+
+    table = pa.table({"number": [1, 2, 3], "text": ["one", "two, or", "three"]})
+    source = tmp_path / f"in.{suffix}"
+    csv.write_csv(table, source) if suffix == "csv" else parquet.write_table(table, source)
+    output = tmp_path / f"out.{suffix}"
+    template = "Write {{ prompt }} {{ number }}."
+    asked = ["--prompt-column", "text", "--template", template, "--params"]
+    assert main(options(config, source, output, *asked, '{"max_tokens": "4"}')) == 1
+    assert f"{source}:3: max_tokens: Input should be a valid integer" in capsys.readouterr().err
+    assert main(options(config, source, output, *asked, '{"max_tokens": 4, "seed": 1}')) == 0
+    read = csv.read_csv(output) if suffix == "csv" else parquet.read_table(output)
+    assert read.column_names == [
+        *table.column_names,
+        "custom_id",
+        "generated_text",
+        "num_input_tokens",
+        "num_generated_tokens",
+        "finish_reason",
+    ]
+    assert read.select(table.column_names).to_pylist() == table.to_pylist()
+    assert read["custom_id"].to_pylist() == ["row-1", "row-2", "row-3"]
+    assert all(1 <= number <= 4 for number in read["num_generated_tokens"].to_pylist())
+    assert main(options(config, source, output, *asked, '{"max_tokens": 5}')) == 1
+    assert "requests changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "more", "word"),
+    [
+        ("in.jsonl", "out.jsonl", [], "there is no such file"),
+        ("here.jsonl", "nowhere/out.jsonl", [], "there is no directory"),
+        ("here.jsonl", "out.csv", [], "must be JSONL when the input is .jsonl"),
+        ("here.jsonl", "out.txt", [], "--output: the name must end with one of .jsonl"),
+        ("here.jsonl", "out.jsonl", ["--template", "a"], "--template: must be left out"),
+        ("here.jsonl", "nothing://a/out.jsonl", [], "cannot be opened"),
+    ],
+)
+def test_a_mistake_in_the_options_ends_with_1(
+    source, output, more, word, config, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "here.jsonl", [make_line("a")])
+    assert main(options(config, source, output, *more)) == 1
+    assert word in capsys.readouterr().err
+
+
+def test_a_relative_output_is_refused_in_a_ray_job(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    source = write_lines(tmp_path / "in.jsonl", [make_line("a")])
+    assert main(options(config, source, "out.jsonl")) == 1
+    assert "--output=out.jsonl: must be absolute, or a URI, in a Ray job" in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def http_service(tokenizer):
+    """The routes over a scripted model, on a port of their own; yields the address."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        script = [*tokenizer.encode("Hello"), *tokenizer.stop_token_ids]
+        service = LocalService(tokenizer, ScriptedPipeline(script))
+        server = uvicorn.Server(uvicorn.Config(build_api(service), log_level="warning"))
+
+        async def serve():
+            async with service:
+                await server.serve([listener])
+
+        thread = threading.Thread(target=lambda: asyncio.run(serve()))
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield url
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def test_a_running_service_answers_and_a_row_it_refuses_ends_with_2(tokenizer, tmp_path, capsys):
+    model = LocalService.model_name
+    lines = [make_line(name, model=model) for name in "ab"]
+    lines.insert(1, make_line("long", model=model, max_tokens=500))
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    output = tmp_path / "out.jsonl"
+    with http_service(tokenizer) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+        asked = ["--url", url, "--input", str(source), "--output", str(output)]
+        assert main(asked) == 2
+    assert "2 of 3 rows" in capsys.readouterr().out
+    records = read_lines(output)
+    assert [record["custom_id"] for record in records] == ["a", "b"]
+    content = [record["response"]["body"]["choices"][0]["message"]["content"] for record in records]
+    assert content == ["Hello", "Hello"]
+    (error,) = read_lines(tmp_path / "out.errors.jsonl")
+    assert (error["custom_id"], error["error"]["code"]) == ("long", "context_length_exceeded")
+    assert main(asked) == 1  # nobody tells any more which model it is
+    assert "tells of no one model" in capsys.readouterr().err
+
+
+def test_sigterm_keeps_what_is_done_and_ends_with_143(tokenizer, tmp_path):
+    lines = [make_line(f"row {i}", max_tokens=100, ignore_eos=True) for i in range(200)]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    journal = tmp_path / "out.jsonl.part"
+    program = [sys.executable, "-m", "tests.batch.local_job", str(source)]
+    process = subprocess.Popen(
+        [*program, str(tmp_path / "out.jsonl")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 100
+    while not journal.exists() or not journal.stat().st_size:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert journal.read_bytes().endswith(b"\n")
+    assert 0 < len(read_lines(journal)) < 200
+    assert not (tmp_path / "out.jsonl").exists()

@@ -1,0 +1,136 @@
+"""The job on a real engine: what is refused, what fails by row, what resumes."""
+
+import asyncio
+import json
+
+import fsspec
+import pytest
+
+from gllm_ray.batch.journal import Journal
+from gllm_ray.batch.requests import RequestChecks
+from gllm_ray.errors import ConfigError
+from tests.batch.local_job import (
+    MAX_MODEL_LEN,
+    MODEL,
+    make_line,
+    read_lines,
+    run_job,
+    write_lines,
+)
+
+
+def run(source, output, tokenizer, **options):
+    return asyncio.run(run_job(source, str(output), tokenizer, **options))
+
+
+def test_every_mistake_of_a_file_is_listed_and_no_row_is_run(tmp_path, tokenizer):
+    lines = [
+        make_line("good"),
+        make_line("good"),
+        {**make_line("method"), "method": "GET"},
+        {**make_line("url"), "url": "/v1/embeddings"},
+        make_line("model", model="gpt"),
+        make_line("key", max_token=3),
+        make_line("unsupported", frequency_penalty=1),
+        make_line("long", max_tokens=MAX_MODEL_LEN),
+        make_line("stream", stream=True),
+        {**make_line("prompt"), "url": "/v1/completions"},
+        {key: value for key, value in make_line("body").items() if key != "body"},
+    ]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    with source.open("a") as file:
+        file.write('\n{"custom_id"\n')
+    with pytest.raises(ConfigError) as caught:
+        run(source, tmp_path / "out.jsonl", tokenizer)
+    *mistakes, summary = str(caught.value).splitlines()
+    words = {
+        2: "custom_id='good'",
+        3: "method: Input should be 'POST'",
+        4: "url: Input should be",
+        5: "The model 'gpt' does not exist",
+        6: "max_token=3: is not a known parameter",
+        7: "frequency_penalty=1: is not supported yet",
+        8: "maximum context length is 256",
+        9: "stream=True",
+        10: "prompt: is required",
+        11: "body: is required",
+        13: "is not valid JSON",
+    }
+    assert len(mistakes) == len(words)
+    for mistake, (number, word) in zip(mistakes, words.items(), strict=True):
+        assert mistake.startswith(f"in.jsonl:{number}: ")
+        assert word in mistake
+    assert summary.startswith("11 mistakes")
+    assert not (tmp_path / "out.jsonl.manifest.json").exists()
+    assert not (tmp_path / "out.jsonl.part").read_bytes()
+
+
+def test_a_row_that_fails_goes_to_the_file_of_errors_and_may_be_retried(tmp_path, tokenizer):
+    lines = [make_line("a"), make_line("long", max_tokens=MAX_MODEL_LEN), make_line("b")]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    output, errors = tmp_path / "out.jsonl", tmp_path / "out.errors.jsonl"
+    # Without a tokenizer, as with --url, the length of a prompt is not known before.
+    checks = RequestChecks(model_name=MODEL, builder=None)
+    for options in ({}, {}, {"retry_errors": True}):
+        journal = tmp_path / "out.jsonl.part"
+        num_records = len(read_lines(journal)) if journal.exists() else 0
+        result = run(source, output, tokenizer, checks=checks, **options)
+        assert (result.num_rows, result.num_failed) == (3, 1)
+        assert [record["custom_id"] for record in read_lines(output)] == ["a", "b"]
+        (record,) = read_lines(errors)
+        assert record["custom_id"] == "long"
+        assert record["response"]["status_code"] == 400
+        assert record["error"]["code"] == "context_length_exceeded"
+        expected = num_records + (1 if options else 0 if num_records else 3)
+        assert len(read_lines(journal)) == expected
+
+
+def test_a_changed_input_or_setting_refuses_to_resume(tmp_path, tokenizer):
+    source = write_lines(tmp_path / "in.jsonl", [make_line("a")])
+    output = tmp_path / "out.jsonl"
+    run(source, output, tokenizer, identity={"input_sha256": "1", "model": {"dtype": "float32"}})
+    before = output.read_bytes()
+    changed = {"input_sha256": "1", "model": {"dtype": "bfloat16"}}
+    with pytest.raises(ConfigError) as caught:
+        run(source, output, tokenizer, identity=changed)
+    assert "model changed: was {'dtype': 'float32'}, is {'dtype': 'bfloat16'}" in str(caught.value)
+    write_lines(source, [make_line("a"), make_line("b")])
+    with pytest.raises(ConfigError, match="input_sha256 changed"):
+        run(source, output, tokenizer)
+    assert output.read_bytes() == before
+
+
+def test_an_output_of_something_else_is_not_overwritten(tmp_path, tokenizer):
+    source = write_lines(tmp_path / "in.jsonl", [make_line("a")])
+    output = tmp_path / "out.jsonl"
+    output.write_text("precious")
+    with pytest.raises(ConfigError, match="the output exists"):
+        run(source, output, tokenizer)
+    assert output.read_text() == "precious"
+
+
+def test_a_job_on_an_object_store_goes_on_from_its_segments(tmp_path, tokenizer):
+    source = write_lines(tmp_path / "in.jsonl", [make_line(name) for name in "abc"])
+    store = fsspec.filesystem("memory")
+    folder = f"/{tmp_path.name}/out.jsonl.part"
+    run(source, f"memory://{tmp_path.name}/out.jsonl", tokenizer)
+    (segment,) = store.ls(folder, detail=False)
+    records = store.cat_file(segment).splitlines(keepends=True)
+    kept = [json.loads(record)["id"] for record in records[:2]]
+    store.pipe_file(segment, b"".join(records[:2]))  # as a job leaves it that dies now
+    store.rm(f"/{tmp_path.name}/out.jsonl")
+    result = run(source, f"memory://{tmp_path.name}/out.jsonl", tokenizer)
+    assert (result.num_rows, result.num_failed) == (3, 0)
+    output = store.cat_file(f"/{tmp_path.name}/out.jsonl").splitlines()
+    assert [json.loads(record)["custom_id"] for record in output] == ["a", "b", "c"]
+    assert set(kept) < {json.loads(record)["id"] for record in output}
+    assert len(store.ls(folder, detail=False)) == 2
+    assert store.cat_file(f"/{tmp_path.name}/out.errors.jsonl") == b""
+
+
+def test_two_jobs_never_write_one_journal(tmp_path):
+    journal = Journal(tmp_path / "part")
+    with pytest.raises(ConfigError, match="another job writes it"):
+        Journal(tmp_path / "part")
+    journal.close()
+    Journal(tmp_path / "part").close()
