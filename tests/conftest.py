@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ os.environ |= {
 }
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else the workers' threads outnumber the cores
+    # Workers ignore Ctrl-C, and so would every process that a test starts and ends by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Triton reads it when it is imported: without a GPU, kernels run in its interpreter.
@@ -32,6 +35,13 @@ if not Path("/proc/driver/nvidia/version").exists():
 # A time limit would make tests fail on busy machines.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A worker runs whole files, and one of them all that share the service of `e2e`."""
+    for item in items:
+        is_e2e = item.path.parent.name == "e2e"
+        item.add_marker(pytest.mark.xdist_group("e2e" if is_e2e else str(item.path)))
 
 
 @pytest.fixture(scope="session")

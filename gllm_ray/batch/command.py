@@ -275,7 +275,7 @@ def connect_ray(config: ServiceConfig, address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    from gllm_ray.stages.placement import bundles
+    from gllm_ray.bundles import bundles
 
     if ray.is_initialized():
         return

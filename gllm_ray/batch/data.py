@@ -19,10 +19,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gllm_ray.batch.pipeline import reserve, run_pipeline, wait_for_room
 from gllm_ray.batch.records import Answer, BatchRow
+from gllm_ray.bundles import REPLICA_CPUS
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import InvalidRequestError
 from gllm_ray.serve_file import load_only_service
-from gllm_ray.stages.placement import REPLICA_CPUS
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,12 +10,12 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from gllm_ray.assembly.replica import PipelineReplica
 from gllm_ray.batch.answers import EngineAnswers
+from gllm_ray.bundles import bundles
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.errors import PipelineError
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.policy_config import BalancedConfig
-from gllm_ray.stages.placement import bundles
 
 logger = logging.getLogger(__name__)
 

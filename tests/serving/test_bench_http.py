@@ -63,7 +63,7 @@ def test_the_slower_of_two_services_loses_every_pair(tmp_path, capsys):
         tmp_path,
         "compare",
         server(0.01),
-        server(0.04),
+        server(0.1),
         *["--num-prompts", "4", "--output-len", "5", "--pairs", "2"],
     )
     assert status == 0

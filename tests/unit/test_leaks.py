@@ -19,6 +19,7 @@ MAX_CONCURRENCY = 25
 KV_CACHE_BYTES = 256 * 2**10  # so few blocks that the prefix cache is full after the warm-up
 # A request that left one object behind would leave 800 of a kind.
 MAX_OBJECT_GROWTH = 40
+MODULES = ("gllm_ray", "asyncio", "_asyncio", "torch", "collections")
 MAX_RSS_GROWTH_BYTES = 32 * 2**20
 
 
@@ -28,8 +29,10 @@ class Snapshot:
     def __init__(self):
         gc.collect()
         objects = gc.get_objects()
-        self.by_type = Counter(type(item).__qualname__ for item in objects)
-        del self.by_type[StepInterval.__qualname__]  # the stages keep a window of the latest
+        # Of other tests' modules a thread may import more meanwhile.
+        kinds = (type(item) for item in objects)
+        self.by_type = Counter(kind for kind in kinds if str(kind.__module__).startswith(MODULES))
+        del self.by_type[StepInterval]  # the stages keep a window of the latest
         self.tensor_bytes = sum(t.nbytes for t in objects if isinstance(t, torch.Tensor))
         self.rss_bytes = psutil.Process().memory_info().rss
 
