@@ -279,10 +279,12 @@ def connect_ray(config: ServiceConfig, address: str | None) -> None:
 
     if ray.is_initialized():
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     address = address or os.environ.get("RAY_ADDRESS")
     if address is not None:
         ray.init(address=address, log_to_driver=False)
-        return
-    cpus = ceil(sum(bundle["CPU"] for bundle in bundles(config)))
-    num_cpus = max(cpus, os.cpu_count() or 1)
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
+    else:
+        cpus = ceil(sum(bundle["CPU"] for bundle in bundles(config)))
+        num_cpus = max(cpus, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process at once

@@ -169,21 +169,41 @@ def test_a_running_service_answers_and_a_row_it_refuses_ends_with_2(tokenizer, t
     assert "tells of no one model" in capsys.readouterr().err
 
 
-def test_sigterm_keeps_what_is_done_and_ends_with_143(tokenizer, tmp_path):
-    lines = [make_line(f"row {i}", max_tokens=100, ignore_eos=True) for i in range(200)]
-    source = write_lines(tmp_path / "in.jsonl", lines)
-    journal = tmp_path / "out.jsonl.part"
-    program = [sys.executable, "-m", "tests.batch.local_job", str(source)]
-    process = subprocess.Popen(
-        [*program, str(tmp_path / "out.jsonl")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    deadline = time.monotonic() + 100
+def stop_in_the_middle(command, journal, log):
+    """Send SIGTERM when some rows are done; the exit status."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=file
+        )
+    deadline = time.monotonic() + 200
     while not journal.exists() or not journal.stat().st_size:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
+    return process.wait(60)
+
+
+def check_stop(program, tmp_path):
+    lines = [make_line(f"row {i}", max_tokens=100, ignore_eos=True) for i in range(200)]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    output, journal, log = (tmp_path / name for name in ("out.jsonl", "out.jsonl.part", "log"))
+    command = [sys.executable, "-m", *program(source, output)]
+    assert stop_in_the_middle(command, journal, log) == 128 + signal.SIGTERM
+    assert "run it again to go on from here" in log.read_text()
     assert journal.read_bytes().endswith(b"\n")
     assert 0 < len(read_lines(journal)) < 200
-    assert not (tmp_path / "out.jsonl").exists()
+    assert not output.exists()
+
+
+def test_sigterm_keeps_what_is_done_and_ends_with_143(tmp_path):
+    check_stop(lambda source, output: ["tests.batch.local_job", str(source), str(output)], tmp_path)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(300)
+def test_sigterm_ends_a_job_with_a_ray_of_its_own(config, tmp_path):
+    def program(source, output):
+        return ["gllm_ray.batch", *options(config, source, output, "--max-in-flight", "4")]
+
+    check_stop(program, tmp_path)
