@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
     return value
 
 
@@ -260,7 +260,8 @@ def _row_template(options: argparse.Namespace, model_name: str) -> RowTemplate |
 
 
 def _suffix(location: str) -> str:
-    return PurePosixPath(location).suffix
+    path = location.partition("?")[0] if is_remote(location) else location
+    return PurePosixPath(path).suffix
 
 
 def _identify_model(model: ModelConfig, directory: Path) -> dict[str, Any]:

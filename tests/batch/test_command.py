@@ -18,6 +18,7 @@ import uvicorn
 import yaml
 
 from gllm_ray.batch.command import main
+from gllm_ray.scheduling import QueueLimits
 from gllm_ray.serving.openai_api import build_api
 from tests.batch.local_job import make_line, read_lines, write_lines
 from tests.fakes import LocalService, ScriptedPipeline
@@ -124,12 +125,12 @@ def test_a_relative_output_is_refused_in_a_ray_job(config, tmp_path, capsys, mon
 
 
 @contextlib.contextmanager
-def http_service(tokenizer):
+def http_service(tokenizer, **scheduler_options):
     """The routes over a scripted model, on a port of their own; yields the address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         script = [*tokenizer.encode("Hello"), *tokenizer.stop_token_ids]
-        service = LocalService(tokenizer, ScriptedPipeline(script))
+        service = LocalService(tokenizer, ScriptedPipeline(script), **scheduler_options)
         server = uvicorn.Server(uvicorn.Config(build_api(service), log_level="warning"))
 
         async def serve():
@@ -167,6 +168,18 @@ def test_a_running_service_answers_and_a_row_it_refuses_ends_with_2(tokenizer, t
     assert (error["custom_id"], error["error"]["code"]) == ("long", "context_length_exceeded")
     assert main(asked) == 1  # nobody tells any more which model it is
     assert "tells of no one model" in capsys.readouterr().err
+
+
+def test_a_service_that_is_full_is_asked_again(tokenizer, tmp_path):
+    lines = [make_line(name, model=LocalService.model_name) for name in "abcd"]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    output = tmp_path / "out.jsonl"
+    # One sequence fits, and one may wait.
+    with http_service(tokenizer, num_blocks=3, queue=QueueLimits(max_requests=1)) as url:
+        body = {**lines[0]["body"], "n": 3}  # what four rows at once would meet
+        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 429
+        assert main(["--url", url, "--input", str(source), "--output", str(output)]) == 0
+    assert [record["custom_id"] for record in read_lines(output)] == list("abcd")
 
 
 def stop_in_the_middle(command, journal, log):
