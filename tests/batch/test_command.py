@@ -105,6 +105,7 @@ def test_a_table_comes_back_with_columns_of_answers(suffix, ray_cluster, config,
         ("here.jsonl", "out.csv", [], "must be JSONL when the input is .jsonl"),
         ("here.jsonl", "out.txt", [], "--output: the name must end with one of .jsonl"),
         ("here.jsonl", "out.jsonl", ["--template", "a"], "--template: must be left out"),
+        ("here.jsonl", "out.jsonl", ["--timeout-s", "3"], "--timeout-s: must be left out"),
         ("here.jsonl", "nothing://a/out.jsonl", [], "cannot be opened"),
     ],
 )

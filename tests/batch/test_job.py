@@ -110,9 +110,15 @@ def test_an_output_of_something_else_is_not_overwritten(tmp_path, tokenizer):
     source = write_lines(tmp_path / "in.jsonl", [make_line("a")])
     output = tmp_path / "out.jsonl"
     output.write_text("precious")
-    with pytest.raises(ConfigError, match="the output exists"):
+    with pytest.raises(ConfigError, match="no manifest says"):
         run(source, output, tokenizer)
     assert output.read_text() == "precious"
+    output.unlink()
+    run(source, output, tokenizer)
+    (tmp_path / "out.jsonl.manifest.json").unlink()
+    output.unlink()
+    with pytest.raises(ConfigError, match="no manifest says"):
+        run(source, output, tokenizer)
 
 
 def test_a_job_on_an_object_store_goes_on_from_its_segments(tmp_path, tokenizer):
