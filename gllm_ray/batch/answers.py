@@ -11,7 +11,12 @@ from fastapi.exceptions import RequestValidationError
 from gllm_ray.batch.records import Answer, BatchRow
 from gllm_ray.batch.requests import RequestChecks, build_requests
 from gllm_ray.engine.client import EngineClient
-from gllm_ray.errors import ConfigError, GllmRayError, PipelineError
+from gllm_ray.errors import (
+    ConfigError,
+    InvalidRequestError,
+    OverloadedError,
+    PipelineError,
+)
 from gllm_ray.messages import GenerationRequest, TokenEvent
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.generation_requests import RequestBuilder
@@ -36,7 +41,7 @@ class Answers(Protocol):
 
 
 class EngineAnswers:
-    """Runs rows on an engine in reach of this process; a `GenerationService` for one client.
+    """Runs rows on an engine in reach of this process; a `TokenService`.
 
     Args:
         client: Of the engine; started.
@@ -48,9 +53,7 @@ class EngineAnswers:
     def __init__(
         self, client: EngineClient, *, model_name: str, tokenizer: Tokenizer, max_model_len: int
     ) -> None:
-        self.model_name = model_name
         self.tokenizer = tokenizer
-        self.max_model_len = max_model_len
         self._client = client
         self._builder = RequestBuilder(tokenizer, max_model_len)
         self._checks = RequestChecks(model_name=model_name, builder=self._builder)
@@ -62,21 +65,12 @@ class EngineAnswers:
             head = ResponseHead.new(model=body.model, is_chat=row.url == "/v1/chat/completions")
             requests = await build_requests(self._builder, body, head.id)
             return Answer(status=200, body=await whole_response(self, body, head, requests))
-        except (GllmRayError, RequestValidationError) as error:
-            await self._client.check_health()
+        except (InvalidRequestError, OverloadedError, RequestValidationError) as error:
             return Answer.of_error(error)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
         """See `EngineClient.generate`."""
         return self._client.generate(request)
-
-    async def check_health(self) -> None:
-        """See `EngineClient.check_health`."""
-        await self._client.check_health()
-
-    async def server_info(self) -> dict[str, Any]:
-        """What there is to tell of it."""
-        return {"model": self.model_name, "max_model_len": self.max_model_len}
 
 
 class HttpAnswers:

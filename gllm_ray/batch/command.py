@@ -31,6 +31,7 @@ from gllm_ray.serving.generation_requests import RequestBuilder
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which Ray sets for the entrypoint of a job
 _URL_MAX_IN_FLIGHT = 128
+_URL_TIMEOUT_S = 3600
 _SIGNAL_STATUS = 128
 
 
@@ -98,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"JSONL; for a table Parquet or CSV, too; {files}. Rows that failed go to "
         "NAME.errors.jsonl beside it",
     )
-    parser.add_argument("--address", help="the Ray cluster to join; none: start one here")
+    parser.add_argument(
+        "--address", help="with --config: the Ray cluster to join (default: RAY_ADDRESS, or a new)"
+    )
     parser.add_argument(
         "--max-in-flight",
         type=_positive,
@@ -107,7 +110,10 @@ def _parser() -> argparse.ArgumentParser:
         f"configuration; with --url {_URL_MAX_IN_FLIGHT})",
     )
     parser.add_argument(
-        "--timeout-s", type=float, default=3600.0, help="with --url: of a row (default: 3600)"
+        "--timeout-s",
+        type=_positive,
+        metavar="S",
+        help=f"with --url: seconds a row may take (default: {_URL_TIMEOUT_S})",
     )
     parser.add_argument(
         "--retry-errors", action="store_true", help="run the rows again that failed before"
@@ -128,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
     return value
 
 
@@ -152,6 +158,8 @@ def _refuse_lost_output(output: str) -> None:
 
 
 async def _job_of_config(options: argparse.Namespace, source: Path) -> BatchJob:
+    if options.timeout_s is not None:
+        raise ConfigError("--timeout-s: must be left out with --config; it is for --url")
     config = load_only_service(options.config)
     checkpoint = open_checkpoint(config.model)
     tokenizer = await asyncio.to_thread(Tokenizer.for_model, config.model)
@@ -176,6 +184,8 @@ async def _job_of_config(options: argparse.Namespace, source: Path) -> BatchJob:
 
 
 async def _job_of_url(options: argparse.Namespace, source: Path) -> BatchJob:
+    if options.address is not None:
+        raise ConfigError("--address: must be left out with --url, which needs no Ray")
     url = options.url.rstrip("/")
     model = await look_up_model(url)
     checks = RequestChecks(
@@ -183,7 +193,7 @@ async def _job_of_url(options: argparse.Namespace, source: Path) -> BatchJob:
     )
 
     def start() -> AbstractAsyncContextManager[Answers]:
-        return HttpAnswers.open(url, timeout_s=options.timeout_s)
+        return HttpAnswers.open(url, timeout_s=options.timeout_s or _URL_TIMEOUT_S)
 
     max_in_flight = options.max_in_flight or _URL_MAX_IN_FLIGHT
     return _make_job(options, source, checks, model, start, max_in_flight)
@@ -260,7 +270,8 @@ def _row_template(options: argparse.Namespace, model_name: str) -> RowTemplate |
 
 
 def _suffix(location: str) -> str:
-    return PurePosixPath(location).suffix
+    path = location.partition("?")[0] if is_remote(location) else location
+    return PurePosixPath(path).suffix
 
 
 def _identify_model(model: ModelConfig, directory: Path) -> dict[str, Any]:
@@ -279,10 +290,12 @@ def connect_ray(config: ServiceConfig, address: str | None) -> None:
 
     if ray.is_initialized():
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     address = address or os.environ.get("RAY_ADDRESS")
     if address is not None:
         ray.init(address=address, log_to_driver=False)
-        return
-    cpus = ceil(sum(bundle["CPU"] for bundle in bundles(config)))
-    num_cpus = max(cpus, os.cpu_count() or 1)
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
+    else:
+        cpus = ceil(sum(bundle["CPU"] for bundle in bundles(config)))
+        num_cpus = max(cpus, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process at once

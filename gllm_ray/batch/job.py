@@ -67,31 +67,31 @@ class BatchJob:
             PipelineError: No row can be run any more; those that were are in the journal.
         """
         with closing(Journal(workspace.journal_path)) as journal:
-            num_rows = await self._prepare(workspace)
-            todo = [
+            num_rows = await self._prepare(workspace, journal)
+            todo = {
                 row.number
                 for row in self._rows()
                 if not journal.is_done(row.custom_id, with_success=self.retry_errors)
-            ]
+            }
             if todo:
-                await self._run_rows(set(todo), workspace, journal, num_rows)
+                await self._run_rows(todo, workspace, journal, num_rows)
             result = JobResult(num_rows=num_rows, num_failed=journal.num_failed)
             await asyncio.to_thread(self._publish, workspace, journal)
         manifest = {**self.identity, "num_rows": num_rows, "num_failed": result.num_failed}
         workspace.write_manifest({**manifest, "is_complete": True})
         return result
 
-    async def _prepare(self, workspace: Workspace) -> int:
+    async def _prepare(self, workspace: Workspace, journal: Journal) -> int:
         """Check the whole input, or that it is what it was; the number of its rows."""
         manifest = workspace.read_manifest()
         if manifest is not None:
             refuse_changes(manifest, self.identity)
             num_rows: int = manifest["num_rows"]
             return num_rows
-        if workspace.has_output():
+        if workspace.has_output() or journal.num_done:
             raise ConfigError(
-                "the output exists, and no manifest says that this job wrote it; remove it, or "
-                "give another --output"
+                "the output or its .part exists, and no manifest says that this job wrote it; "
+                "remove both, or give another --output"
             )
         num_rows = await self._validate()
         workspace.write_manifest({**self.identity, "num_rows": num_rows, "is_complete": False})
@@ -107,7 +107,7 @@ class BatchJob:
             if mistake is None and isinstance(row, BatchRow):
                 first = first_numbers.setdefault(row.custom_id, row.number)
                 if first != row.number:
-                    message = f"custom_id={row.custom_id!r}: is that of {first}, too"
+                    message = f"custom_id={row.custom_id!r}: is that of row {first}, too"
                     mistake = Mistake(number=row.number, message=message)
             if mistake is not None:
                 mistakes.append(mistake)

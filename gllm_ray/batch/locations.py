@@ -41,7 +41,8 @@ def open_remote(location: str) -> "tuple[AbstractFileSystem, str]":
 
         return url_to_fs(location)
     except (ImportError, ValueError) as error:
-        hint = "; pip install 'gllm_ray[data]'" if scheme in _OF_PYARROW else ""
+        is_missing = isinstance(error, ImportError) and scheme in _OF_PYARROW
+        hint = "; pip install 'gllm_ray[data]'" if is_missing else ""
         raise ConfigError(f"{location}: cannot be opened: {error}{hint}") from error
 
 

@@ -22,11 +22,13 @@ class Progress:
     """
 
     def __init__(self, *, num_rows: int, num_done: int) -> None:
+        is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=num_rows,
             initial=num_done,
             unit="row",
-            mininterval=0.5 if sys.stderr.isatty() else _LOG_INTERVAL_S,
+            mininterval=0.5 if is_terminal else _LOG_INTERVAL_S,
+            bar_format=None if is_terminal else "{l_bar}{bar}{r_bar}\n",
         )
         self._start_s: float | None = None
         self._num_tokens = 0

@@ -61,9 +61,10 @@ class RowTemplate:
             raise ConfigError(f"--template={self.template!r}: is no template: {error}") from error
 
         def make(number: int, columns: Mapping[str, Any]) -> BatchRow | Mistake:
+            for column in (self.prompt_column, self.id_column):
+                if column is not None and columns[column] is None:
+                    return Mistake(number=number, message=f"{column} is null")
             prompt = {} if self.prompt_column is None else {"prompt": columns[self.prompt_column]}
-            if None in prompt.values():
-                return Mistake(number=number, message=f"{self.prompt_column} is null")
             custom_id = f"row-{number}" if self.id_column is None else columns[self.id_column]
             try:
                 text = template.render({**columns, **prompt})

@@ -24,21 +24,29 @@ from gllm_ray.serving.text_stream import TextDelta, collect_outputs, merge_delta
 MAX_BODY_BYTES = 8 * 2**20
 
 
-class GenerationService(Protocol):
+class TokenService(Protocol):
+    """What a response is made with.
+
+    Attributes:
+        tokenizer: The model's.
+    """
+
+    tokenizer: Tokenizer
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
+        """Run a request; closing the generator early aborts it."""
+
+
+class GenerationService(TokenService, Protocol):
     """What the routes need of a replica.
 
     Attributes:
         model_name: The one model, as clients name it.
         max_model_len: Tokens of prompt and output a sequence may have.
-        tokenizer: The model's.
     """
 
     model_name: str
     max_model_len: int
-    tokenizer: Tokenizer
-
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
-        """Run a request; closing the generator early aborts it."""
 
     async def check_health(self) -> None:
         """Return if requests can be served.
@@ -117,7 +125,7 @@ async def server_info(service: Service) -> Response:
 
 
 async def whole_response(
-    service: GenerationService,
+    service: TokenService,
     body: GenerationParams,
     head: ResponseHead,
     requests: Sequence[GenerationRequest],
@@ -159,7 +167,7 @@ async def _respond(
 
 
 def _deltas(
-    service: GenerationService, body: GenerationParams, requests: Sequence[GenerationRequest]
+    service: TokenService, body: GenerationParams, requests: Sequence[GenerationRequest]
 ) -> AsyncGenerator[TextDelta, None]:
     streams = [
         text_deltas(

@@ -18,6 +18,7 @@ import uvicorn
 import yaml
 
 from gllm_ray.batch.command import main
+from gllm_ray.scheduling import QueueLimits
 from gllm_ray.serving.openai_api import build_api
 from tests.batch.local_job import make_line, read_lines, write_lines
 from tests.fakes import LocalService, ScriptedPipeline
@@ -104,6 +105,7 @@ def test_a_table_comes_back_with_columns_of_answers(suffix, ray_cluster, config,
         ("here.jsonl", "out.csv", [], "must be JSONL when the input is .jsonl"),
         ("here.jsonl", "out.txt", [], "--output: the name must end with one of .jsonl"),
         ("here.jsonl", "out.jsonl", ["--template", "a"], "--template: must be left out"),
+        ("here.jsonl", "out.jsonl", ["--timeout-s", "3"], "--timeout-s: must be left out"),
         ("here.jsonl", "nothing://a/out.jsonl", [], "cannot be opened"),
     ],
 )
@@ -124,12 +126,12 @@ def test_a_relative_output_is_refused_in_a_ray_job(config, tmp_path, capsys, mon
 
 
 @contextlib.contextmanager
-def http_service(tokenizer):
+def http_service(tokenizer, **scheduler_options):
     """The routes over a scripted model, on a port of their own; yields the address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         script = [*tokenizer.encode("Hello"), *tokenizer.stop_token_ids]
-        service = LocalService(tokenizer, ScriptedPipeline(script))
+        service = LocalService(tokenizer, ScriptedPipeline(script), **scheduler_options)
         server = uvicorn.Server(uvicorn.Config(build_api(service), log_level="warning"))
 
         async def serve():
@@ -169,21 +171,53 @@ def test_a_running_service_answers_and_a_row_it_refuses_ends_with_2(tokenizer, t
     assert "tells of no one model" in capsys.readouterr().err
 
 
-def test_sigterm_keeps_what_is_done_and_ends_with_143(tokenizer, tmp_path):
-    lines = [make_line(f"row {i}", max_tokens=100, ignore_eos=True) for i in range(200)]
+def test_a_service_that_is_full_is_asked_again(tokenizer, tmp_path):
+    lines = [make_line(name, model=LocalService.model_name) for name in "abcd"]
     source = write_lines(tmp_path / "in.jsonl", lines)
-    journal = tmp_path / "out.jsonl.part"
-    program = [sys.executable, "-m", "tests.batch.local_job", str(source)]
-    process = subprocess.Popen(
-        [*program, str(tmp_path / "out.jsonl")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    deadline = time.monotonic() + 100
+    output = tmp_path / "out.jsonl"
+    # One sequence fits, and one may wait.
+    with http_service(tokenizer, num_blocks=3, queue=QueueLimits(max_requests=1)) as url:
+        body = {**lines[0]["body"], "n": 3}  # what four rows at once would meet
+        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 429
+        assert main(["--url", url, "--input", str(source), "--output", str(output)]) == 0
+    assert [record["custom_id"] for record in read_lines(output)] == list("abcd")
+
+
+def stop_in_the_middle(command, journal, log):
+    """Send SIGTERM when some rows are done; the exit status."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=file
+        )
+    deadline = time.monotonic() + 200
     while not journal.exists() or not journal.stat().st_size:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
+    return process.wait(60)
+
+
+def check_stop(program, tmp_path):
+    lines = [make_line(f"row {i}", max_tokens=100, ignore_eos=True) for i in range(200)]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    output, journal, log = (tmp_path / name for name in ("out.jsonl", "out.jsonl.part", "log"))
+    command = [sys.executable, "-m", *program(source, output)]
+    assert stop_in_the_middle(command, journal, log) == 128 + signal.SIGTERM
+    assert "run it again to go on from here" in log.read_text()
     assert journal.read_bytes().endswith(b"\n")
     assert 0 < len(read_lines(journal)) < 200
-    assert not (tmp_path / "out.jsonl").exists()
+    assert not output.exists()
+
+
+def test_sigterm_keeps_what_is_done_and_ends_with_143(tmp_path):
+    check_stop(lambda source, output: ["tests.batch.local_job", str(source), str(output)], tmp_path)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(300)
+def test_sigterm_ends_a_job_with_a_ray_of_its_own(config, tmp_path):
+    def program(source, output):
+        return ["gllm_ray.batch", *options(config, source, output, "--max-in-flight", "4")]
+
+    check_stop(program, tmp_path)

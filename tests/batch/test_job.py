@@ -2,13 +2,17 @@
 
 import asyncio
 import json
+from contextlib import asynccontextmanager
 
 import fsspec
 import pytest
 
+from gllm_ray.batch.answers import EngineAnswers
 from gllm_ray.batch.journal import Journal
 from gllm_ray.batch.requests import RequestChecks
-from gllm_ray.errors import ConfigError
+from gllm_ray.engine.client import EngineClient
+from gllm_ray.engine.engine import Engine
+from gllm_ray.errors import ConfigError, PipelineError
 from tests.batch.local_job import (
     MAX_MODEL_LEN,
     MODEL,
@@ -17,6 +21,8 @@ from tests.batch.local_job import (
     run_job,
     write_lines,
 )
+from tests.factories import make_scheduler
+from tests.fakes import ScriptedPipeline
 
 
 def run(source, output, tokenizer, **options):
@@ -104,9 +110,15 @@ def test_an_output_of_something_else_is_not_overwritten(tmp_path, tokenizer):
     source = write_lines(tmp_path / "in.jsonl", [make_line("a")])
     output = tmp_path / "out.jsonl"
     output.write_text("precious")
-    with pytest.raises(ConfigError, match="the output exists"):
+    with pytest.raises(ConfigError, match="no manifest says"):
         run(source, output, tokenizer)
     assert output.read_text() == "precious"
+    output.unlink()
+    run(source, output, tokenizer)
+    (tmp_path / "out.jsonl.manifest.json").unlink()
+    output.unlink()
+    with pytest.raises(ConfigError, match="no manifest says"):
+        run(source, output, tokenizer)
 
 
 def test_a_job_on_an_object_store_goes_on_from_its_segments(tmp_path, tokenizer):
@@ -134,3 +146,30 @@ def test_two_jobs_never_write_one_journal(tmp_path):
         Journal(tmp_path / "part")
     journal.close()
     Journal(tmp_path / "part").close()
+
+
+def test_a_pipeline_that_breaks_ends_the_job_and_fails_no_row(tmp_path, tokenizer):
+    source = write_lines(tmp_path / "in.jsonl", [make_line(name) for name in "abcdef"])
+    script = [*tokenizer.encode("Hello"), *tokenizer.stop_token_ids]
+    broken = ScriptedPipeline(script)
+    broken.failure = PipelineError("stage 0 is gone")
+
+    @asynccontextmanager
+    async def start(pipeline):
+        engine = Engine(make_scheduler(max_model_len=MAX_MODEL_LEN, num_blocks=256), pipeline)
+        engine.start()
+        client = EngineClient(engine)
+        await client.start()
+        yield EngineAnswers(
+            client, model_name=MODEL, tokenizer=tokenizer, max_model_len=MAX_MODEL_LEN
+        )
+        await client.close()
+        await engine.close()
+
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(PipelineError):
+        run(source, output, tokenizer, start_answers=lambda: start(broken))
+    assert (tmp_path / "out.jsonl.part").read_bytes() == b""
+    healthy = ScriptedPipeline(script)
+    result = run(source, output, tokenizer, start_answers=lambda: start(healthy))
+    assert (result.num_rows, result.num_failed) == (6, 0)

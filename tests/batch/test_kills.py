@@ -71,4 +71,4 @@ def test_no_row_is_lost_or_doubled_by_kills(tmp_path, tokenizer):
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
 def test_no_row_is_lost_or_doubled_by_twenty_kills(tmp_path, tokenizer):
-    check_kills(20, 500, tmp_path, tokenizer)
+    check_kills(20, 800, tmp_path, tokenizer)
