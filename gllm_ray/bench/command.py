@@ -12,12 +12,14 @@ from typing import Any
 from gllm_ray.bench.fidelity_models import MODELS, fidelity_service
 from gllm_ray.bench.large_simulations import LargeSimulation, bench_large_simulations
 from gllm_ray.bench.load_options import positive
+from gllm_ray.bench.measured_command import show_step
+from gllm_ray.bench.pipeline_command import add_pipeline_benchmarks
 from gllm_ray.bench.policies import bench_policies
 from gllm_ray.bench.policy_runs import Effort
 from gllm_ray.bench.policy_scenarios import SCENARIOS
 from gllm_ray.bench.policy_table import policy_table
 from gllm_ray.bench.scheduler import SchedulerBenchResult, bench_scheduler
-from gllm_ray.bench.service_command import add_service_benchmarks, show_step
+from gllm_ray.bench.service_command import add_service_benchmarks
 from gllm_ray.bench.simulator import SimulatorBenchResult, bench_simulator
 from gllm_ray.errors import GllmRayError
 from gllm_ray.policy_config import POLICY_CONFIGS
@@ -39,6 +41,7 @@ def add_bench_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not
     bench = commands.add_parser("bench", help="measure a part of the service on this machine")
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
     add_service_benchmarks(benchmarks)
+    add_pipeline_benchmarks(benchmarks)
     _add_scheduler(benchmarks)
     _add_fidelity(benchmarks)
     _add_policies(benchmarks)
