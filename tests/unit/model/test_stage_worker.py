@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from gllm_ray.config import KvCacheConfig, SchedulerConfig, TokenThrottlingConfig
+from gllm_ray.config import KvCacheConfig, SchedulerConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.model.linear import PackedLinear
 from gllm_ray.model.tokenizer import Tokenizer
+from gllm_ray.policy_config import TokenThrottlingConfig
 from gllm_ray.stages.local_pipeline import LocalPipeline
 from gllm_ray.stages.worker import StageWorker
 from tests.numerics.models import save_checkpoint

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from gllm_ray.config import TokenThrottlingConfig
+from gllm_ray.policy_config import TokenThrottlingConfig
 from gllm_ray.scheduling.block_allocator import BlockAllocator
 from gllm_ray.scheduling.prefix_cache import PrefixCache
 from gllm_ray.scheduling.sequence import Sequence
