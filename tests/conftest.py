@@ -6,10 +6,11 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 if TYPE_CHECKING:
     from tests.pipelines import Reference
@@ -37,11 +38,17 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class _ByFile(LoadFileScheduling):
     """A worker runs whole files, and one of them all that share the service of `e2e`."""
-    for item in items:
-        is_e2e = item.path.parent.name == "e2e"
-        item.add_marker(pytest.mark.xdist_group("e2e" if is_e2e else str(item.path)))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "e2e" if Path(file).parent.name == "e2e" else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
+    """Replaces each way of `--dist`."""
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
