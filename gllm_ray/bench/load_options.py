@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gllm_ray.bench.result_table import LATENCIES
+from gllm_ray.bench.table_cells import LATENCIES
 from gllm_ray.errors import ConfigError
 
 if TYPE_CHECKING:

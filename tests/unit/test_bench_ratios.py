@@ -131,25 +131,24 @@ def test_results_of_one_kind_are_rows_of_one_table(tmp_path, capsys):
     assert lines.count("a CPU, 2 cores; ray 2; commit unknown; 2026-01-02") == 1
 
 
+def write_comparison(path, pairs, **content):
+    ratios = {
+        name: {
+            "pairs": ratio.pairs,
+            "median": ratio.median,
+            "least": ratio.least,
+            "most": ratio.most,
+        }
+        for name, ratio in paired_ratios(pairs).items()
+    }
+    runs = [{"a": pair.a.to_json(), "b": pair.b.to_json()} for pair in pairs]
+    content = {"a": "ours", "b": "peer", "load": LOAD, "pairs": runs, "ratios": ratios} | content
+    return write(path, benchmark="compare", **content)
+
+
 def test_a_comparison_shows_both_runs_and_the_ratio_of_each_pair(tmp_path, capsys):
     pairs = [Pair(run(1.0), run(2.0)), Pair(run(1.0), run(4.0, num_failed=1))]
-    file = write(
-        tmp_path / "compare.json",
-        benchmark="compare",
-        a="ours",
-        b="peer",
-        load=LOAD,
-        pairs=[{"a": pair.a.to_json(), "b": pair.b.to_json()} for pair in pairs],
-        ratios={
-            name: {
-                "pairs": ratio.pairs,
-                "median": ratio.median,
-                "least": ratio.least,
-                "most": ratio.most,
-            }
-            for name, ratio in paired_ratios(pairs).items()
-        },
-    )
+    file = write_comparison(tmp_path / "compare.json", pairs)
     rows, _ = table_of(capsys, file, "--percentile-metrics", "e2el")
     assert rows[0][:3] == ["pair", "output tokens/s", "E2E p50 ms"]
     shown = {row[0]: row[1] for row in rows[1:]}
@@ -165,6 +164,25 @@ def test_a_comparison_shows_both_runs_and_the_ratio_of_each_pair(tmp_path, capsy
     }
 
 
+def test_of_several_comparisons_each_is_a_row_of_its_ratios(tmp_path, capsys):
+    faster, failed = Pair(run(1.0), run(2.0)), Pair(run(1.0), run(4.0, num_failed=1))
+    files = [
+        write_comparison(tmp_path / "1.json", [faster, Pair(run(1.0), run(3.0))]),
+        write_comparison(tmp_path / "2.json", [failed]),
+        write_comparison(tmp_path / "3.json", [faster], b="another"),
+    ]
+    rows, lines = table_of(capsys, *files, "--percentile-metrics", "e2el")
+    assert lines[0] == "1. A: `ours`; B: `peer`"
+    assert "2. A: `ours`; B: `another`" in lines
+    columns = ["services", "pairs", "output tokens/s A/B", "E2E p50 A/B"]
+    cells = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    assert [[row[column] for column in columns] for row in cells] == [
+        ["1", "2", "**2.50** (2.00 to 3.00)", "**0.42** (0.33 to 0.50)"],
+        ["1", "1", "-", "-"],
+        ["2", "1", "**2.00** (2.00 to 2.00)", "**0.50** (0.50 to 0.50)"],
+    ]
+
+
 @pytest.mark.parametrize("text", ["{}", "no JSON", '{"format": "gllm_ray.bench.v0"}'])
 def test_what_is_no_result_has_no_table(tmp_path, capsys, text):
     file = tmp_path / "other.json"
@@ -178,5 +196,6 @@ def test_the_readme_has_the_tables_of_the_committed_results():
     names = ("serve", "engine", "stage", "stage_15m", "stage_500m", "transport", "front", "compare")
     results = [read_result(root / f"gllm_ray/bench/results/{name}.json") for name in names]
     assert result_tables(results, ["ttft", "tpot"]) in (root / "README.md").read_text("utf-8")
-    beside_vllm = read_result(root / "gllm_ray/bench/results/compare_vllm.json")
-    assert result_tables([beside_vllm], ["ttft", "tpot"]) in (root / "README.md").read_text("utf-8")
+    beside_vllm = (root / "gllm_ray/bench/results").glob("compare_vllm_*.json")
+    table = result_tables([read_result(file) for file in sorted(beside_vllm)], ["ttft", "tpot"])
+    assert table in (root / "README.md").read_text("utf-8")
