@@ -16,7 +16,7 @@ from gllm_ray.bench.load_generator import RequestRecord
 from gllm_ray.bench.prompts import LoadRequest
 from gllm_ray.demo.serve_process import ServeProcess, free_port, on_port
 from gllm_ray.errors import ConfigError, PipelineError
-from gllm_ray.model.checkpoint import find_directory
+from gllm_ray.model.checkpoint import find_weight_files
 from gllm_ray.serve_file import load_only_service, load_serve_file
 
 _POLL_S = 0.5
@@ -115,8 +115,7 @@ def model_directory(text: str) -> str | None:
     """
     if not _is_serve_config(text):
         return None
-    model = load_only_service(Path(text)).model
-    return str(find_directory(model.path, model.revision, with_weights=True))
+    return str(find_weight_files(load_only_service(Path(text)).model)[0].parent)
 
 
 def command_words(text: str, port: int, model: str | None) -> list[str]:

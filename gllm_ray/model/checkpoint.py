@@ -4,6 +4,8 @@ Only JSON is read and no tensor library is imported, so any process may check a 
 """
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 _LENGTH_DEPENDENT_ROPES = ("longrope", "su")
 _INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
+# The first number in a tensor's name is its layer, whatever the architecture calls layers.
+_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,31 +33,24 @@ class Checkpoint:
         directory: Where config.json lies.
         model_type: The architecture, in transformers' spelling.
         max_model_len: Tokens of prompt and output a sequence may have.
-        weight_files: The safetensors files, where they were asked for.
     """
 
     directory: Path
     model_type: str
     max_model_len: int
-    weight_files: tuple[Path, ...]
 
 
-def open_checkpoint(model: ModelConfig, *, with_weights: bool = False) -> Checkpoint:
+def open_checkpoint(model: ModelConfig) -> Checkpoint:
     """Find a model and refuse what cannot be served, before any memory is taken.
 
-    Args:
-        model: Which model, and how it is to be loaded.
-        with_weights: Whether its weights are to be on this machine, unless they are dummies. Only
-            then are they downloaded; those of a local directory are checked in any case.
+    Weights are not downloaded; those of a local directory must be there.
 
     Raises:
         ConfigError: The path is missing, holds no safetensors weights, needs code of its own, is
             quantized, is of an unsupported architecture, or is too short for `max_model_len`.
     """
     reads_weights = model.load_format != "dummy"
-    directory = find_directory(
-        model.path, model.revision, with_weights=with_weights and reads_weights
-    )
+    directory = find_directory(model.path, model.revision)
     config = _read_json(directory / "config.json")
     if "quantization_config" in config and reads_weights:
         method = config["quantization_config"].get("quant_method")
@@ -67,19 +64,45 @@ def open_checkpoint(model: ModelConfig, *, with_weights: bool = False) -> Checkp
         raise ConfigError(
             f"model.path={model.path!r}: model_type {model_type!r} is not supported: {reason}"
         )
-    is_complete = with_weights or _local_directory(model.path) is not None
+    if reads_weights and _local_directory(model.path) is not None:
+        find_weight_files(model)
     return Checkpoint(
         directory=directory,
         model_type=model_type,
         max_model_len=_max_model_len(model, config),
-        weight_files=_weight_files(directory, model.path) if reads_weights and is_complete else (),
     )
 
 
-def find_directory(path: str, revision: str | None = None, *, with_weights: bool = False) -> Path:
+def find_weight_files(model: ModelConfig, layers: range | None = None) -> tuple[Path, ...]:
+    """The safetensors files of a model; those of a model id that are not here are downloaded.
+
+    Args:
+        model: Which model.
+        layers: Leave out the files that hold nothing but other layers.
+
+    Raises:
+        ConfigError: One of them is missing.
+    """
+    directory = find_directory(model.path, model.revision)
+    names = _weight_file_names(directory, layers)
+    directory = find_directory(model.path, model.revision, weight_files=names)
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        others = sorted(file.name for file in directory.glob("*.bin"))
+        hint = f"; it has {', '.join(others)}, so convert it to safetensors" if others else ""
+        raise ConfigError(
+            f"model.path={model.path!r}: there is no {missing[0]} in {str(directory)!r}, and only "
+            f"safetensors weights are read{hint}"
+        )
+    return tuple(directory / name for name in names)
+
+
+def find_directory(
+    path: str, revision: str | None = None, *, weight_files: Sequence[str] = ()
+) -> Path:
     """The local directory of a path, a `package://` address or a Hugging Face model id.
 
-    A model id is downloaded, its weights only on request.
+    A model id is downloaded, of its weights these files.
 
     Raises:
         ConfigError: There is no such directory, and no such model can be downloaded.
@@ -91,7 +114,7 @@ def find_directory(path: str, revision: str | None = None, *, with_weights: bool
         raise ConfigError(
             f"model.path={path!r}: there is no directory {resolve_package_path(path)!r}"
         )
-    return _download(path, revision, [*_METADATA_FILES, *["*.safetensors"] * with_weights])
+    return _download(path, revision, [*_METADATA_FILES, *weight_files])
 
 
 def _local_directory(path: str) -> Path | None:
@@ -157,18 +180,14 @@ def _num_positions(config: dict[str, Any]) -> int | None:
     return next((config[key] for key in _LENGTH_KEYS if config.get(key)), None)
 
 
-def _weight_files(directory: Path, path: str) -> tuple[Path, ...]:
-    if (directory / _INDEX_FILE).is_file():
-        names = sorted(set(_read_json(directory / _INDEX_FILE).get("weight_map", {}).values()))
-        files = tuple(directory / name for name in names)
-    else:
-        files = (directory / _SINGLE_FILE,)
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        others = sorted(file.name for file in directory.glob("*.bin"))
-        hint = f"; it has {', '.join(others)}, so convert it to safetensors" if others else ""
-        raise ConfigError(
-            f"model.path={path!r}: there is no {missing[0]} in {str(directory)!r}, and only "
-            f"safetensors weights are read{hint}"
-        )
-    return files
+def _weight_file_names(directory: Path, layers: range | None) -> list[str]:
+    if not (directory / _INDEX_FILE).is_file():
+        return [_SINGLE_FILE]
+    files: dict[str, str] = _read_json(directory / _INDEX_FILE).get("weight_map", {})
+    return sorted({file for tensor, file in files.items() if _is_of(tensor, layers)})
+
+
+def _is_of(tensor: str, layers: range | None) -> bool:
+    """Whether a tensor belongs to one of these layers, or to none."""
+    layer = _LAYER.search(tensor)
+    return layers is None or layer is None or int(layer[1]) in layers

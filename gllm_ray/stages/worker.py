@@ -22,7 +22,7 @@ from gllm_ray.model.attention.backend import (
     find_gpu,
 )
 from gllm_ray.model.attention.interface import paged_forward
-from gllm_ray.model.checkpoint import Checkpoint, open_checkpoint
+from gllm_ray.model.checkpoint import find_weight_files, open_checkpoint
 from gllm_ray.model.decode_graphs import (
     Capture,
     DecodeGraphs,
@@ -99,14 +99,14 @@ class StageWorker:
             ConfigError: The checkpoint or the layer split cannot be served.
         """
         clock = PhaseClock()
-        checkpoint = open_checkpoint(self._config.model, with_weights=True)
+        checkpoint = open_checkpoint(self._config.model)
         clock.end("checkpoint")
         self._prepare_device()
         model_config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
         layers = self._layer_range(model_config)
         shard = Shard(model_config, layers, self._choose_dtype(model_config), self._device)
         clock.end("model")
-        self._load_weights(shard, checkpoint)
+        self._load_weights(shard, range(*layers))
         num_parameters = shard.num_parameters
         clock.end("weights")
         self._convert_weights(shard)
@@ -167,11 +167,11 @@ class StageWorker:
         drawn = [seq for seq in batch.sequences if seq.sampling is not None]
         return sample(output, [seq.sampling for seq in drawn], [seq.end for seq in drawn])
 
-    def _load_weights(self, shard: Shard, checkpoint: Checkpoint) -> None:
+    def _load_weights(self, shard: Shard, layers: range) -> None:
         if self._config.model.load_format == "dummy":
             shard.load(dummy_tensors(shard.parameters_to_load(), shard.dtype, self._device))
         else:
-            reader = SafetensorsReader(checkpoint.weight_files)
+            reader = SafetensorsReader(find_weight_files(self._config.model, layers))
             shard.load(reader.tensors)
             self.bytes_read = reader.bytes_read
 

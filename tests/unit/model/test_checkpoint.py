@@ -6,7 +6,7 @@ import pytest
 
 from gllm_ray.config import ModelConfig
 from gllm_ray.errors import ConfigError
-from gllm_ray.model.checkpoint import find_directory, open_checkpoint
+from gllm_ray.model.checkpoint import find_directory, find_weight_files, open_checkpoint
 
 LLAMA = {"model_type": "llama", "max_position_embeddings": 128, "hidden_size": 64}
 
@@ -28,29 +28,43 @@ def open_path(path, **settings):
     return open_checkpoint(ModelConfig(path=str(path), **settings))
 
 
-def test_a_servable_checkpoint_tells_its_length_and_files(checkpoint_dir):
+def weight_files(path, layers=None):
+    return [file.name for file in find_weight_files(ModelConfig(path=str(path)), layers)]
+
+
+def test_a_servable_checkpoint_tells_its_length(checkpoint_dir):
     path = checkpoint_dir()
     checkpoint = open_path(path)
     assert checkpoint.directory == path
     assert checkpoint.model_type == "llama"
     assert checkpoint.max_model_len == 128
-    assert checkpoint.weight_files == (path / "model.safetensors",)
+    assert weight_files(path) == weight_files(path, range(1)) == ["model.safetensors"]
 
 
-def test_an_index_names_each_weight_file_once(checkpoint_dir):
-    shards = ("a-1.safetensors", "a-2.safetensors")
-    path = checkpoint_dir(files=shards)
-    weight_map = {"x": shards[1], "y": shards[0], "z": shards[1]}
+def test_a_stage_needs_the_files_of_its_layers_and_of_what_is_of_no_layer(checkpoint_dir):
+    weight_map = {
+        "model.embed_tokens.weight": "a.safetensors",
+        "model.layers.0.mlp.experts.11.w1.weight": "a.safetensors",
+        "model.layers.1.mlp.experts.0.w1.weight": "b.safetensors",
+        "model.layers.11.self_attn.q_proj.weight": "c.safetensors",
+        "model.norm.weight": "d.safetensors",
+    }
+    path = checkpoint_dir(files=sorted(set(weight_map.values())))
     index = path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    assert open_path(path).weight_files == tuple(path / name for name in shards)
-    (path / shards[1]).unlink()
-    with pytest.raises(ConfigError, match=r"there is no a-2.safetensors"):
-        open_path(path)
+    every = [f"{name}.safetensors" for name in "abcd"]
+    assert weight_files(path) == weight_files(path, range(12)) == every
+    assert weight_files(path, range(1)) == [every[0], every[3]]
+    assert weight_files(path, range(1, 11)) == [every[0], every[1], every[3]]
+    (path / "c.safetensors").unlink()
+    assert weight_files(path, range(1, 11)) == [every[0], every[1], every[3]]
+    for find in (open_path, lambda path: weight_files(path, range(10, 12))):
+        with pytest.raises(ConfigError, match=r"there is no c.safetensors"):
+            find(path)
 
 
 def test_dummy_weights_need_config_json_alone(checkpoint_dir):
-    assert open_path(checkpoint_dir(files=()), load_format="dummy").weight_files == ()
+    assert open_path(checkpoint_dir(files=()), load_format="dummy").max_model_len == 128
 
 
 def test_a_missing_path_is_refused_by_name():
@@ -149,7 +163,7 @@ def run_offline(script, hub_dir):
 
 OPEN = """
 from gllm_ray.config import ModelConfig
-from gllm_ray.model.checkpoint import open_checkpoint
+from gllm_ray.model.checkpoint import find_weight_files, open_checkpoint
 model = ModelConfig(path="someone/some-model")
 """
 
@@ -171,7 +185,7 @@ def test_the_weights_of_an_id_are_needed_only_where_they_are_asked_for(tmp_path)
     (snapshot / "config.json").write_text(json.dumps(LLAMA))
     result = run_offline(OPEN + "print(open_checkpoint(model).max_model_len)", tmp_path)
     assert (result.stdout, result.stderr) == ("128\n", "")
-    result = run_offline(OPEN + "open_checkpoint(model, with_weights=True)", tmp_path)
+    result = run_offline(OPEN + "find_weight_files(model)", tmp_path)
     assert "there is no model.safetensors" in result.stderr
 
 

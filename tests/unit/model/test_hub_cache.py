@@ -1,22 +1,35 @@
-"""Weights from the Hugging Face Hub come to a node once."""
+"""Weights from the Hugging Face Hub come to a node once, and only those that its stages need."""
 
 import os
 import subprocess
 import sys
 
+import pytest
+from transformers import LlamaForCausalLM
+
 from tests.unit.model.hub_server import HubServer
 
 _STAGE = """
+import sys
 from gllm_ray.config import ModelConfig
-from gllm_ray.model.checkpoint import open_checkpoint
-print(open_checkpoint(ModelConfig(path="some/model"), with_weights=True).weight_files[0])
+from gllm_ray.model.checkpoint import find_weight_files
+layers = range(*map(int, sys.argv[1:]))
+print(*(file.name for file in find_weight_files(ModelConfig(path="some/model"), layers)))
 """
 
 
-def start_stage(address, cache):
+@pytest.fixture(scope="module")
+def model(tiny_llama, tmp_path_factory):
+    """Four layers, each in a file of its own."""
+    directory = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM.from_pretrained(tiny_llama).save_pretrained(directory, max_shard_size="1100KB")
+    return directory
+
+
+def start_stage(address, cache, *layers):
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", _STAGE],
+        [sys.executable, "-c", _STAGE, *map(str, layers)],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -24,22 +37,25 @@ def start_stage(address, cache):
     )
 
 
-def outcome(stage):
+def files_of(stage):
     output, error = stage.communicate(timeout=60)
     assert stage.returncode == 0, error
-    return output
+    return set(output.split())
 
 
-def test_stages_that_start_at_once_download_a_model_once_and_a_later_replica_not_again(
-    tiny_llama, tmp_path
+def test_a_node_downloads_what_its_stages_need_once_and_nothing_for_another_replica(
+    model, tmp_path
 ):
-    with HubServer(tiny_llama) as hub:
-        first_stages = [start_stage(hub.address, tmp_path) for _ in range(2)]
-        files = {outcome(stage) for stage in first_stages}
-        assert hub.num_downloads["model.safetensors"] == 1
-        assert hub.num_downloads["config.json"] == 1
-        files.add(outcome(start_stage(hub.address, tmp_path)))
-    # A replica that starts while the hub cannot be reached finds the same file.
-    files.add(outcome(start_stage(hub.address, tmp_path)))
-    assert len(files) == 1
+    every = {file.name for file in model.glob("*.safetensors")}
+    with HubServer(model) as hub:
+        stages = [start_stage(hub.address, tmp_path, *layers) for layers in ((0, 1), (1, 2))]
+        first, second = map(files_of, stages)
+        assert first != second
+        assert first | second < every
+        assert hub.num_downloads.keys() & every == first | second
+        files_of(start_stage(hub.address, tmp_path, 2, 4))
+        assert hub.num_downloads.keys() >= every
+        assert files_of(start_stage(hub.address, tmp_path, 0, 1)) == first
+    # A replica that starts while the hub cannot be reached finds the same files.
+    assert files_of(start_stage(hub.address, tmp_path, 1, 2)) == second
     assert set(hub.num_downloads.values()) == {1}
