@@ -66,18 +66,25 @@ def _rotate(
     unsqueeze_dim: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate `[1, heads, tokens, width]` by the angles `[1, tokens, width]` of the tokens."""
-    is_known = unsqueeze_dim == 1 and cosines.dtype in _DTYPES and len(cosines) == 1
-    for rows in (query, key):
-        is_known &= rows.dtype is cosines.dtype and rows.shape[-1] == cosines.shape[-1]
-        is_known &= rows.stride(-1) == 1
-    if not is_known:
+    if unsqueeze_dim != 1 or not all(_can_rotate(rows, cosines) for rows in (query, key)):
         return llama.apply_rotary_pos_emb(query, key, cosines, sines, unsqueeze_dim)
+    cosines, sines = cosines[0].contiguous(), sines[0].contiguous()
     rotated = []
     for rows in (query[0].transpose(0, 1), key[0].transpose(0, 1)):
         output = rows.new_empty(rows.shape)
-        operator(output, rows, cosines[0], sines[0])
+        operator(output, rows, cosines, sines)
         rotated.append(output.transpose(0, 1)[None])
     return tuple(rotated)
+
+
+def _can_rotate(rows: torch.Tensor, angles: torch.Tensor) -> bool:
+    return (
+        rows.dtype is angles.dtype
+        and rows.dtype in _DTYPES
+        and len(rows) == len(angles) == 1
+        and rows.shape[-1] == angles.shape[-1]
+        and rows.stride(-1) == 1
+    )
 
 
 def _reads_llama_rotary(function: Callable[..., Any]) -> bool:

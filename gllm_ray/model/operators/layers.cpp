@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "vectors.h"
@@ -43,7 +44,7 @@ void normalize(const T* from, const T* weight, int64_t width, float epsilon, T* 
 }
 
 void rms_norm(Tensor output, const Tensor& input, const Tensor& weight, double epsilon) {
-  const int64_t width = weight.size(0), rows = width ? input.numel() / width : 0;
+  const int64_t width = weight.numel(), rows = input.numel() / std::max<int64_t>(width, 1);
   STD_TORCH_CHECK(input.is_contiguous() && weight.is_contiguous() && output.is_contiguous() &&
                       output.numel() == rows * width && input.numel() == rows * width,
                   "input and output must be contiguous rows as wide as weight");
@@ -55,7 +56,7 @@ void rms_norm(Tensor output, const Tensor& input, const Tensor& weight, double e
     const auto* from = static_cast<const T*>(input.const_data_ptr());
     const auto* factors = static_cast<const T*>(weight.const_data_ptr());
     auto* to = static_cast<T*>(output.mutable_data_ptr());
-    torch::stable::parallel_for(0, rows, kMinTaskValues / width + 1, [&](int64_t row, int64_t end) {
+    torch::stable::parallel_for(0, rows, kMinTaskValues / (width + 1) + 1, [&](int64_t row, int64_t end) {
       for (; row < end; ++row)
         normalize(from + row * width, factors, width, static_cast<float>(epsilon), to + row * width);
     });
