@@ -56,9 +56,11 @@ void rms_norm(Tensor output, const Tensor& input, const Tensor& weight, double e
     const auto* from = static_cast<const T*>(input.const_data_ptr());
     const auto* factors = static_cast<const T*>(weight.const_data_ptr());
     auto* to = static_cast<T*>(output.mutable_data_ptr());
-    torch::stable::parallel_for(0, rows, kMinTaskValues / (width + 1) + 1, [&](int64_t row, int64_t end) {
+    const int64_t grain = kMinTaskValues / (width + 1) + 1;
+    torch::stable::parallel_for(0, rows, grain, [&](int64_t row, int64_t end) {
       for (; row < end; ++row)
-        normalize(from + row * width, factors, width, static_cast<float>(epsilon), to + row * width);
+        normalize(from + row * width, factors, width, static_cast<float>(epsilon),
+                  to + row * width);
     });
   });
 }
