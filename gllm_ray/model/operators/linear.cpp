@@ -1,5 +1,5 @@
-// A linear layer: output = input @ weight^T + bias, accumulated in float; gated, it is multiplied by
-// silu(output), of what the output held.
+// A linear layer: output = input @ weight^T + bias, accumulated in float; gated, the product is
+// multiplied by silu(output), of what the output held.
 //
 // Libraries pack the weight at each call, which costs more than it gains for a few rows, and
 // multiply bfloat16 slowly where the CPU has no instructions for it. Here the weight may be packed
