@@ -111,9 +111,9 @@ class PackedLinear(nn.Linear):
         """`[out_features, in_features]`, a copy, for models that read it."""
         return _unpack(self.panels)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`[..., in_features]` to `[..., out_features]`."""
-        return _multiply(self, input, self.panels)
+    def forward(self, input: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., in_features]` to `[..., out_features]`, times `silu(gate)`, and in its memory."""
+        return _multiply(self, input, self.panels, gate=gate)
 
 
 class Int8Linear(nn.Linear):
@@ -124,12 +124,13 @@ class Int8Linear(nn.Linear):
 
     operator: Any = None
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`[..., in_features]` to `[..., out_features]`."""
+    def forward(self, input: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """See `PackedLinear`."""
         if self.operator is None or input.dtype not in _DTYPES:
             weight = _unpack(self.int8_weight) * self.scales[:, None]
-            return functional.linear(input, weight.to(input.dtype), self.bias)
-        return _multiply(self, input, self.int8_weight, self.scales)
+            output = functional.linear(input, weight.to(input.dtype), self.bias)
+            return output if gate is None else functional.silu(gate) * output
+        return _multiply(self, input, self.int8_weight, self.scales, gate)
 
 
 def _multiply(
@@ -137,10 +138,12 @@ def _multiply(
     input: torch.Tensor,
     weight: torch.Tensor,
     scales: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     rows = input.reshape(-1, module.in_features).contiguous()
-    output = input.new_empty(len(rows), module.out_features)
-    module.operator(output, rows, weight, scales, module.bias)
+    shape = len(rows), module.out_features
+    output = input.new_empty(shape) if gate is None else gate.view(shape)
+    module.operator(output, rows, weight, scales, module.bias, gate is not None)
     return output.view(*input.shape[:-1], module.out_features)
 
 

@@ -30,6 +30,7 @@ from gllm_ray.model.decode_graphs import (
     cuda_capture,
     graph_sizes,
 )
+from gllm_ray.model.fusion import fuse_operators
 from gllm_ray.model.inputs import PackedInputs, pack
 from gllm_ray.model.kv_cache import (
     AttentionGeometry,
@@ -181,6 +182,7 @@ class StageWorker:
         if self._device.type == "cpu":
             with suppress(OperatorsUnavailableError):  # then attention's description says why
                 speed_up_linears(shard.model)
+                fuse_operators(shard.model)
 
     def _forward(self, inputs: PackedInputs, hidden: torch.Tensor | None) -> torch.Tensor:
         with paged_forward(inputs, self._caches, self._attention):

@@ -16,25 +16,6 @@ constexpr int64_t kFewRows = 12;   // up to which the lanes hold a head's width
 constexpr float kNegInf = -__builtin_inff();
 constexpr float kLowest = -1e30f;  // a running maximum before the first key
 
-// exp(x) to about one unit in the last place; 0 where it would be denormal.
-inline Vec exponential(Vec x) {
-  const Vec clamped = x < -87.0f ? fill(-87.0f) : (x > 88.0f ? fill(88.0f) : x);
-  const Vec magic = fill(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
-  const Vec n = (clamped * 1.44269504f + magic) - magic;
-  const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = fill(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
-  Vec power;
-  std::memcpy(&power, &exponent, sizeof power);
-  return x < -87.0f ? Vec{} : p * power;
-}
-
 inline Vec soft_cap(Vec score, float cap) {
   return cap * (1.0f - 2.0f / (exponential(score * (2.0f / cap)) + 1.0f));
 }

@@ -1,4 +1,5 @@
-// A linear layer: output = input @ weight^T + bias, accumulated in float.
+// A linear layer: output = input @ weight^T + bias, accumulated in float; gated, the product is
+// multiplied by silu(output), of what the output held.
 //
 // Libraries pack the weight at each call, which costs more than it gains for a few rows, and
 // multiply bfloat16 slowly where the CPU has no instructions for it. Here the weight may be packed
@@ -21,7 +22,7 @@ using torch::stable::Tensor;
 
 template <typename T, typename W>
 void run_as(Tensor& output, const Tensor& input, const Tensor& weight,
-            const std::optional<Tensor>& scales, const std::optional<Tensor>& bias) {
+            const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, bool is_gated) {
   const Problem<T, W> problem{
       static_cast<const T*>(input.const_data_ptr()),
       static_cast<const W*>(weight.const_data_ptr()),
@@ -31,22 +32,23 @@ void run_as(Tensor& output, const Tensor& input, const Tensor& weight,
       input.size(0),
       input.size(1),
       output.size(1),
-      weight.dim() == 3};
+      weight.dim() == 3,
+      is_gated};
   run(problem);
 }
 
 template <typename T>
 void run_as(Tensor& output, const Tensor& input, const Tensor& weight,
-            const std::optional<Tensor>& scales, const std::optional<Tensor>& bias) {
+            const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, bool is_gated) {
   if (weight.scalar_type() == input.scalar_type()) {
     STD_TORCH_CHECK(!scales, "only int8 weights have scales");
-    return run_as<T, T>(output, input, weight, scales, bias);
+    return run_as<T, T>(output, input, weight, scales, bias, is_gated);
   }
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && scales &&
                       scales->scalar_type() == ScalarType::Float && scales->is_contiguous() &&
                       scales->numel() == output.size(1),
                   "weight must have the input's type, or be int8 with a scale for each column");
-  run_as<T, int8_t>(output, input, weight, scales, bias);
+  run_as<T, int8_t>(output, input, weight, scales, bias, is_gated);
 }
 
 bool fits(const Tensor& weight, int64_t columns, int64_t depth) {
@@ -56,7 +58,7 @@ bool fits(const Tensor& weight, int64_t columns, int64_t depth) {
 }
 
 void linear(Tensor output, const Tensor& input, const Tensor& weight, std::optional<Tensor> scales,
-            std::optional<Tensor> bias) {
+            std::optional<Tensor> bias, bool is_gated) {
   STD_TORCH_CHECK(input.dim() == 2 && output.dim() == 2 && output.size(0) == input.size(0) &&
                       fits(weight, output.size(1), input.size(1)),
                   "input must be [rows, depth], output [rows, columns] and weight [columns, depth] "
@@ -67,9 +69,9 @@ void linear(Tensor output, const Tensor& input, const Tensor& weight, std::optio
                       (!bias || bias->scalar_type() == input.scalar_type()),
                   "input, bias and output must have one type");
   if (input.scalar_type() == ScalarType::Float)
-    run_as<float>(output, input, weight, scales, bias);
+    run_as<float>(output, input, weight, scales, bias, is_gated);
   else if (input.scalar_type() == ScalarType::BFloat16)
-    run_as<BFloat16>(output, input, weight, scales, bias);
+    run_as<BFloat16>(output, input, weight, scales, bias, is_gated);
   else
     STD_TORCH_CHECK(false, "input must be float32 or bfloat16");
 }
@@ -99,7 +101,8 @@ Tensor pack_linear(const Tensor& weight) {
 STABLE_TORCH_LIBRARY_FRAGMENT(gllm_ray, library) {
   library.def("pack_linear(Tensor weight) -> Tensor");
   library.def(
-      "linear(Tensor(a!) output, Tensor input, Tensor weight, Tensor? scales, Tensor? bias) -> ()");
+      "linear(Tensor(a!) output, Tensor input, Tensor weight, Tensor? scales, Tensor? bias, "
+      "bool is_gated=False) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gllm_ray, CPU, library) {

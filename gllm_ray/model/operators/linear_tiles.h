@@ -29,6 +29,7 @@ struct Problem {
   T* output;            // [rows, columns]
   int64_t rows, depth, columns;
   bool is_packed;
+  bool is_gated;  // output = silu(what it held) * the product
 };
 
 // A share of what is needed next, to be fetched little by little.
@@ -81,9 +82,14 @@ void finish(const Problem<T, W>& problem, const float* sums, int64_t row, int64_
     T* to = problem.output + (row + i) * problem.columns + column;
     const float* from = sums + i * kPanel;
     int64_t j = 0;
-    for (; j + kLanes <= count; j += kLanes)
-      store(to + j, load(from + j) * load(scales + j) + load(bias + j));
-    for (; j < count; ++j) to[j] = static_cast<T>(from[j] * scales[j] + bias[j]);
+    for (; j + kLanes <= count; j += kLanes) {
+      const Vec value = load(from + j) * load(scales + j) + load(bias + j);
+      store(to + j, problem.is_gated ? silu(load(to + j)) * value : value);
+    }
+    for (; j < count; ++j) {
+      const float value = from[j] * scales[j] + bias[j];
+      to[j] = static_cast<T>(problem.is_gated ? silu(fill(to[j]))[0] * value : value);
+    }
   }
 }
 

@@ -71,6 +71,27 @@ inline Vec fill(float value) { return value - Vec{}; }  // costs nothing, as add
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+// exp(x) to about one unit in the last place; 0 where it would be denormal.
+inline Vec exponential(Vec x) {
+  const Vec clamped = x < -87.0f ? fill(-87.0f) : (x > 88.0f ? fill(88.0f) : x);
+  const Vec magic = fill(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
+  const Vec n = (clamped * 1.44269504f + magic) - magic;
+  const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = fill(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  Vec power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return x < -87.0f ? Vec{} : p * power;
+}
+
+inline Vec silu(Vec x) { return x / (1.0f + exponential(-x)); }
+
 inline float sum(Vec vec) {
 #ifdef __AVX512F__
   return _mm512_reduce_add_ps((__m512)vec);
