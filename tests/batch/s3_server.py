@@ -1,7 +1,7 @@
 """An object store on the loopback that speaks the part of S3's protocol that jobs use.
 
-Source: Amazon S3 API reference: HeadBucket, ListObjectsV2, HeadObject, GetObject, PutObject,
-DeleteObject and multipart uploads, path-style. Signatures are not checked.
+Source: Amazon S3 API reference: CreateBucket, HeadBucket, ListObjectsV2, HeadObject, GetObject,
+PutObject, DeleteObject and multipart uploads, path-style. Signatures are not checked.
 """
 
 import hashlib
@@ -14,24 +14,25 @@ from xml.sax.saxutils import escape
 
 
 @contextmanager
-def s3_server(*buckets):
-    """Yields the server, whose `objects` lie by bucket and key, and whose `url` is its address."""
-    server = _Server(("127.0.0.1", 0), _Handler)
-    server.objects = {bucket: {} for bucket in buckets}
-    server.uploads = {}
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+def s3_server():
+    """Yields the address."""
+    with _Server(("127.0.0.1", 0), _Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.buckets = {}  # of objects by key
+        self.uploads = {}  # of parts by number
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -39,10 +40,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         """Tests want no log."""
-
-    def handle_one_request(self):
-        self.body = None
-        super().handle_one_request()
 
     def do_HEAD(self):
         self._do(self._get)
@@ -66,10 +63,13 @@ class _Handler(BaseHTTPRequestHandler):
         bucket, _, self.key = unquote(url.path).lstrip("/").partition("/")
         if "Credential=" not in self.headers.get("Authorization", ""):
             self._refuse(403, "AccessDenied")
-        elif bucket not in self.server.objects:
+        elif self.command == "PUT" and not self.key:
+            self.server.buckets.setdefault(bucket, {})
+            self._answer()
+        elif bucket not in self.server.buckets:
             self._refuse(404, "NoSuchBucket")
         else:
-            self.objects = self.server.objects[bucket]
+            self.objects = self.server.buckets[bucket]
             act()
 
     def _get(self):
@@ -144,8 +144,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(_xml("Error", f"<Code>{code}</Code><Message>{code}</Message>"), status)
 
     def _read_body(self):
-        if self.headers.get("Expect") == "100-continue":
-            pass  # the base class has answered it
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = self._read_chunks()
         else:
