@@ -1,22 +1,40 @@
-"""The same requests on two stages of one host, then of two; prints what came of it."""
+"""The demo service's pipeline on one host and across two; prints what came of it.
+
+As a program it joins the cluster whose address is given, or else starts two nodes on the loopback.
+Nodes stand for hosts: each has a resource, `host_0` or `host_1`.
+"""
 
 import asyncio
 import json
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 
 import ray
+from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from gllm_ray.bundles import bundles
+from gllm_ray.policy_config import ChunkedPrefillConfig
+from gllm_ray.serve_file import load_only_service
 from tests.faults.lost_node import node_of
-from tests.faults.replicas import make_config, make_request, running
+from tests.faults.replicas import make_request, running
 
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 FIRST, SECOND = {"host_0": 0.01}, {"host_1": 0.01}
 NUM_PROMPTS, NUM_PROMPT_TOKENS = 3, 400
 
 
+def make_config(transport):
+    config = load_only_service(DEMO)
+    scheduler = config.scheduler.model_copy(update={"policy": ChunkedPrefillConfig()})
+    pipeline = config.pipeline.model_copy(update={"activation_transport": transport})
+    return config.model_copy(update={"scheduler": scheduler, "pipeline": pipeline})
+
+
 def make_requests():
+    """Prompts that a micro-batch takes whole, and their answers."""
     prompts = [
         tuple(5 + (7 * i + 13 * j) % 900 for j in range(NUM_PROMPT_TOKENS))
         for i in range(NUM_PROMPTS)
@@ -27,13 +45,14 @@ def make_requests():
     ]
 
 
-async def serve(config, places):
+async def serve(transport, places):
     """The tokens, the stages' nodes, and how long hidden states travelled between them.
 
     Args:
-        config: Of two stages.
+        transport: Of hidden states.
         places: The resources that bring each stage to its host.
     """
+    config = make_config(transport)
     owner, *stages = bundles(config)
     stages = [stage | place for stage, place in zip(stages, places, strict=True)]
     group = placement_group([owner | FIRST, *stages], strategy="PACK")
@@ -54,20 +73,44 @@ async def serve(config, places):
         remove_placement_group(group)
 
 
-async def main():
-    config = make_config(2, scheduler={"policy": "chunked_prefill"})
-    through_store = config.model_copy(
-        update={
-            "pipeline": config.pipeline.model_copy(update={"activation_transport": "object_store"})
-        }
-    )
+async def on_hosts():
+    """One pipeline at a time, so that a hop waits for nothing but the link."""
     return {
-        "one host": await serve(config, [FIRST, FIRST]),
-        "two hosts": await serve(config, [FIRST, SECOND]),
-        "two hosts, object store": await serve(through_store, [FIRST, SECOND]),
+        "one": await serve("gloo", [FIRST, FIRST]),
+        "two": await serve("gloo", [FIRST, SECOND]),
+        "two, object store": await serve("object_store", [FIRST, SECOND]),
     }
 
 
+async def on_nodes():
+    """Side by side, for time."""
+    one, two = await asyncio.gather(serve("gloo", [FIRST, FIRST]), serve("gloo", [FIRST, SECOND]))
+    return {"one": one, "two": two}
+
+
+@contextmanager
+def two_nodes():
+    """Yields the address of a cluster of two raylets."""
+    node = {"include_dashboard": False, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**node, "num_cpus": 3, "resources": {"host_0": 1}}
+    )
+    try:
+        cluster.add_node(num_cpus=1, resources={"host_1": 1}, object_store_memory=100 * 2**20)
+        yield cluster.address
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def main(address=None):
+    if address is not None:
+        ray.init(address=address, log_to_driver=False)
+        return asyncio.run(on_hosts())
+    with two_nodes() as address:
+        ray.init(address=address, log_to_driver=False)
+        return asyncio.run(on_nodes())
+
+
 if __name__ == "__main__":
-    ray.init(address=sys.argv[1], log_to_driver=False)
-    print(json.dumps(asyncio.run(main())))  # noqa: T201
+    print(json.dumps(main(*sys.argv[1:])))  # noqa: T201
