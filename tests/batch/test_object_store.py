@@ -1,7 +1,7 @@
 """Jobs whose files lie on an object store.
 
-`GLLM_RAY_TEST_S3`, the address of an S3 service of yours, is used instead of the tests' own; then the
-keys are taken from where AWS's clients look for them, and a bucket is made and left there.
+`GLLM_RAY_TEST_S3`, the address of an S3 service of yours, is used instead of the tests' own; then
+the keys are taken from where AWS's clients look for them, and a bucket is made and left there.
 """
 
 import asyncio
@@ -111,28 +111,36 @@ def test_the_command_takes_its_input_from_s3_and_leaves_all_there(s3, tokenizer,
         assert "no-such-bucket" in capsys.readouterr().err
 
 
-@pytest.mark.chaos
-@pytest.mark.timeout(300)
-def test_a_killed_job_goes_on_from_the_last_segment_on_s3(s3, tmp_path):
-    names = [f"row {i}" for i in range(1500)]
-    lines = [make_line(name, max_tokens=200, ignore_eos=True) for name in names]
+# A job as a program that saves its journal every quarter of a second.
+PROGRAM = """
+import runpy
+from gllm_ray.batch import workspace
+workspace._SAVE_INTERVAL_S = 0.25
+runpy.run_module("tests.batch.local_job", run_name="__main__")
+"""
+
+
+def test_a_job_killed_twice_goes_on_from_its_segments_on_s3(s3, tmp_path):
+    names = [f"row {i}" for i in range(60)]
+    lines = [make_line(name, max_tokens=30, ignore_eos=True) for name in names]
     source = write_lines(tmp_path / "in.jsonl", lines)
     output = f"{s3}/killed/out.jsonl"
-    command = [sys.executable, "-m", "tests.batch.local_job", str(source), output]
+    command = [sys.executable, "-c", PROGRAM, str(source), output]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log)
-        deadline = time.monotonic() + 100
-        while not segments_of(output):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-        process.kill()
-        process.wait()
-        (segment,) = segments_of(output)
-        saved = read(f"s3://{segment}").splitlines()
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        for num_kills in range(2):
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file)
+            deadline = time.monotonic() + 50
+            while len(segments_of(output)) == num_kills:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.kill()
+            process.wait()
+        saved = [line for name in segments_of(output) for line in read(f"s3://{name}").splitlines()]
         assert 0 < len(saved) < len(names)
-        assert subprocess.run(command, cwd=ROOT, env=environment, stderr=log).returncode == 0
-    answers = read(output).splitlines()
+        done = subprocess.run(command, cwd=ROOT, env=environment, stderr=file, check=False)
+    assert done.returncode == 0, log.read_text()
     assert custom_ids(read(output)) == names
-    assert set(saved) < set(answers)
+    assert set(saved) < set(read(output).splitlines())
