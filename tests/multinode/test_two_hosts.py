@@ -21,6 +21,7 @@ def check(one, two):
     assert two["tokens"] == one["tokens"]
 
 
+@pytest.mark.chaos
 def test_tokens_are_the_same_on_two_nodes():
     done = subprocess.run(
         [sys.executable, "-m", PROGRAM],
