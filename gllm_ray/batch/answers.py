@@ -1,8 +1,9 @@
 """Who answers rows: the engine of a pipeline, or a service that runs already."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import Any, Protocol, Self
 
 import aiohttp
@@ -87,12 +88,16 @@ class HttpAnswers:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, base_url: str, *, timeout_s: float) -> AsyncIterator[Self]:
-        """Answers over a session of their own; a row may take `timeout_s`."""
+    async def open(
+        cls, base_url: str, *, headers: Mapping[str, str], timeout_s: float
+    ) -> AsyncIterator[Self]:
+        """Answers over a session of their own, with headers; a row may take `timeout_s`."""
         # A service may close an idle connection just as it is used again.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=timeout_s)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        async with aiohttp.ClientSession(
+            connector=connector, headers=headers, timeout=timeout
+        ) as session:
             yield cls(session, base_url)
 
     async def answer(self, row: BatchRow) -> Answer:
@@ -103,6 +108,8 @@ class HttpAnswers:
             wait_s = delay_s
             try:
                 async with self._session.post(self._base_url + row.url, json=row.body) as response:
+                    if response.status == HTTPStatus.UNAUTHORIZED:
+                        raise PipelineError(f"{self._base_url} does not take the API key any more")
                     if is_last or response.status not in _BUSY_STATUS:
                         return Answer(status=response.status, body=await _read_body(response))
                     wait_s = max(wait_s, _retry_after_s(response))
@@ -115,7 +122,7 @@ class HttpAnswers:
             delay_s *= 2
 
 
-async def look_up_model(base_url: str) -> dict[str, Any]:
+async def look_up_model(base_url: str, headers: Mapping[str, str]) -> dict[str, Any]:
     """The card of the one model of a service.
 
     Raises:
@@ -124,7 +131,13 @@ async def look_up_model(base_url: str) -> dict[str, Any]:
     url = f"{base_url}/v1/models"
     timeout = aiohttp.ClientTimeout(total=_LOOK_UP_TIMEOUT_S)
     try:
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
+        async with (
+            aiohttp.ClientSession(headers=headers, timeout=timeout) as session,
+            session.get(url) as response,
+        ):
+            if response.status == HTTPStatus.UNAUTHORIZED:
+                fault = "refuses the API key" if headers else "wants an API key"
+                raise ConfigError(f"{url}: {fault}; --api-key-env names the variable that has it")
             response.raise_for_status()
             (card,) = (await response.json())["data"]
     except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:

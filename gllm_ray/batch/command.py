@@ -32,6 +32,7 @@ _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which Ray sets for the entrypoint of a job
 _URL_MAX_IN_FLIGHT = 128
 _URL_TIMEOUT_S = 3600
+_API_KEY_VARIABLE = "OPENAI_API_KEY"  # as OpenAI's client has it
 _SIGNAL_STATUS = 128
 
 
@@ -116,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"with --url: seconds a row may take (default: {_URL_TIMEOUT_S})",
     )
     parser.add_argument(
+        "--api-key-env",
+        metavar="NAME",
+        help="with --url: the environment variable that has the service's API key "
+        f"(default: {_API_KEY_VARIABLE}, if it is set)",
+    )
+    parser.add_argument(
         "--retry-errors", action="store_true", help="run the rows again that failed before"
     )
     table = parser.add_argument_group("tables")
@@ -158,8 +165,12 @@ def _refuse_lost_output(output: str) -> None:
 
 
 async def _job_of_config(options: argparse.Namespace, source: Path) -> BatchJob:
-    if options.timeout_s is not None:
-        raise ConfigError("--timeout-s: must be left out with --config; it is for --url")
+    for option, value in (
+        ("--timeout-s", options.timeout_s),
+        ("--api-key-env", options.api_key_env),
+    ):
+        if value is not None:
+            raise ConfigError(f"{option}: must be left out with --config; it is for --url")
     config = load_only_service(options.config)
     checkpoint = open_checkpoint(config.model)
     tokenizer = await asyncio.to_thread(Tokenizer.for_model, config.model)
@@ -187,16 +198,31 @@ async def _job_of_url(options: argparse.Namespace, source: Path) -> BatchJob:
     if options.address is not None:
         raise ConfigError("--address: must be left out with --url, which needs no Ray")
     url = options.url.rstrip("/")
-    model = await look_up_model(url)
+    headers = _authorization(options.api_key_env)
+    model = await look_up_model(url, headers)
     checks = RequestChecks(
         model_name=model["id"], builder=None, is_single=_suffix(options.output) in TABLE_SUFFIXES
     )
 
     def start() -> AbstractAsyncContextManager[Answers]:
-        return HttpAnswers.open(url, timeout_s=options.timeout_s or _URL_TIMEOUT_S)
+        timeout_s = options.timeout_s or _URL_TIMEOUT_S
+        return HttpAnswers.open(url, headers=headers, timeout_s=timeout_s)
 
     max_in_flight = options.max_in_flight or _URL_MAX_IN_FLIGHT
     return _make_job(options, source, checks, model, start, max_in_flight)
+
+
+def _authorization(variable: str | None) -> dict[str, str]:
+    """The headers that show an API key, which comes from the environment: logs tell options."""
+    name = variable or _API_KEY_VARIABLE
+    key = os.environ.get(name, "").strip()
+    if not key:
+        if variable is not None:
+            raise ConfigError(f"--api-key-env={name}: there is no such variable, or it is empty")
+        return {}
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{name}: has characters that no HTTP header may have")
+    return {"Authorization": f"Bearer {key}"}
 
 
 def _make_job(

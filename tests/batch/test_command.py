@@ -16,6 +16,7 @@ import httpx
 import pytest
 import uvicorn
 import yaml
+from starlette.responses import JSONResponse
 
 from gllm_ray.batch.command import main
 from gllm_ray.scheduling import QueueLimits
@@ -106,6 +107,7 @@ def test_a_table_comes_back_with_columns_of_answers(suffix, ray_cluster, config,
         ("here.jsonl", "out.txt", [], "--output: the name must end with one of .jsonl"),
         ("here.jsonl", "out.jsonl", ["--template", "a"], "--template: must be left out"),
         ("here.jsonl", "out.jsonl", ["--timeout-s", "3"], "--timeout-s: must be left out"),
+        ("here.jsonl", "out.jsonl", ["--api-key-env", "KEY"], "--api-key-env: must be left out"),
         ("here.jsonl", "nothing://a/out.jsonl", [], "cannot be opened"),
     ],
 )
@@ -125,14 +127,37 @@ def test_a_relative_output_is_refused_in_a_ray_job(config, tmp_path, capsys, mon
     assert "--output=out.jsonl: must be absolute, or a URI, in a Ray job" in capsys.readouterr().err
 
 
+class KeyGateway:
+    """Stands before the routes, and lets nobody through without a key."""
+
+    def __init__(self, api, keys):
+        self._api = api
+        self._keys = keys
+
+    async def __call__(self, scope, receive, send):
+        shown = dict(scope.get("headers", ())).get(b"authorization", b"").decode()
+        is_known = shown.removeprefix("Bearer ") in self._keys
+        api = self._api if is_known else JSONResponse({"error": {"code": "invalid_api_key"}}, 401)
+        await api(scope, receive, send)
+
+
 @contextlib.contextmanager
-def http_service(tokenizer, **scheduler_options):
-    """The routes over a scripted model, on a port of their own; yields the address."""
+def http_service(tokenizer, *, keys=None, **scheduler_options):
+    """The routes over a scripted model, on a port of their own; yields the address.
+
+    Args:
+        tokenizer: The demo model's.
+        keys: One of which a client must show; None: it need not.
+        scheduler_options: As `make_scheduler` takes them.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         script = [*tokenizer.encode("Hello"), *tokenizer.stop_token_ids]
         service = LocalService(tokenizer, ScriptedPipeline(script), **scheduler_options)
-        server = uvicorn.Server(uvicorn.Config(build_api(service), log_level="warning"))
+        api = build_api(service)
+        if keys is not None:
+            api = KeyGateway(api, keys)
+        server = uvicorn.Server(uvicorn.Config(api, log_level="warning", lifespan="off"))
 
         async def serve():
             async with service:
@@ -181,6 +206,60 @@ def test_a_service_that_is_full_is_asked_again(tokenizer, tmp_path):
         assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 429
         assert main(["--url", url, "--input", str(source), "--output", str(output)]) == 0
     assert [record["custom_id"] for record in read_lines(output)] == list("abcd")
+
+
+def test_a_service_with_keys_gets_the_one_of_the_environment(
+    tokenizer, tmp_path, capfd, monkeypatch
+):
+    lines = [make_line(name, model=LocalService.model_name) for name in "abc"]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    output = tmp_path / "out.jsonl"
+    keys = {"sk-right"}
+    with http_service(tokenizer, keys=keys) as url:
+        asked = ["--url", url, "--input", str(source), "--output", str(output)]
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        assert main(asked) == 1
+        assert "wants an API key; --api-key-env names" in capfd.readouterr().err
+        assert main([*asked, "--api-key-env", "OUR_KEY"]) == 1
+        assert "--api-key-env=OUR_KEY: there is no such variable" in capfd.readouterr().err
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+        assert main(asked) == 1
+        assert "refuses the API key" in capfd.readouterr().err
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-\nright")
+        assert main(asked) == 1
+        monkeypatch.setenv("OUR_KEY", "sk-right\n")  # as a Secret made from a file has it
+        assert main([*asked, "--api-key-env", "OUR_KEY"]) == 0
+        assert [record["custom_id"] for record in read_lines(output)] == list("abc")
+        told = "".join(capfd.readouterr())
+    written = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "right" not in told + written
+
+
+def test_a_key_that_is_withdrawn_ends_the_job_and_fails_no_row(
+    tokenizer, tmp_path, capsys, monkeypatch
+):
+    class Withdrawn(set):
+        """Takes a key twice: for the card of the model, and for a row."""
+
+        num_shown = 0
+
+        def __contains__(self, key):
+            self.num_shown += 1
+            return self.num_shown <= 2 and super().__contains__(key)
+
+    lines = [make_line(name, model=LocalService.model_name) for name in "abc"]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    output = tmp_path / "out.jsonl"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-right")
+    keys = Withdrawn({"sk-right"})
+    with http_service(tokenizer, keys=keys) as url:
+        asked = ["--url", url, "--input", str(source), "--output", str(output)]
+        assert main([*asked, "--max-in-flight", "1"]) == 1
+        assert "does not take the API key any more" in capsys.readouterr().err
+        assert [record["custom_id"] for record in read_lines(tmp_path / "out.jsonl.part")] == ["a"]
+        keys.num_shown = -5
+        assert main(asked) == 0
+    assert [record["custom_id"] for record in read_lines(output)] == list("abc")
 
 
 def stop_in_the_middle(command, journal, log):

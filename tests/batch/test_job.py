@@ -1,10 +1,8 @@
 """The job on a real engine: what is refused, what fails by row, what resumes."""
 
 import asyncio
-import json
 from contextlib import asynccontextmanager
 
-import fsspec
 import pytest
 
 from gllm_ray.batch.answers import EngineAnswers
@@ -119,25 +117,6 @@ def test_an_output_of_something_else_is_not_overwritten(tmp_path, tokenizer):
     output.unlink()
     with pytest.raises(ConfigError, match="no manifest says"):
         run(source, output, tokenizer)
-
-
-def test_a_job_on_an_object_store_goes_on_from_its_segments(tmp_path, tokenizer):
-    source = write_lines(tmp_path / "in.jsonl", [make_line(name) for name in "abc"])
-    store = fsspec.filesystem("memory")
-    folder = f"/{tmp_path.name}/out.jsonl.part"
-    run(source, f"memory://{tmp_path.name}/out.jsonl", tokenizer)
-    (segment,) = store.ls(folder, detail=False)
-    records = store.cat_file(segment).splitlines(keepends=True)
-    kept = [json.loads(record)["id"] for record in records[:2]]
-    store.pipe_file(segment, b"".join(records[:2]))  # as a job leaves it that dies now
-    store.rm(f"/{tmp_path.name}/out.jsonl")
-    result = run(source, f"memory://{tmp_path.name}/out.jsonl", tokenizer)
-    assert (result.num_rows, result.num_failed) == (3, 0)
-    output = store.cat_file(f"/{tmp_path.name}/out.jsonl").splitlines()
-    assert [json.loads(record)["custom_id"] for record in output] == ["a", "b", "c"]
-    assert set(kept) < {json.loads(record)["id"] for record in output}
-    assert len(store.ls(folder, detail=False)) == 2
-    assert store.cat_file(f"/{tmp_path.name}/out.errors.jsonl") == b""
 
 
 def test_two_jobs_never_write_one_journal(tmp_path):

@@ -11,8 +11,10 @@ import pytest
 
 from gllm_ray.serving.observability import METRIC_PREFIX, METRICS
 from gllm_ray.strict_yaml import read_documents
+from tests.batch.local_job import make_line
+from tests.batch.s3_server import s3_server
 from tests.deploy.local_cluster import LocalCluster, skip_unless_the_port_is_free
-from tests.deploy.manifests import DEPLOY
+from tests.deploy.manifests import DEPLOY, ROOT
 
 RARE = {"num_preemptions_total"}  # counted when it first happens
 
@@ -31,15 +33,46 @@ def service(cluster):
     return cluster.deploy_overlay("dev-cpu")
 
 
-def _job_entrypoint():
-    (job,) = read_documents(DEPLOY / "rayjob" / "bench" / "rayjob.yaml")
-    return job["spec"]["entrypoint"]
+def _job_entrypoint(kind, here):
+    """The words of a manifest's, with what this machine lacks replaced."""
+    (job,) = read_documents(DEPLOY / "rayjob" / kind / "rayjob.yaml")
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert all(words.count(word) == 1 for word in here)
+    return [here.get(word, word) for word in words]
 
 
 def test_nobody_without_the_token_gets_at_the_cluster(cluster):
     assert cluster.status_of("/api/serve/applications/") == 200
     assert cluster.status_of("/api/serve/applications/", token=False) == 401
     assert cluster.status_of("/api/jobs/", token=False) == 401
+
+
+def test_the_entrypoint_of_the_batch_runs_as_a_job_from_s3_to_s3(cluster):
+    fs = pytest.importorskip("pyarrow.fs", reason="the data extra is not installed")
+    lines = [make_line(name) for name in "abc"]
+    # The image's configuration is for a GPU; its buckets are as the manifest has them.
+    model = {"/opt/gllm_ray/configs/llama8b-1gpu.yaml": str(ROOT / "configs" / "demo.yaml")}
+    with s3_server() as url:
+        variables = {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_SECRET_ACCESS_KEY": "nothing",
+        }
+        store = fs.S3FileSystem(
+            endpoint_override=url, access_key="a", secret_key="b", allow_bucket_creation=True
+        )
+        store.create_dir("example-bucket")
+        with store.open_output_stream("example-bucket/prompts.jsonl") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        result = cluster.run(
+            *("ray", "job", "submit", "--address", cluster.dashboard),
+            *("--runtime-env-json", json.dumps({"env_vars": variables}), "--"),
+            *_job_entrypoint("batch", model),
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "3 of 3 rows in s3://example-bucket/answers.jsonl" in result.stdout
+        answers = store.open_input_stream("example-bucket/answers.jsonl").read().splitlines()
+    assert [json.loads(answer)["custom_id"] for answer in answers] == list("abc")
 
 
 def test_the_text_in_serve_config_v2_is_served(service):
@@ -61,12 +94,8 @@ def test_the_text_in_serve_config_v2_is_served(service):
 
 
 def test_the_entrypoint_of_the_benchmark_runs_as_a_job(service, cluster):
-    entrypoint = _job_entrypoint()
-    assert entrypoint.count("http://gllm-ray-serve-svc:8000") == 1
-    here = entrypoint.replace("http://gllm-ray-serve-svc:8000", service)
-    result = cluster.run(
-        *("ray", "job", "submit", "--address", cluster.dashboard, "--", *shlex.split(here)),
-    )
+    entrypoint = _job_entrypoint("bench", {"http://gllm-ray-serve-svc:8000": service})
+    result = cluster.run("ray", "job", "submit", "--address", cluster.dashboard, "--", *entrypoint)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "succeeded" in result.stdout
     assert re.search(r"^\| serve \| .* \| 64, 8/s", result.stdout, re.MULTILINE), result.stdout

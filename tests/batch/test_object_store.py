@@ -1,0 +1,148 @@
+"""Jobs whose files lie on an object store.
+
+`GLLM_RAY_TEST_S3`, the address of an S3 service of yours, is used instead of the tests' own; then
+the keys are taken from where AWS's clients look for them, and a bucket is made and left there.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from gllm_ray.batch.command import main
+from gllm_ray.batch.locations import open_remote
+from tests.batch.local_job import make_line, run_job, write_lines
+from tests.batch.s3_server import s3_server
+from tests.batch.test_command import http_service
+from tests.fakes import LocalService
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """The URI of a bucket that is empty."""
+    fs = pytest.importorskip("pyarrow.fs", reason="the data extra is not installed")
+    with pytest.MonkeyPatch.context() as environment, s3_server() as own:
+        if (given := os.environ.get("GLLM_RAY_TEST_S3")) is None:
+            environment.setenv("AWS_ACCESS_KEY_ID", "nobody")
+            environment.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        environment.setenv("AWS_ENDPOINT_URL", given or own)
+        bucket = f"gllm-ray-{uuid.uuid4().hex[:8]}"
+        maker, path = fs.FileSystem.from_uri(f"s3://{bucket}?allow_bucket_creation=true")
+        maker.create_dir(path)
+        yield f"s3://{bucket}"
+
+
+@pytest.fixture(params=["memory", "s3"])
+def folder(request):
+    name = uuid.uuid4().hex
+    return f"{request.getfixturevalue('s3') if request.param == 's3' else 'memory:/'}/{name}"
+
+
+def read(uri):
+    store, path = open_remote(uri)
+    return store.cat_file(path)
+
+
+def write(uri, content):
+    store, path = open_remote(uri)
+    store.pipe_file(path, content)
+
+
+def segments_of(output):
+    store, path = open_remote(f"{output}.part")
+    return sorted(store.ls(path, detail=False)) if store.exists(path) else []
+
+
+def custom_ids(content):
+    return [json.loads(line)["custom_id"] for line in content.splitlines()]
+
+
+def test_a_job_goes_on_from_its_segments(folder, tmp_path, tokenizer):
+    source = write_lines(tmp_path / "in.jsonl", [make_line(name) for name in "abc"])
+    output = f"{folder}/out.jsonl"
+    store, path = open_remote(output)
+    asyncio.run(run_job(source, output, tokenizer))
+    (segment,) = segments_of(output)
+    records = store.cat_file(segment).splitlines(keepends=True)
+    kept = {json.loads(record)["id"] for record in records[:2]}
+    store.pipe_file(segment, b"".join(records[:2]))  # as a job leaves it that dies now
+    store.rm_file(path)
+    result = asyncio.run(run_job(source, output, tokenizer))
+    assert (result.num_rows, result.num_failed) == (3, 0)
+    assert custom_ids(read(output)) == list("abc")
+    assert kept < {json.loads(record)["id"] for record in read(output).splitlines()}
+    assert len(segments_of(output)) == 2
+    assert read(f"{folder}/out.errors.jsonl") == b""
+
+
+def test_the_command_takes_its_input_from_s3_and_leaves_all_there(s3, tokenizer, capsys):
+    rows = [make_line(name, model=LocalService.model_name) for name in "ab"]
+    rows.append(make_line("long", model=LocalService.model_name, max_tokens=500))
+    source, output = f"{s3}/a%20folder/in.jsonl", f"{s3}/another/out.jsonl"
+    write(source, "\n".join(map(json.dumps, rows)).encode())
+    with http_service(tokenizer) as url:
+
+        def run(source, output):
+            return main(["--url", url, "--input", source, "--output", output])
+
+        assert run(source, output) == 2
+        assert f"2 of 3 rows in {output}, 1 in {s3}/another/out.errors" in capsys.readouterr().out
+        answers = read(output)
+        assert custom_ids(answers) == list("ab")
+        assert custom_ids(read(f"{s3}/another/out.errors.jsonl")) == ["long"]
+        assert json.loads(read(f"{output}.manifest.json"))["is_complete"]
+
+        assert run(source, output) == 2  # done already, so nothing runs
+        assert read(output) == answers
+        write(source, json.dumps(rows[0]).encode())
+        assert run(source, output) == 1
+        assert "input_sha256 changed" in capsys.readouterr().err
+        assert run(f"{s3}/none.jsonl", output) == 1
+        assert f"{s3}/none.jsonl: there is no such file" in capsys.readouterr().err
+        assert run(source, "s3://no-such-bucket/out.jsonl") == 1
+        assert "no-such-bucket" in capsys.readouterr().err
+
+
+# A job as a program that saves its journal every quarter of a second.
+PROGRAM = """
+import runpy
+from gllm_ray.batch import workspace
+workspace._SAVE_INTERVAL_S = 0.25
+runpy.run_module("tests.batch.local_job", run_name="__main__")
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(300)
+def test_a_job_killed_twice_goes_on_from_its_segments_on_s3(s3, tmp_path):
+    names = [f"row {i}" for i in range(60)]
+    lines = [make_line(name, max_tokens=30, ignore_eos=True) for name in names]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    output = f"{s3}/killed/out.jsonl"
+    command = [sys.executable, "-c", PROGRAM, str(source), output]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        for num_kills in range(2):
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file)
+            deadline = time.monotonic() + 80
+            while len(segments_of(output)) == num_kills:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.kill()
+            process.wait()
+        saved = [line for name in segments_of(output) for line in read(f"s3://{name}").splitlines()]
+        assert 0 < len(saved) < len(names)
+        done = subprocess.run(command, cwd=ROOT, env=environment, stderr=file, check=False)
+    assert done.returncode == 0, log.read_text()
+    assert custom_ids(read(output)) == names
+    assert set(saved) < set(read(output).splitlines())
