@@ -49,6 +49,12 @@ def _add_engine(benchmarks: Any) -> None:  # noqa: ANN401
         _add_config(parser)
         add_load_options(parser, is_online=name == "engine")
         add_output_options(parser)
+        parser.add_argument(
+            "--trace",
+            type=Path,
+            metavar="FILE",
+            help="write when each stage computed its latest micro-batches, for Perfetto",
+        )
         parser.set_defaults(run=_engine)
 
 
@@ -58,7 +64,7 @@ def _engine(options: argparse.Namespace) -> int:
         with _own_ray(config := load_only_service(options.file)):
             from gllm_ray.bench.engine_bench import bench_engine
 
-            return asyncio.run(bench_engine(options.benchmark, config, load))
+            return asyncio.run(bench_engine(options.benchmark, config, load, options.trace))
 
     return measure_and_report(options, measure)
 

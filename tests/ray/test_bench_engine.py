@@ -1,6 +1,7 @@
 """The benchmarks of engine, stages and transport, tiny, on a cluster of the tests."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -23,9 +24,10 @@ LOAD = RequestLoad(
 )
 
 
-def test_an_engine_serves_a_workload_without_http(ray_cluster, tiny_llama):
+def test_an_engine_serves_a_workload_without_http(ray_cluster, tiny_llama, tmp_path):
     config = make_service_config(tiny_llama, num_stages=2)
-    result = asyncio.run(bench_engine("engine", config, LOAD))
+    trace = tmp_path / "trace.json"
+    result = asyncio.run(bench_engine("engine", config, LOAD, trace))
     figures = result["run"]["figures"]
     assert (figures["num_finished"], figures["errors"]) == (6, {})
     assert (figures["num_input_tokens"], figures["num_output_tokens"]) == (72, 30)
@@ -33,6 +35,19 @@ def test_an_engine_serves_a_workload_without_http(ray_cluster, tiny_llama):
     assert 0 < figures["tpot_s"]["p50"] < figures["e2e_s"]["p50"]
     assert result["run"]["conditions"]["cpu_s"]["service"] > 0
     assert f"| engine | {tiny_llama} |" in result_tables([result])
+    check_trace(trace)
+
+
+def check_trace(file):
+    """Each micro-batch comes to the second stage after it left the first."""
+    events = [each for each in json.loads(file.read_text())["traceEvents"] if each["ph"] == "X"]
+    ends = {
+        each["args"]["batch_id"]: each["ts"] + each["dur"] for each in events if not each["tid"]
+    }
+    starts = {each["args"]["batch_id"]: each["ts"] for each in events if each["tid"] == 1}
+    assert len(first) >= 10
+    assert first.keys() == second.keys()
+    assert all(each["ts"] + each["dur"] < second[key]["ts"] for key, each in first.items())
 
 
 def test_bare_stages_run_the_micro_batches_that_were_served(ray_cluster, tiny_llama):
