@@ -41,10 +41,10 @@ def test_an_engine_serves_a_workload_without_http(ray_cluster, tiny_llama, tmp_p
 def check_trace(file):
     """Each micro-batch comes to the second stage after it left the first."""
     events = [each for each in json.loads(file.read_text())["traceEvents"] if each["ph"] == "X"]
-    ends = {
-        each["args"]["batch_id"]: each["ts"] + each["dur"] for each in events if not each["tid"]
-    }
-    starts = {each["args"]["batch_id"]: each["ts"] for each in events if each["tid"] == 1}
+    first, second = (
+        {each["args"]["batch_id"]: each for each in events if each["tid"] == stage_id}
+        for stage_id in (0, 1)
+    )
     assert len(first) >= 10
     assert first.keys() == second.keys()
     assert all(each["ts"] + each["dur"] < second[key]["ts"] for key, each in first.items())
