@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 
-import psutil
 import pytest
 
 from gllm_ray.stages import repair
@@ -195,21 +194,3 @@ def test_a_stage_that_dies_while_nothing_runs_is_replaced_before_anybody_asks(
         assert len(await pipeline.collect(make_request("next", max_tokens=3))) == 3
 
     loop.run(scenario())
-
-
-def test_supervision_of_an_idle_pipeline_costs_next_to_nothing(pipeline, loop):
-    seconds = 4
-
-    def cpu_s():
-        pids = stage_processes() | stage_processes("SchedulerActor")
-        times = {pid: psutil.Process(pid).cpu_times() for pid in pids}
-        return {pid: time.user + time.system for pid, time in times.items()}
-
-    async def scenario():
-        before = cpu_s()
-        await asyncio.sleep(seconds)
-        return {pid: spent - before[pid] for pid, spent in cpu_s().items()}
-
-    spent = loop.run(scenario())
-    assert len(spent) == NUM_STAGES + 1
-    assert max(spent.values()) < 0.05 * seconds
