@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 
 from gllm_ray.bundles import bundles
 from tests.faults.api import serving
-from tests.faults.moments import MOMENTS, SCHEDULER, complete_all, reach
+from tests.faults.moments import MOMENTS, complete_all, reach
 from tests.faults.replicas import check_nothing_is_left_behind, make_config
 
 # The replica, its scheduler and the first stage stay where they are.
@@ -28,27 +28,27 @@ def add_other_node(cluster: Cluster):
 async def lose_node(cluster, service, http, lost, moment) -> dict:
     """What the clients of a moment get, and where the stages were and are."""
     before = [await node_of(stage) for stage in service.replica.group.stages]
-    expected = await complete_all(http, moment)
     answers = asyncio.create_task(complete_all(http, moment))
     await reach(http, moment)
     start_s = time.monotonic()
     cluster.remove_node(lost, allow_graceful=False)
     answers = await answers
+    seconds = time.monotonic() - start_s
     load = await service.replica.load()
     return {
         "moment": moment,
         "answers": answers,
-        "expected": expected,
+        "expected": await complete_all(http, moment),
         "open": [load.num_requests, load.kv_utilization],
         "lost": lost.node_id,
         "before": before,
         "after": [await node_of(stage) for stage in service.replica.group.stages],
-        "seconds": time.monotonic() - start_s,
+        "seconds": seconds,
     }
 
 
 async def scenario(cluster: Cluster) -> list[dict]:
-    config = make_config(2, scheduler=SCHEDULER, heartbeat_timeout_s=3, calm_s=0.01)
+    config = make_config(2, heartbeat_timeout_s=3, calm_s=0.01)
     config = config.model_copy(
         update={"pipeline": config.pipeline.model_copy(update={"cpus_per_stage": 1.0})}
     )

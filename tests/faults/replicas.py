@@ -7,6 +7,7 @@ import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import ray
 from ray.util.placement_group import placement_group_table
 
 from gllm_ray.assembly.replica import PipelineReplica
@@ -16,6 +17,9 @@ from gllm_ray.messages import GenerationRequest, SamplingParams, TokenEvent
 from tests.ray.test_ray_pipeline import stage_processes
 
 DEMO_MODEL = "package://gllm_ray/demo/model"
+# Of the replica that tests share.
+NUM_STAGES = 3
+HEARTBEAT_TIMEOUT_S = 4
 
 
 def make_config(num_stages, *, scheduler=None, **recovery):
@@ -116,7 +120,7 @@ def check_nothing_is_left_behind(timeout_s=20):
 
 
 def _count_ours():
-    groups = placement_group_table().values()
+    groups = placement_group_table().values() if ray.is_initialized() else ()
     return {
         "stages": len(stage_processes(r"\w*Stage")),  # ours, and those of tests
         "schedulers": len(stage_processes("SchedulerActor")),

@@ -32,5 +32,5 @@ def test_serving_goes_on_without_the_gcs_and_a_stage_is_replaced_when_it_is_back
         assert outcome["open"] == [0, 0]
         assert outcome["num_stages"] == 2
     assert [outcome["num_replaced"] for outcome in alone] == [0] * len(MOMENTS)
-    assert all(outcome["num_served_without"] for outcome in alone)
+    assert all(outcome["is_served_without"] for outcome in alone)
     assert with_a_stage["num_replaced"] == 1

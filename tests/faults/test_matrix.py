@@ -2,18 +2,15 @@
 
 import asyncio
 import itertools
-import logging
 import os
 import signal
 
 import pytest
 
-from tests.faults.api import serving
-from tests.faults.moments import MOMENTS, SCHEDULER, complete_all, reach
-from tests.faults.replicas import CAUSE, RECOVERED, logged, make_config, until
+from tests.faults.moments import MOMENTS, complete_all, reach
+from tests.faults.replicas import CAUSE, RECOVERED, logged, until
 from tests.ray.test_ray_pipeline import stage_processes
 
-NUM_STAGES = 3
 VICTIMS = {
     "first": "stage 0 (",
     "middle": "stage 1 (",
@@ -26,33 +23,6 @@ IN_SHORT = {
     ("last", "queued"),
     ("scheduler", "streaming"),
 }
-
-
-@pytest.fixture(scope="module")
-def loop():
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
-def api(ray_cluster, loop):
-    """One replica for all cells: each leaves it repaired."""
-    context = serving(make_config(NUM_STAGES, scheduler=SCHEDULER, calm_s=0.01))
-    yield loop.run(context.__aenter__())
-    loop.run(context.__aexit__(None, None, None))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(api, loop):
-    """What the clients of each moment get when nothing breaks; computed when first asked for."""
-    known = {}
-
-    def answers(moment):
-        if moment not in known:
-            known[moment] = loop.run(complete_all(api[1], moment))
-        return known[moment]
-
-    return answers
 
 
 async def kill(service, victim):
@@ -72,27 +42,24 @@ def cells():
 
 
 @pytest.mark.parametrize(("victim", "moment"), cells())
-def test_who_is_killed_costs_no_request_anything_but_time(
-    api, undisturbed, loop, caplog, victim, moment
-):
-    service, http = api
-    caplog.set_level(logging.INFO, "gllm_ray")
+def test_who_is_killed_costs_no_request_anything_but_time(api, loop, caplog, victim, moment):
+    (service, http), salt = api, list(VICTIMS).index(victim)
 
     async def scenario():
         before = set(await service.pids())
-        answers = asyncio.create_task(complete_all(http, moment))
-        await reach(http, moment)
+        answers = asyncio.create_task(complete_all(http, moment, salt))
+        await reach(http, moment, salt)
         killed = await kill(service, victim)
         answers = await answers
         await until(lambda: logged(caplog, RECOVERED), 30)
         stages, (scheduler,) = set(await service.pids()), stage_processes("SchedulerActor")
         assert killed not in stages | {scheduler}
         assert len(before - stages) == (victim != "scheduler"), "only what died is replaced"
-        return answers, await service.replica.load()
+        load = await service.replica.load()
+        # Later, because what is computed once is found in the prefix cache.
+        return answers, await complete_all(http, moment, salt), load
 
-    expected = undisturbed(moment)
-    caplog.clear()
-    answers, load = loop.run(scenario())
+    answers, expected, load = loop.run(scenario())
     assert answers == expected
     assert (load.num_requests, load.kv_utilization) == (0, 0)
     (cause,) = logged(caplog, CAUSE)
