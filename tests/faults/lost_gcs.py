@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 from gllm_ray.demo.serve_process import free_port
 from gllm_ray.serving.app import build_app
 from tests.faults.moments import MOMENTS, complete_all, load_of, reach
-from tests.faults.replicas import DEMO_MODEL
+from tests.faults.replicas import DEMO_MODEL, check_nothing_is_left_behind
 from tests.ray.test_ray_pipeline import stage_processes
 
 NUM_STAGES = 2
@@ -102,11 +102,14 @@ def main() -> None:
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        deploy()
-        outcomes = asyncio.run(scenario(cluster.head_node, f"http://127.0.0.1:{port}"))
+        try:
+            deploy()
+            outcomes = asyncio.run(scenario(cluster.head_node, f"http://127.0.0.1:{port}"))
+        finally:
+            serve.shutdown()
+        check_nothing_is_left_behind()
         print(json.dumps(outcomes))  # noqa: T201
     finally:
-        serve.shutdown()
         ray.shutdown()
         cluster.shutdown()
 
