@@ -37,7 +37,7 @@ def deploy(max_model_len=256, **deployment):
 
 
 class Watch:
-    """A thread that notes how many replicas run, whenever that changes.
+    """A thread that notes how many replicas of a deployed service run, whenever that changes.
 
     Attributes:
         changes: When, and to what number.
@@ -47,7 +47,14 @@ class Watch:
         self.changes = []
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self):
         self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._is_over.set()
+        self._thread.join()
 
     def wait_for(self, num_replicas):
         deadline_s = time.monotonic() + LIMIT_S
@@ -56,15 +63,9 @@ class Watch:
                 raise TimeoutError(f"there are never {num_replicas} replicas: {self.changes}")
             time.sleep(0.05)
 
-    def end(self):
-        self._is_over.set()
-        self._thread.join()
-
     def _run(self):
         while not self._is_over.wait(0.1):
-            if (application := serve.status().applications.get("demo")) is None:
-                continue
-            deployment = application.deployments["LLMServer"]
+            deployment = serve.status().applications["demo"].deployments["LLMServer"]
             num_running = deployment.replica_states.get("RUNNING", 0)
             if not self.changes or self.changes[-1][1] != num_running:
                 self.changes.append((time.monotonic(), num_running))
@@ -82,7 +83,7 @@ def wait_until_freed(num_replicas):
 DELAYS = {"interval_s": 0.5, "upscale_delay_s": 0.5, "downscale_delay_s": 1.0}
 
 
-def from_zero(base_url, watch):
+def from_zero(base_url):
     """From no replica to two and back, as the engines ask."""
     deploy(
         min_replicas=0,
@@ -91,16 +92,17 @@ def from_zero(base_url, watch):
         target_ongoing_requests=1000,
         autoscaling=DELAYS | {"target_kv_utilization": 0.1},
     )
-    watch.wait_for(0)
-    clients = Clients(base_url, num_clients=2)
-    watch.wait_for(2)
-    clients.wait_for_outcomes()
-    clients.end()
-    watch.wait_for(0)
-    return {"requests": clients.outcomes}
+    with Watch() as watch:
+        watch.wait_for(0)
+        clients = Clients(base_url, num_clients=2)
+        watch.wait_for(2)
+        clients.wait_for_outcomes()
+        clients.end()
+        watch.wait_for(0)
+    return {"requests": clients.outcomes, "changes": watch.changes}
 
 
-def with_redeploy(base_url, watch):
+def with_redeploy(base_url):
     """From one replica to three and back, all of which are replaced on the way."""
     options = {
         "min_replicas": 1,
@@ -110,20 +112,22 @@ def with_redeploy(base_url, watch):
         "max_surge_percent": 34,
     }
     deploy(256, **options)
-    watch.wait_for(1)
-    steady, rush = Clients(base_url, num_clients=1), Clients(base_url, num_clients=6)
-    watch.wait_for(3)
-    rush.wait_for_outcomes()
-    num_before = len(watch.changes)
-    deploy(512, **options)
-    watch.wait_for(3)
-    rush.wait_for_outcomes()
-    rush.end()
-    watch.wait_for(1)
-    steady.wait_for_outcomes()
-    steady.end()
+    with Watch() as watch:
+        watch.wait_for(1)
+        steady, rush = Clients(base_url, num_clients=1), Clients(base_url, num_clients=6)
+        watch.wait_for(3)
+        rush.wait_for_outcomes()
+        num_before = len(watch.changes)
+        deploy(512, **options)
+        watch.wait_for(3)
+        rush.wait_for_outcomes()
+        rush.end()
+        watch.wait_for(1)
+        steady.wait_for_outcomes()
+        steady.end()
     return {
         "requests": steady.outcomes + rush.outcomes,
+        "changes": watch.changes,
         "num_before": num_before,
         "max_model_len": get_json(f"{base_url}/server_info")["max_model_len"],
     }
@@ -144,13 +148,9 @@ def main():
     )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        watch = Watch()
-        try:
-            outcome = SCENARIOS[sys.argv[1]](f"http://127.0.0.1:{port}", watch)
-        finally:
-            watch.end()
-        wait_until_freed(num_replicas=watch.changes[-1][1])
-        print(json.dumps(outcome | {"changes": watch.changes}))  # noqa: T201
+        outcome = SCENARIOS[sys.argv[1]](f"http://127.0.0.1:{port}")
+        wait_until_freed(num_replicas=outcome["changes"][-1][1])
+        print(json.dumps(outcome))  # noqa: T201
     finally:
         serve.shutdown()
         ray.shutdown()

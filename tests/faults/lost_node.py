@@ -77,6 +77,8 @@ def main() -> None:
             "include_dashboard": False,
             "resources": {"head": 1},
             "object_store_memory": 100 * 2**20,
+            # Else Ray takes ten seconds to see that a node is gone.
+            "_system_config": {"health_check_period_ms": 500},
         },
     )
     try:
