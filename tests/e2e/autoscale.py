@@ -103,25 +103,24 @@ def from_zero(base_url):
 
 
 def with_redeploy(base_url):
-    """From one replica to three and back, all of which are replaced on the way."""
+    """From one replica to three and back, and then to one of another version."""
     options = {
         "min_replicas": 1,
         "max_replicas": 3,
-        "target_ongoing_requests": 2,
+        "target_ongoing_requests": 1.5,
         "autoscaling": DELAYS,
-        "max_surge_percent": 34,
+        "max_surge_percent": 100,
     }
     deploy(256, **options)
     with Watch() as watch:
         watch.wait_for(1)
-        steady, rush = Clients(base_url, num_clients=1), Clients(base_url, num_clients=6)
-        watch.wait_for(3)
-        rush.wait_for_outcomes()
-        num_before = len(watch.changes)
-        deploy(512, **options)
+        steady, rush = Clients(base_url, num_clients=1), Clients(base_url, num_clients=4)
         watch.wait_for(3)
         rush.wait_for_outcomes()
         rush.end()
+        watch.wait_for(1)
+        num_before = len(watch.changes)
+        deploy(512, **options)
         watch.wait_for(1)
         steady.wait_for_outcomes()
         steady.end()

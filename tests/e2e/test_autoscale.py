@@ -50,11 +50,9 @@ def test_replicas_come_and_go_with_the_load_and_no_request_fails(haproxy, direct
 
 @pytest.mark.chaos
 @pytest.mark.timeout(180)
-def test_no_request_fails_while_replicas_go_from_one_to_three_are_replaced_and_back(directory):
+def test_no_request_fails_while_one_replica_becomes_three_then_one_then_another(directory):
     outcome = outcome_of("with_redeploy", directory, haproxy=True)
     numbers, before = [number for _, number in outcome["changes"]], outcome["num_before"]
-    assert numbers[:before][-1] == 3
-    assert len(numbers) > before + 2, "replicas stop and start while the service is redeployed"
-    assert min(numbers[1:]) >= 1
-    assert numbers[-1] == 1
+    assert (numbers[0], max(numbers[:before]), numbers[before - 1]) == (1, 3, 1)
+    assert min(numbers) == 1, "the new replica serves before the old one stops"
     assert outcome["max_model_len"] == 512, "a new replica serves"
