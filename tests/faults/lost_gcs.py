@@ -32,7 +32,7 @@ def deploy():
     args = {
         "model": {"path": DEMO_MODEL, "served_name": "demo", "dtype": "float32"},
         "pipeline": {"device": "cpu", "num_stages": NUM_STAGES, "cpus_per_stage": 0.5},
-        "kv_cache": {"kv_cache_bytes": "16MiB"},
+        "kv_cache": {"kv_cache_bytes": "8MiB"},
         "recovery": {"heartbeat_s": 0.2, "calm_s": 0.01},
     }
     serve.run(build_app(args), name="demo", route_prefix="/")

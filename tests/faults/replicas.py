@@ -28,15 +28,15 @@ def make_config(num_stages, *, scheduler=None, **recovery):
             # In bfloat16 prefill may round a near tie otherwise than decode did.
             "model": {"path": DEMO_MODEL, "dtype": "float32"},
             "pipeline": {"device": "cpu", "num_stages": num_stages, "cpus_per_stage": 0.5},
-            "kv_cache": {"kv_cache_bytes": "16MiB"},
+            "kv_cache": {"kv_cache_bytes": "8MiB"},
             "scheduler": scheduler or {},
             "recovery": {"backoff_s": 0.05, "heartbeat_s": 0.2, **recovery},
         }
     )
 
 
-def make_request(name, *, prompt=None, max_tokens=40, **options):
-    prompt = prompt or tuple(5 + (7 * ord(name[-1]) + 13 * i) % 900 for i in range(40))
+def make_request(name, *, prompt=None, num_tokens=40, max_tokens=40, **options):
+    prompt = prompt or tuple(5 + (7 * ord(name[-1]) + 13 * i) % 900 for i in range(num_tokens))
     return GenerationRequest(
         request_id=name, prompt_token_ids=prompt, max_tokens=max_tokens, **options
     )

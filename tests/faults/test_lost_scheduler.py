@@ -21,7 +21,7 @@ from tests.faults.replicas import (
 from tests.ray.test_ray_pipeline import stage_processes
 
 # More than the KV cache has room for, so that the last ones wait.
-LONG = [make_request(f"long {n}", prompt=tuple(range(5, 805)), max_tokens=20) for n in "abcdefgh"]
+LONG = [make_request(f"long {n}", num_tokens=800, max_tokens=20) for n in "abcdefgh"]
 
 
 def kill_scheduler():
