@@ -101,7 +101,7 @@ def test_a_scheduler_that_stands_still_is_replaced_after_its_deadline(pipeline, 
     assert "the scheduler hangs: it has not answered" in cause
 
 
-@pytest.mark.parametrize("is_stage_first", [True, False])
+@pytest.mark.parametrize("is_stage_first", [pytest.param(True, marks=pytest.mark.chaos), False])
 def test_a_stage_and_the_scheduler_die_together(pipeline, loop, caplog, is_stage_first):
     async def scenario():
         undisturbed = await pipeline.collect_all(make_requests())

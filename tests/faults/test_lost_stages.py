@@ -71,6 +71,7 @@ def test_a_killed_stage_is_noticed_at_once_and_meanwhile_the_service_is_healthy(
     assert all(part in recovered for part in ("detect", "restart", "reload", "reconnect"))
 
 
+@pytest.mark.chaos
 def test_a_stage_that_dies_while_another_is_being_replaced_is_replaced_too(
     pipeline, undisturbed, loop, caplog
 ):
