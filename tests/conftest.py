@@ -1,8 +1,10 @@
 """What many tests share: one Ray cluster, and a tiny checkpoint."""
 
 import os
+import secrets
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ os.environ |= {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_worker_niceness": "0",  # else the tests of another worker starve actors
 }
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else the workers' threads outnumber the cores
@@ -70,6 +73,25 @@ def ray_cluster() -> Iterator[None]:
     yield
     ray.shutdown()
     shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """The address of a private Redis, and its password."""
+    from gllm_ray.demo.serve_process import free_port
+
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("redis-server is missing")
+    port, password = free_port(), secrets.token_hex(16)
+    process = subprocess.Popen(
+        [program, "--port", str(port), "--bind", "127.0.0.1", "--requirepass", password],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+    )
+    yield f"redis://127.0.0.1:{port}", password
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="session")

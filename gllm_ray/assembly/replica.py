@@ -166,26 +166,37 @@ class PipelineReplica:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _repair_for_ever(self) -> SchedulerLostError:
+        told = ""
         try:
             while True:
-                await self._repair_once()
+                told = await self._repair_once(told)
         except SchedulerLostError as error:
             return error
 
-    async def _repair_once(self) -> None:
+    async def _repair_once(self, told: str) -> str:
+        """Repair the stages at the next fault, or try again.
+
+        Args:
+            told: What the latest repair failed of; empty if it did not.
+
+        Returns:
+            What this one failed of.
+        """
         watching = asyncio.create_task(self._watch())
         try:
             fault = await self._scheduler.next_fault()
         finally:
             watching.cancel()
-        logger.warning(_STANDS_STILL, fault.cause)
+        if fault.cause != told:
+            logger.warning(_STANDS_STILL, fault.cause)
         try:
             await self._stages.repair(fault)
         except GllmRayError as error:
             logger.warning("the repair failed: %s", error)
             await self._scheduler.resume(PipelineError(str(error)))
-        else:
-            await self._scheduler.resume(self.group)
+            return str(error)
+        await self._scheduler.resume(self.group)
+        return ""
 
     async def _watch(self) -> None:
         fault = await self._stages.next_fault()

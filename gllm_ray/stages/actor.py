@@ -56,6 +56,11 @@ class StageActor:
         return self._stage.step(epoch, metadata, previous)
 
     @ray.method(concurrency_group="ctl")
+    def leave_edges(self) -> None:
+        """See `Stage.leave_edges`."""
+        self._stage.leave_edges()
+
+    @ray.method(concurrency_group="ctl")
     def ping(self) -> int:
         """Show that the process lives; returns its process id."""
         return os.getpid()

@@ -79,7 +79,8 @@ def num_cpu_threads(pipeline: PipelineConfig) -> int:
 def stage_environment(pipeline: PipelineConfig) -> dict[str, str]:
     """What must stand in a stage's environment before torch is imported there."""
     if pipeline.device == "cuda":
-        return {}
+        # Else torch ends this process, with its weights, when it notices that a neighbour is gone.
+        return {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     return {
         "OMP_NUM_THREADS": str(num_cpu_threads(pipeline)),
         # Idle threads of one stage must not spin on the cores of another.

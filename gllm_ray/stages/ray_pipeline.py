@@ -110,6 +110,7 @@ async def connect_stages(stages: Sequence[ActorHandle], epoch: int) -> None:
     Raises:
         PipelineError: A stage failed or died.
     """
+    await _ask_all(stage.leave_edges.remote() for stage in stages)
     addresses = await _ask_all(stage.open_edge.remote() for stage in stages[:-1])
     await _ask_all(
         stage.connect.remote(epoch, previous)

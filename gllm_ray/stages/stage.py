@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import ray
@@ -79,6 +80,17 @@ class Stage:
         with self._outermost("open its edge"):
             self._store = host_edge(self._host)
             return EdgeAddress(self._host, self._store.port)
+
+    def leave_edges(self) -> None:
+        """Refuse steps, and end the one that waits for a neighbour which may be gone.
+
+        Called while another thread runs that step.
+        """
+        self._epoch = None
+        edges = [edge for edge in (self._inbound, self._outbound) if edge is not None]
+        # At once, because the abort of one communicator may wait for the kernels of the other.
+        with ThreadPoolExecutor(max_workers=2) as threads:
+            list(threads.map(lambda edge: edge.abort(), edges))
 
     def connect(self, epoch: int, previous: EdgeAddress | None) -> None:
         """Join this stage's edges and accept the steps of `epoch`, and of no other.

@@ -54,6 +54,12 @@ class ActivationChannel(Protocol):
             RuntimeError: The upstream end is gone, or nothing came in time.
         """
 
+    def abort(self) -> None:
+        """End transfers on a device that wait for the other end; from any thread, while others run.
+
+        What they were to fill is undefined then. The channel can only be closed from now on.
+        """
+
     def close(self) -> None:
         """Drop what was not received yet; the channel cannot be used again."""
 
@@ -74,6 +80,9 @@ class ObjectStoreChannel:
         np.copyto(staged.view(torch.uint8).numpy(), content)
         hidden.copy_(staged)
 
+    def abort(self) -> None:
+        """Nothing waits here."""
+
     def close(self) -> None:
         """Nothing is held here."""
 
@@ -93,7 +102,7 @@ class ProcessGroupChannel:
         end: int,
         device_type: str,
     ) -> None:
-        self._group = group
+        self._group: ProcessGroupGloo | torch.distributed.ProcessGroupNCCL | None = group
         self._peer = 1 - end
         self._device_type = device_type
         self._pending: deque[tuple[torch.distributed.Work, torch.Tensor]] = deque()
@@ -112,11 +121,16 @@ class ProcessGroupChannel:
         self._group.recv([staged], self._peer, batch_id % _NUM_TAGS).wait()
         hidden.copy_(staged)
 
+    def abort(self) -> None:
+        """End NCCL's kernels, which wait for a dead peer for ever; gloo notices one by itself."""
+        if (group := self._group) is not None:  # no other thread closed this
+            group.abort()
+
     def close(self) -> None:
         """Leave the group, so that the other end fails too instead of waiting."""
         self._pending.clear()
-        self._group.abort()
-        del self._group  # for gloo, abort does nothing, but the last reference ends the connection
+        self.abort()
+        self._group = None  # gloo's abort does nothing, but the last reference ends the connection
 
 
 class BySizeChannel:
@@ -144,6 +158,10 @@ class BySizeChannel:
     def receive(self, batch_id: int, carried: object, hidden: torch.Tensor) -> None:
         """See `ActivationChannel`."""
         self._channel_of(hidden).receive(batch_id, carried, hidden)
+
+    def abort(self) -> None:
+        """See `ActivationChannel`."""
+        self._large.abort()
 
     def close(self) -> None:
         """See `ActivationChannel`."""

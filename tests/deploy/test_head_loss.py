@@ -1,35 +1,14 @@
 """What the component gcs-ft-redis is for: the service outlives its head."""
 
 import json
-import secrets
-import shutil
-import subprocess
 import time
 import urllib.request
 
 import pytest
 
-from gllm_ray.demo.serve_process import free_port
 from tests.deploy.local_cluster import LocalCluster, skip_unless_the_port_is_free
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def redis(tmp_path):
-    """The address of a private Redis, and its password."""
-    program = shutil.which("redis-server")
-    if program is None:
-        pytest.skip("redis-server is missing")
-    port, password = free_port(), secrets.token_hex(16)
-    process = subprocess.Popen(
-        [program, "--port", str(port), "--bind", "127.0.0.1", "--requirepass", password],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-    )
-    yield f"redis://127.0.0.1:{port}", password
-    process.kill()
-    process.wait()
 
 
 def stages(cluster):

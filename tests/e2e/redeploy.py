@@ -60,7 +60,9 @@ class Clients:
         self._url = f"{base_url}/v1"
         self._is_over = threading.Event()
         self.outcomes = []
-        self._threads = [threading.Thread(target=self._run) for _ in range(num_clients)]
+        self._threads = [
+            threading.Thread(target=self._run, daemon=True) for _ in range(num_clients)
+        ]
         for thread in self._threads:
             thread.start()
 

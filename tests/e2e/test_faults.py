@@ -11,6 +11,7 @@ import urllib.request
 
 import httpx
 import openai
+import psutil
 import pytest
 
 PROMPT = "def f("
@@ -50,6 +51,22 @@ def test_an_open_stream_goes_on_as_if_nothing_had_died(service, truth, actor, nu
     living = processes_of(service, actor)
     assert len(living) == number
     assert killed not in living
+
+
+def test_an_idle_service_costs_next_to_nothing(service):
+    actors, seconds = ("ServeReplica", "SchedulerActor", "StageActor"), 4
+    pids = [pid for actor in actors for pid in processes_of(service, actor)]
+
+    def cpu_s():
+        times = [psutil.Process(pid).cpu_times() for pid in pids]
+        return [time.user + time.system for time in times]
+
+    service.wait_until_idle()
+    before = cpu_s()
+    time.sleep(seconds)
+    spent_s = [after - start for start, after in zip(before, cpu_s(), strict=True)]
+    assert len(spent_s) == 4
+    assert max(spent_s) < 0.05 * seconds, spent_s
 
 
 def stream_completion(service, on_text):

@@ -27,13 +27,13 @@ class Service(Running):
         await self.replica.check_health()
 
     async def server_info(self):
-        return asdict(await self.replica.load())
+        return {"load": asdict(await self.replica.load())}
 
 
 @asynccontextmanager
-async def serving(config):
+async def serving(config, group_bundles=None):
     """Yield the service of a replica with a placement group of its own, and an HTTP client."""
-    group = placement_group(bundles(config))
+    group = placement_group(group_bundles or bundles(config))
     try:
         async with running(config, group) as pipeline:
             service = Service(

@@ -48,6 +48,9 @@ class InjectingChannel:
     def receive(self, batch_id, carried, hidden):
         self._channel.receive(batch_id, carried, hidden)
 
+    def abort(self):
+        self._channel.abort()
+
     def close(self):
         self._channel.close()
 

@@ -7,12 +7,19 @@ import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import ray
+from ray.util.placement_group import placement_group_table
+
 from gllm_ray.assembly.replica import PipelineReplica
 from gllm_ray.config import parse_service_config
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.messages import GenerationRequest, SamplingParams, TokenEvent
+from tests.ray.test_ray_pipeline import stage_processes
 
 DEMO_MODEL = "package://gllm_ray/demo/model"
+# Of the replica that tests share.
+NUM_STAGES = 3
+HEARTBEAT_TIMEOUT_S = 4
 
 
 def make_config(num_stages, *, scheduler=None, **recovery):
@@ -21,15 +28,15 @@ def make_config(num_stages, *, scheduler=None, **recovery):
             # In bfloat16 prefill may round a near tie otherwise than decode did.
             "model": {"path": DEMO_MODEL, "dtype": "float32"},
             "pipeline": {"device": "cpu", "num_stages": num_stages, "cpus_per_stage": 0.5},
-            "kv_cache": {"kv_cache_bytes": "16MiB"},
+            "kv_cache": {"kv_cache_bytes": "8MiB"},
             "scheduler": scheduler or {},
             "recovery": {"backoff_s": 0.05, "heartbeat_s": 0.2, **recovery},
         }
     )
 
 
-def make_request(name, *, prompt=None, max_tokens=40, **options):
-    prompt = prompt or tuple(5 + (7 * ord(name[-1]) + 13 * i) % 900 for i in range(40))
+def make_request(name, *, prompt=None, num_tokens=40, max_tokens=40, **options):
+    prompt = prompt or tuple(5 + (7 * ord(name[-1]) + 13 * i) % 900 for i in range(num_tokens))
     return GenerationRequest(
         request_id=name, prompt_token_ids=prompt, max_tokens=max_tokens, **options
     )
@@ -81,16 +88,44 @@ class Running:
             await asyncio.sleep(0.002)
 
 
+_running = []  # and whether they have a placement group
+
+
 @asynccontextmanager
 async def running(config, placement_group=None):
     replica = await PipelineReplica.start(config, placement_group)
     client = EngineClient(replica)
     await client.start()
+    entry = replica, placement_group is not None
+    _running.append(entry)
     try:
         yield Running(replica, client)
     finally:
+        _running.remove(entry)
         await client.close()
         await replica.close()
+
+
+def check_nothing_is_left_behind(timeout_s=20):
+    """Wait until there are only the actors and placement groups of the replicas that run."""
+    expected = {
+        "stages": sum(len(replica.group.stages) for replica, _ in _running),
+        "schedulers": len(_running),
+        "placement groups": sum(has_group for _, has_group in _running),
+    }
+    deadline_s = time.monotonic() + timeout_s
+    while (found := _count_ours()) != expected:
+        assert time.monotonic() < deadline_s, f"there are {found}, but {expected} are in use"
+        time.sleep(0.05)
+
+
+def _count_ours():
+    groups = placement_group_table().values() if ray.is_initialized() else ()
+    return {
+        "stages": len(stage_processes(r"\w*Stage")),  # ours, and those of tests
+        "schedulers": len(stage_processes("SchedulerActor")),
+        "placement groups": sum(group["state"] != "REMOVED" for group in groups),
+    }
 
 
 async def until(is_true, timeout_s=10):

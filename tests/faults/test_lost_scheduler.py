@@ -1,7 +1,6 @@
 """The scheduler's process dies, alone or with a stage."""
 
 import asyncio
-import logging
 import os
 import signal
 
@@ -10,6 +9,7 @@ import pytest
 from gllm_ray.errors import PipelineError
 from tests.faults.replicas import (
     CAUSE,
+    HEARTBEAT_TIMEOUT_S,
     RECOVERED,
     logged,
     make_config,
@@ -20,30 +20,8 @@ from tests.faults.replicas import (
 )
 from tests.ray.test_ray_pipeline import stage_processes
 
-NUM_STAGES = 2
-HEARTBEAT_TIMEOUT_S = 4
 # More than the KV cache has room for, so that the last ones wait.
-LONG = [make_request(f"long {n}", prompt=tuple(range(5, 805)), max_tokens=20) for n in "abcdefgh"]
-
-
-@pytest.fixture(scope="module")
-def loop():
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
-def pipeline(ray_cluster, loop):
-    """One replica for the tests here that leave it repaired."""
-    config = make_config(NUM_STAGES, calm_s=0.01, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S)
-    context = running(config)
-    yield loop.run(context.__aenter__())
-    loop.run(context.__aexit__(None, None, None))
-
-
-@pytest.fixture(autouse=True)
-def info_log(caplog):
-    caplog.set_level(logging.INFO, "gllm_ray")
+LONG = [make_request(f"long {n}", num_tokens=800, max_tokens=20) for n in "abcdefgh"]
 
 
 def kill_scheduler():
@@ -123,7 +101,7 @@ def test_a_scheduler_that_stands_still_is_replaced_after_its_deadline(pipeline, 
     assert "the scheduler hangs: it has not answered" in cause
 
 
-@pytest.mark.parametrize("is_stage_first", [True, False])
+@pytest.mark.parametrize("is_stage_first", [pytest.param(True, marks=pytest.mark.chaos), False])
 def test_a_stage_and_the_scheduler_die_together(pipeline, loop, caplog, is_stage_first):
     async def scenario():
         undisturbed = await pipeline.collect_all(make_requests())
@@ -141,9 +119,7 @@ def test_a_stage_and_the_scheduler_die_together(pipeline, loop, caplog, is_stage
         assert await asyncio.gather(*tasks) == undisturbed
         await until_recovered(caplog)
         after = await pipeline.pids()
-        assert (after[0] == before[0], after[1] == before[1]) == (True, False)
-        assert stage_processes() == set(after), "an actor was left behind"
-        assert len(stage_processes("SchedulerActor")) == 1
+        assert [new == old for new, old in zip(after, before, strict=True)] == [True, False, True]
         load = await pipeline.replica.load()
         assert (load.num_requests, load.kv_utilization) == (0, 0)
 

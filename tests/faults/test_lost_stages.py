@@ -1,55 +1,30 @@
 """A stage process dies or stands still."""
 
 import asyncio
-import logging
 import os
 import signal
 
-import psutil
 import pytest
 
 from gllm_ray.stages import repair
 from gllm_ray.stages.ray_pipeline import connect_stages
 from tests.faults.replicas import (
     CAUSE,
+    HEARTBEAT_TIMEOUT_S,
+    NUM_STAGES,
     RECOVERED,
     logged,
-    make_config,
     make_request,
     make_requests,
-    running,
     until,
 )
 from tests.ray.test_ray_pipeline import stage_processes
-
-NUM_STAGES = 3
-HEARTBEAT_TIMEOUT_S = 4
-
-
-@pytest.fixture(scope="module")
-def loop():
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
-def pipeline(ray_cluster, loop):
-    """One replica for all tests here: each leaves it repaired."""
-    config = make_config(NUM_STAGES, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S)
-    context = running(config)
-    yield loop.run(context.__aenter__())
-    loop.run(context.__aexit__(None, None, None))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(pipeline, loop):
     """What each request gets when nothing breaks."""
     return by_request(loop.run(pipeline.collect_all(make_requests())))
-
-
-@pytest.fixture(autouse=True)
-def info_log(caplog):
-    caplog.set_level(logging.INFO, "gllm_ray")
 
 
 def by_request(answers):
@@ -70,7 +45,6 @@ async def start_requests(pipeline):
 def check_replaced(before, after, *stage_ids):
     replaced = [i for i in range(NUM_STAGES) if before[i] != after[i]]
     assert replaced == list(stage_ids)
-    assert stage_processes() == set(after), "an actor was left behind"
 
 
 def test_a_killed_stage_is_noticed_at_once_and_meanwhile_the_service_is_healthy(
@@ -97,6 +71,7 @@ def test_a_killed_stage_is_noticed_at_once_and_meanwhile_the_service_is_healthy(
     assert all(part in recovered for part in ("detect", "restart", "reload", "reconnect"))
 
 
+@pytest.mark.chaos
 def test_a_stage_that_dies_while_another_is_being_replaced_is_replaced_too(
     pipeline, undisturbed, loop, caplog
 ):
@@ -195,21 +170,3 @@ def test_a_stage_that_dies_while_nothing_runs_is_replaced_before_anybody_asks(
         assert len(await pipeline.collect(make_request("next", max_tokens=3))) == 3
 
     loop.run(scenario())
-
-
-def test_supervision_of_an_idle_pipeline_costs_next_to_nothing(pipeline, loop):
-    seconds = 4
-
-    def cpu_s():
-        pids = stage_processes() | stage_processes("SchedulerActor")
-        times = {pid: psutil.Process(pid).cpu_times() for pid in pids}
-        return {pid: time.user + time.system for pid, time in times.items()}
-
-    async def scenario():
-        before = cpu_s()
-        await asyncio.sleep(seconds)
-        return {pid: spent - before[pid] for pid, spent in cpu_s().items()}
-
-    spent = loop.run(scenario())
-    assert len(spent) == NUM_STAGES + 1
-    assert max(spent.values()) < 0.05 * seconds

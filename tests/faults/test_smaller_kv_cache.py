@@ -1,7 +1,6 @@
 """A new stage has room for fewer KV blocks than the one that it replaces."""
 
 import asyncio
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,8 +37,7 @@ def shrinking_stage_actor(room: Path):
 
 
 @pytest.fixture
-def room(tmp_path, monkeypatch, ray_cluster, caplog):
-    caplog.set_level(logging.INFO, "gllm_ray")
+def room(tmp_path, monkeypatch, ray_cluster):
     room = tmp_path / "room"
     monkeypatch.setattr(placement, "StageActor", shrinking_stage_actor(room))
     return room

@@ -1,7 +1,6 @@
 """Messages between processes that come late, twice, in another order, or not at all."""
 
 import asyncio
-import logging
 
 import pytest
 
@@ -47,12 +46,6 @@ IN_SHORT = {("large", "delay"), ("small", "repeat"), ("call", "drop")}
 
 
 @pytest.fixture(scope="module")
-def loop():
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
 def faults(tmp_path_factory):
     return tmp_path_factory.mktemp("faults")
 
@@ -83,8 +76,6 @@ def cells():
 def test_a_mistreated_message_is_harmless_or_noticed_and_no_token_changes(
     pipeline, undisturbed, loop, faults, caplog, target, fault, cause
 ):
-    caplog.set_level(logging.INFO, "gllm_ray")
-
     async def scenario():
         streams = asyncio.create_task(pipeline.collect_all(REQUESTS))
         arm(faults, int(target == "call"), target, fault)

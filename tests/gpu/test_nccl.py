@@ -1,6 +1,8 @@
 """Hidden states between two cards."""
 
 import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -55,3 +57,30 @@ def test_hidden_states_arrive_bit_by_bit_and_in_order(dtype):
         sender.join(60)
         torch.cuda.set_device(0)
     assert sender.exitcode == 0
+
+
+def join_and_die(port):
+    """An upstream end that goes before it sends."""
+    torch.cuda.set_device(0)
+    join_edge("nccl", find_edge(EdgeAddress(LOOPBACK, port)), UPSTREAM, LOOPBACK)
+    torch.cuda.synchronize()
+    os._exit(0)
+
+
+def test_an_abort_ends_the_receive_from_a_process_that_died(monkeypatch):
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    torch.cuda.set_device(1)
+    store = host_edge(LOOPBACK)
+    sender = multiprocessing.get_context("spawn").Process(target=join_and_die, args=(store.port,))
+    sender.start()
+    try:
+        channel = join_edge("nccl", store, DOWNSTREAM, LOOPBACK)
+        sender.join(60)
+        channel.receive(0, None, torch.empty(2048, 8192, device="cuda:1"))
+        with ThreadPoolExecutor() as threads:
+            threads.submit(channel.abort).result(timeout=30)
+        torch.cuda.synchronize()
+        channel.close()
+    finally:
+        sender.kill()
+        torch.cuda.set_device(0)

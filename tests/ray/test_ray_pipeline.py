@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -53,11 +54,15 @@ def stages(config: ServiceConfig, replica_group: PlacementGroup) -> Iterator[Ray
 
 
 def stage_processes(kind: str = "StageActor") -> set[int]:
-    """Process ids of all stage actors, or those of another kind, of this test run's cluster."""
+    """Process ids of all stage actors of this test run's cluster, or those of another kind.
+
+    Args:
+        kind: A pattern with which the name of the actors' class begins.
+    """
     found = set()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended in the meantime
-            if f"ray::{kind}" in " ".join(process.cmdline()):
+            if re.search(f"ray::{kind}", " ".join(process.cmdline())):
                 found.add(process.pid)
     return found
 
@@ -135,6 +140,21 @@ def test_a_step_of_another_epoch_is_refused_and_harms_nothing(
         with pytest.raises(PipelineError, match=f"refuses a micro-batch of epoch {epoch}"):
             await stages.group.stages[0].step.remote(epoch, metadata, None)
         return await generate_greedily(pipeline, reference)
+
+    assert asyncio.run(run()) == reference.outputs
+
+
+def test_who_has_left_its_edges_refuses_steps_until_it_is_connected_anew(
+    stages: RayStages, reference: Reference
+) -> None:
+    async def run() -> list[list[int]]:
+        pipeline = await stages.pipeline()
+        pipeline.submit(make_batch(0, LONG_CHUNK))
+        await stages.group.stages[1].leave_edges.remote()
+        pipeline.submit(make_batch(1, [1]))
+        with pytest.raises(PipelineError, match="stage 1 refuses a micro-batch of epoch"):
+            await take_results_for_ever(pipeline)
+        return await generate_greedily(await stages.pipeline(), reference)
 
     assert asyncio.run(run()) == reference.outputs
 

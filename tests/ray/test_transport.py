@@ -137,3 +137,12 @@ def test_only_small_hidden_states_go_with_the_answer(is_small: bool) -> None:
     received = torch.empty_like(sent)
     downstream.receive(0, carried, received)
     assert torch.equal(received, sent)
+
+
+def test_an_abort_spoils_no_close_and_may_come_again(edge: Edge) -> None:
+    upstream, downstream = edge
+    with ThreadPoolExecutor() as threads:
+        for channel in (upstream, downstream, upstream):
+            threads.submit(channel.abort).result()
+    downstream.close()
+    downstream.abort()
