@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gllm_ray import serve_schema
 from gllm_ray.errors import ConfigError
-from gllm_ray.serve_file import DEPLOYMENT_NAME, IMPORT_PATH, load_serve_file, service_config
+from gllm_ray.serve_file import DEPLOYMENT_NAME, IMPORT_PATH, load_serve_file, services_of
 from gllm_ray.serve_schema import ServeFile
 from gllm_ray.strict_schema import find_mistakes
 
@@ -98,7 +98,7 @@ def mappings(schema_data: Any, path: str = "") -> Iterator[str]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_files_are_right_and_serve_takes_them(path):
     ray_schema = pytest.importorskip("ray.serve.schema")
-    assert all(service_config(item) is not None for item in load_serve_file(path).applications)
+    assert all(services_of(item) for item in load_serve_file(path).applications)
     ray_schema.ServeDeploySchema.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
@@ -298,7 +298,7 @@ def test_the_args_of_another_application_are_left_alone(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("applications: [{import_path: 'a.b:c', args: {x: 1}}]", encoding="utf-8")
     (application,) = load_serve_file(path).applications
-    assert service_config(application) is None
+    assert services_of(application) == {}
 
 
 @pytest.mark.parametrize(
