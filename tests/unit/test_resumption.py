@@ -1,100 +1,23 @@
 """Requests outlive replicas: what a client gets does not tell how many it took."""
 
 import asyncio
-from contextlib import aclosing
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gllm_ray.config import FrontEndConfig
-from gllm_ray.engine.client import EngineClient
-from gllm_ray.engine.engine import Engine
 from gllm_ray.engine.resumption import ResumingClient
 from gllm_ray.errors import InvalidRequestError, OverloadedError, PipelineError
 from gllm_ray.messages import FinishReason
 from gllm_ray.scheduling import QueueLimits
-from tests.factories import make_request, make_scheduler
+from tests.factories import make_request
+from tests.replica_set import LOST, Fault, Replicas
 from tests.unit.test_journal import STOP, ReadingPipeline, expected_events, turns
 
-LOST = PipelineError("a replica was lost: killed")
-HEALTHY = 10**9
 
-
-@dataclass(frozen=True)
-class Fault:
-    """How a replica ends.
-
-    Attributes:
-        after: Lists of events that it gives before; the first has none.
-        kind: The process dies; or its pipeline breaks, which an event tells; or the stream ends.
-        results: Those of the pipeline before it breaks.
-    """
-
-    after: int = HEALTHY
-    kind: str = "dies"
-    results: int = HEALTHY
-
-
-class BreakingPipeline(ReadingPipeline):
-    def __init__(self, results):
-        super().__init__()
-        self._results = results
-
-    async def next_result(self):
-        self._results -= 1
-        if self._results < 0:
-            raise LOST
-        return await super().next_result()
-
-
-class Replicas:
-    """A `ReplicaSet`: real engines in a row; each takes over when the one before is lost."""
-
-    def __init__(self, faults=(), **options):
-        self._options = options
-        self.schedulers = []
-        self._engines = []
-        self._clients = []
-        for fault in (*faults, Fault()):
-            self.schedulers.append(make_scheduler(num_blocks=16, **options))
-            pipeline = BreakingPipeline(fault.results)
-            self._engines.append(Engine(self.schedulers[-1], pipeline))
-            self._clients.append(EngineClient(self._engines[-1]))
-        self._faults = [*faults, Fault()]
-        self.outputs = []
-
-    async def __aenter__(self):
-        for engine, client in zip(self._engines, self._clients, strict=True):
-            engine.start()
-            await client.start()
-        return self
-
-    async def __aexit__(self, *_exc_info):
-        for engine, client in zip(self._engines, self._clients, strict=True):
-            await client.close()
-            await engine.close()
-
-    async def run(self, request, output_token_ids):
-        number = min(len(self.outputs), len(self._faults) - 1)
-        self.outputs.append(output_token_ids)
-        fault = self._faults[number]
-        steps = self._clients[number].generate(request, output_token_ids, tells_acceptance=True)
-        async with aclosing(steps):
-            for _ in range(fault.after):
-                step = await anext(steps, None)
-                if step is None:
-                    return
-                yield step
-        if fault.kind == "dies":
-            raise LOST
-
-    async def until_idle(self, number=-1):
-        async with asyncio.timeout(5):
-            while not self.schedulers[number].is_idle:  # noqa: ASYNC110
-                await asyncio.sleep(0)
-        return self.schedulers[number].kv_utilization
+def replicas_of(faults=(), **options):
+    return Replicas(ReadingPipeline, faults, num_blocks=16, **options)
 
 
 async def collect(client, request, lag=0):
@@ -129,7 +52,7 @@ def test_whatever_came_before_the_faults_the_events_are_those_without(
     )
 
     async def scenario():
-        async with Replicas(faults) as replicas:
+        async with replicas_of(faults) as replicas:
             client = ResumingClient(replicas, FrontEndConfig())
             events = await collect(client, request, lag)
             assert events == expected_events(request)
@@ -144,7 +67,7 @@ def test_whatever_came_before_the_faults_the_events_are_those_without(
 def test_one_loss_too_many_ends_the_request_and_tells_the_latest():
     async def scenario():
         faults = [Fault(after=2)] * 3
-        async with Replicas(faults) as replicas:
+        async with replicas_of(faults) as replicas:
             client = ResumingClient(replicas, FrontEndConfig(max_losses=2))
             with pytest.raises(PipelineError, match=r"3 replicas were lost under it.*killed") as e:
                 await collect(client, make_request("a", max_tokens=12))
@@ -157,7 +80,7 @@ def test_one_loss_too_many_ends_the_request_and_tells_the_latest():
 
 def test_who_was_accepted_is_neither_refused_nor_forgotten_where_the_queue_is_full():
     async def scenario():
-        async with Replicas([Fault(after=1)], queue=QueueLimits(max_requests=1)) as replicas:
+        async with replicas_of([Fault(after=1)], queue=QueueLimits(max_requests=1)) as replicas:
             full = replicas.schedulers[-1]
             full.add(make_request("other", max_tokens=1))
             with pytest.raises(OverloadedError):
@@ -172,7 +95,7 @@ def test_who_was_accepted_is_neither_refused_nor_forgotten_where_the_queue_is_fu
 
 def test_a_new_request_waits_until_a_replica_takes_it():
     async def scenario():
-        async with Replicas([Fault(after=0)] * 2) as replicas:
+        async with replicas_of([Fault(after=0)] * 2) as replicas:
             client = ResumingClient(replicas, FrontEndConfig(max_losses=1))
             request = make_request("a", max_tokens=3)
             assert await collect(client, request) == expected_events(request)
@@ -217,7 +140,7 @@ def test_a_request_that_no_replica_takes_in_time_ends_with_the_knob_to_turn(hold
 @pytest.mark.parametrize("faults", [[], [Fault(after=3)]], ids=["first replica", "second replica"])
 def test_a_client_that_leaves_aborts_the_request_where_it_runs(faults):
     async def scenario():
-        async with Replicas(faults) as replicas:
+        async with replicas_of(faults) as replicas:
             events = ResumingClient(replicas, FrontEndConfig()).generate(
                 make_request("a", max_tokens=40)
             )
@@ -233,7 +156,7 @@ def test_a_client_that_leaves_aborts_the_request_where_it_runs(faults):
 
 def test_a_mistake_of_the_client_is_told_and_not_tried_again():
     async def scenario():
-        async with Replicas() as replicas:
+        async with replicas_of() as replicas:
             client = ResumingClient(replicas, FrontEndConfig())
             with pytest.raises(InvalidRequestError):
                 await collect(client, make_request("a", max_tokens=10_000))
@@ -245,7 +168,7 @@ def test_a_mistake_of_the_client_is_told_and_not_tried_again():
 def test_each_request_that_a_replica_takes_over_is_counted():
     async def scenario():
         taken_over = []
-        async with Replicas([Fault(after=3), Fault(after=0), Fault(after=2)]) as replicas:
+        async with replicas_of([Fault(after=3), Fault(after=0), Fault(after=2)]) as replicas:
             client = ResumingClient(
                 replicas, FrontEndConfig(), on_resumption=lambda: taken_over.append(1)
             )
