@@ -35,6 +35,13 @@ class FrontEndConfig(StrictModel):
     graceful_shutdown_timeout_s: float = Field(
         default=60.0, ge=0, description="Seconds running requests get to finish."
     )
+    max_surge_percent: int = Field(
+        default=100,
+        ge=0,
+        le=100,
+        description="Front ends, in percent, that a redeployment starts before it stops old ones; "
+        "0: it stops some first, and no model answers until they have finished.",
+    )
 
 
 class ModelsConfig(StrictModel):

@@ -28,14 +28,16 @@ class Journal:
 
     def accepted(self) -> list[OpenRequest]:
         """The requests that an engine accepted."""
-        return [each for name in self._requests if (each := self.accepted_one(name)) is not None]
+        return [
+            replace(request, output_token_ids=tuple(self._output[request_id]))
+            for request_id, request in self._requests.items()
+            if request_id in self._output
+        ]
 
-    def accepted_one(self, request_id: str) -> OpenRequest | None:
-        """The request, if an engine accepted it."""
+    def output_of(self, request_id: str) -> tuple[int, ...] | None:
+        """What the client of a request has got; None: no engine is known to have accepted it."""
         output = self._output.get(request_id)
-        if output is None:
-            return None
-        return replace(self._requests[request_id], output_token_ids=tuple(output))
+        return None if output is None else tuple(output)
 
     def open(self, request: OpenRequest) -> None:
         """Note a request that is about to be sent to an engine.

@@ -77,15 +77,15 @@ class ResumingClient:
         Raises:
             PipelineError: It was lost, or is broken.
         """
-        accepted = self._journal.accepted_one(request.request_id)
-        steps = self._replicas.run(request, accepted and accepted.output_token_ids)
+        output_token_ids = self._journal.output_of(request.request_id)
+        steps = self._replicas.run(request, output_token_ids)
         async with aclosing(steps):
             try:
                 async with asyncio.timeout_at(patience.until_s):
                     await anext(steps, None)
             except TimeoutError:
                 raise PipelineError("no replica was there to take it") from None
-            if accepted is not None:
+            if output_token_ids is not None:
                 self._on_resumption()
             self._journal.accept(request.request_id)
             patience.note_acceptance()

@@ -61,6 +61,7 @@ def _build_front_end(config: ModelsConfig) -> Application:
         ray_actor_options={"num_cpus": REPLICA_CPUS},
         max_ongoing_requests=frontend.max_ongoing_requests,
         graceful_shutdown_timeout_s=frontend.graceful_shutdown_timeout_s,
+        max_surge_percent=frontend.max_surge_percent,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
     ).bind(config, *pipelines)
 

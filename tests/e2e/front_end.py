@@ -215,9 +215,53 @@ def lost_front_end(api):
     }
 
 
+def first_request(api):
+    """There is no replica until a request comes."""
+    before, listed = pids(MODEL), httpx.get(f"{api.base_url}/v1/models", timeout=60).json()
+    info = httpx.get(f"{api.base_url}/server_info", timeout=60).json()
+    answer, _ = api.ask(REQUESTS[0])
+    return {
+        "before": before,
+        "listed": len(listed["data"]),
+        "running": [each["num_replicas"] for each in info["models"]],
+        "usage": answer[2],
+        "after": [len(pids(MODEL)), len(pids(OTHER))],
+    }
+
+
+def redeployment(api):
+    """Every deployment is replaced while clients stream; replicas get no time to finish."""
+    expected, _ = api.ask_all()
+    before = {name: pids(name) for name in (MODEL, OTHER, FRONT_END_NAME)}
+    rounds = []
+    is_over = threading.Event()
+
+    def keep_asking():
+        while not is_over.is_set():
+            rounds.append(api.ask_all()[0])
+
+    asking = threading.Thread(target=keep_asking)
+    asking.start()
+    while not rounds:
+        time.sleep(0.1)
+    deploy(max_ongoing_requests=500, graceful_shutdown_timeout_s=0)
+    while any(set(pids(name)) & set(old) for name, old in before.items()):
+        time.sleep(0.2)
+    is_over.set()
+    asking.join()
+    return {"expected": expected, "rounds": rounds}
+
+
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (models, lost_replica, leaving_client, lost_front_end)
+    for scenario in (
+        models,
+        lost_replica,
+        leaving_client,
+        lost_front_end,
+        first_request,
+        redeployment,
+    )
 }
 
 

@@ -81,3 +81,21 @@ def test_answers_go_on_at_another_replica_at_once(directory):
     assert lost["killed"] == 1
     assert lost["answers"] == lost["expected"]
     assert lost["pause_s"] < 2, "a new replica takes longer"
+
+
+@pytest.mark.chaos
+def test_a_request_waits_at_the_front_end_for_the_first_replica(directory):
+    first = outcomes(directory, "first_request", min_replicas=0)["first_request"]
+    assert first["before"] == [], "nothing that was asked before needs a replica"
+    assert first["listed"] == 2
+    assert first["running"] == [0, 0]
+    assert first["usage"]["completion_tokens"] > 1
+    assert first["after"] == [1, 0]
+
+
+@pytest.mark.chaos
+def test_no_answer_changes_while_all_is_redeployed(directory):
+    redeployed = outcomes(directory, "redeployment", graceful_shutdown_timeout_s=0)["redeployment"]
+    assert len(redeployed["rounds"]) > 1
+    for answers in redeployed["rounds"]:
+        assert answers == redeployed["expected"]
