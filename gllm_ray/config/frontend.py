@@ -48,10 +48,12 @@ class ModelsConfig(StrictModel):
     """`args` of an application with a front end: each model is a whole configuration."""
 
     frontend: FrontEndConfig = FrontEndConfig()
-    models: Annotated[tuple[ServiceConfig, ...], Field(strict=False, min_length=1)]
+    models: Annotated[tuple[ServiceConfig, ...], Field(strict=False)]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if not self.models:
+            raise ValueError("models=[]: must list at least one")
         first: dict[str, int] = {}
         for i, config in enumerate(self.models):
             name = deployment_name(config)

@@ -20,6 +20,7 @@ from gllm_ray.strict_schema import find_mistakes
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DEMO = (ROOT / "configs" / "demo.yaml").read_text(encoding="utf-8")
+TWO_MODELS = (ROOT / "configs" / "two_models.yaml").read_text(encoding="utf-8")
 
 # Every mapping of Serve's schema that has keys of its own, once.
 FULL: dict[str, Any] = {
@@ -292,6 +293,17 @@ def test_an_override_of_our_deployment_is_taken(tmp_path):
     path.write_text(DEMO.replace("    args:", override, 1), encoding="utf-8")
     (application,) = load_serve_file(path).applications
     assert application.deployments[0].max_ongoing_requests == 9
+
+
+def test_an_override_beside_models_names_the_front_end_or_one_of_them(tmp_path):
+    path = tmp_path / "c.yaml"
+    models = TWO_MODELS.replace("    args:", OVERRIDE % "FrontEnd}, {name: demo-bfloat16", 1)
+    path.write_text(models, encoding="utf-8")
+    assert list(services_of(load_serve_file(path).applications[0])) == ["demo", "demo-bfloat16"]
+    (line,) = mistakes_in(models.replace("name: FrontEnd", "name: LLMServer"), path)
+    assert line == (
+        "applications[0].deployments[0].name='LLMServer': must be FrontEnd or demo or demo-bfloat16"
+    )
 
 
 def test_the_args_of_another_application_are_left_alone(tmp_path):
