@@ -7,18 +7,20 @@ would have said, for a draw depends on seed and position alone.
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from gllm_ray.config import FrontEndConfig
 from gllm_ray.engine.journal import Journal
-from gllm_ray.errors import PipelineError
+from gllm_ray.errors import OverloadedError, PipelineError
 from gllm_ray.interfaces import ReplicaSet
 from gllm_ray.messages import FinishReason, GenerationRequest, OpenRequest, TokenEvent
 
 logger = logging.getLogger(__name__)
 
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.1, 1.0
+_BURST_S = 2.0  # between errors of the same cause
 _PUBLIC_MESSAGE = (
     "the replica that held the request was lost, and no other finished it; send it again"
 )
@@ -43,6 +45,7 @@ class ResumingClient:
         self._config = config
         self._on_resumption = on_resumption
         self._journal = Journal()
+        self._latest_error_s = -math.inf
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
         """Run a request to its end; closing the generator early aborts it.
@@ -65,9 +68,17 @@ class ResumingClient:
                             self._journal.record(step)
                             yield step
                 except PipelineError as error:
+                    self._log(error)
                     await patience.wait_after(error)
         finally:
             self._journal.forget(request.request_id)
+
+    def _log(self, error: PipelineError) -> None:
+        """Tell why a replica was lost, once for all the requests that it held."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s > self._latest_error_s + _BURST_S:
+            logger.warning("requests go on at another replica: %s", error)
+        self._latest_error_s = now_s
 
     async def _attempt(
         self, request: GenerationRequest, patience: "_Patience"
@@ -85,6 +96,10 @@ class ResumingClient:
                     await anext(steps, None)
             except TimeoutError:
                 raise PipelineError("no replica was there to take it") from None
+            except OverloadedError as error:
+                if output_token_ids is None:
+                    raise
+                raise PipelineError(f"no replica had room for it: {error}") from error
             if output_token_ids is not None:
                 self._on_resumption()
             self._journal.accept(request.request_id)
@@ -134,7 +149,6 @@ class _Patience:
         if self._is_accepted:
             self._is_accepted = False
             self._num_losses += 1
-            logger.warning("a replica was lost under a request: %s", error)
             if self._num_losses > self._config.max_losses:
                 raise _gave_up(f"{self._num_losses} replicas were lost under it", error)
             return

@@ -28,16 +28,17 @@ class CallerWatch:
     @contextlib.contextmanager
     def note(self, caller: ActorHandle, request_id: str) -> Iterator[None]:
         """Watch the caller while its request is open here."""
-        if caller not in self._requests:
-            self._requests[caller] = set()
+        requests = self._requests.get(caller)
+        if requests is None:
+            requests = self._requests[caller] = set()
             watch = asyncio.create_task(self._watch(caller))
             self._watches.add(watch)
             watch.add_done_callback(self._watches.discard)
-        self._requests[caller].add(request_id)
+        requests.add(request_id)
         try:
             yield
         finally:
-            self._requests[caller].discard(request_id)
+            requests.discard(request_id)
 
     async def _watch(self, caller: ActorHandle) -> None:
         """Ask the caller whether it lives, until it has no request here, or is dead."""
@@ -46,7 +47,8 @@ class CallerWatch:
             try:
                 await caller.__ray_ready__.remote()
             except ActorDiedError:
-                requests = self._requests.pop(caller)
+                # As they end they leave the set.
+                requests = [*self._requests.pop(caller)]
                 logger.warning("a front end died; %d requests of it are aborted", len(requests))
                 for request_id in requests:
                     await self._abort(request_id)

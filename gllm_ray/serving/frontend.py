@@ -61,7 +61,8 @@ class PipelineHandle:
                 has_ended = bool(events) and events[-1].finish_reason is not None
                 yield events
         except BackPressureError as error:
-            raise OverloadedError(f"the service is full: {error.message}") from error
+            retry_after_s = error.retry_after_s or 1.0
+            raise OverloadedError(f"the service is full: {error}", retry_after_s) from error
         except RayServeException as error:
             raise PipelineError(f"no replica took the request: {error}") from error
         except RayError as error:
@@ -137,9 +138,10 @@ class FrontEnd:
 
     async def __init__(self, config: ModelsConfig, *handles: DeploymentHandle) -> None:
         log_with_serve()
-        tokenizers = await asyncio.gather(
-            *(asyncio.to_thread(Tokenizer.for_model, model.model) for model in config.models)
-        )
+        # One after the other: threads that first import transformers together may find it half done.
+        tokenizers = [
+            await asyncio.to_thread(Tokenizer.for_model, model.model) for model in config.models
+        ]
         self._models = [
             RemoteModel(model, handle, config.frontend, tokenizer)
             for model, handle, tokenizer in zip(config.models, handles, tokenizers, strict=True)

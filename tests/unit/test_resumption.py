@@ -1,6 +1,7 @@
 """Requests outlive replicas: what a client gets does not tell how many it took."""
 
 import asyncio
+from contextlib import aclosing
 
 import pytest
 from hypothesis import given
@@ -177,3 +178,42 @@ def test_each_request_that_a_replica_takes_over_is_counted():
         assert len(taken_over) == 2
 
     asyncio.run(scenario())
+
+
+class FullThenFree:
+    """A `ReplicaSet` that loses a request, has no room for a while, and has some again."""
+
+    def __init__(self, replicas, num_refusals):
+        self._replicas = replicas
+        self._num_refusals = num_refusals
+
+    async def run(self, request, output_token_ids):
+        if output_token_ids is not None and self._num_refusals:
+            self._num_refusals -= 1
+            raise OverloadedError("all queues are full")
+        async with aclosing(self._replicas.run(request, output_token_ids)) as steps:
+            async for step in steps:
+                yield step
+
+
+def test_who_was_accepted_waits_where_no_replica_has_room():
+    async def scenario():
+        async with replicas_of([Fault(after=4)]) as replicas:
+            client = ResumingClient(FullThenFree(replicas, 2), FrontEndConfig(max_losses=1))
+            request = make_request("a", max_tokens=9)
+            assert await collect(client, request) == expected_events(request)
+
+    asyncio.run(scenario())
+
+
+def test_a_loss_is_logged_once_for_all_its_requests(caplog):
+    async def scenario():
+        async with replicas_of([Fault(after=2)] * 4) as replicas:
+            client = ResumingClient(replicas, FrontEndConfig())
+            requests = [make_request(name, max_tokens=3) for name in "abcd"]
+            await asyncio.gather(*(collect(client, request) for request in requests))
+
+    asyncio.run(scenario())
+    assert [record.getMessage() for record in caplog.records] == [
+        "requests go on at another replica: a replica was lost: killed"
+    ]
