@@ -138,7 +138,7 @@ class FrontEnd:
 
     async def __init__(self, config: ModelsConfig, *handles: DeploymentHandle) -> None:
         log_with_serve()
-        # One after the other: threads that first import transformers together may find it half done.
+        # In turn: of threads that import transformers together, one may find it half done.
         tokenizers = [
             await asyncio.to_thread(Tokenizer.for_model, model.model) for model in config.models
         ]
