@@ -3,6 +3,7 @@
 A process of its own, because it needs a cluster of its own.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -57,7 +58,13 @@ def pids(deployment):
     """The replicas of a deployment."""
     title = re.compile(rf"ray::ServeReplica:{NAME}:{re.escape(deployment)}(\.\w+)?$")
     processes = psutil.Process().children(recursive=True)
-    return [each.pid for each in processes if title.match(" ".join(each.cmdline()).strip())]
+    return [each.pid for each in processes if title.match(title_of(each))]
+
+
+def title_of(process):
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        return " ".join(process.cmdline()).strip()
+    return ""
 
 
 def kill(deployment):
@@ -229,23 +236,24 @@ def redeployment(api):
     """Every deployment is replaced while clients stream; replicas get no time to finish."""
     expected, _ = api.ask_all()
     before = {name: pids(name) for name in (MODEL, OTHER, FRONT_END_NAME)}
-    rounds = []
     is_over = threading.Event()
 
     def keep_asking():
+        rounds = []
         while not is_over.is_set():
             rounds.append(api.ask_all()[0])
+        return rounds
 
-    asking = threading.Thread(target=keep_asking)
-    asking.start()
-    while not rounds:
-        time.sleep(0.1)
-    deploy(max_ongoing_requests=500, graceful_shutdown_timeout_s=0)
-    while any(set(pids(name)) & set(old) for name, old in before.items()):
-        time.sleep(0.2)
-    is_over.set()
-    asking.join()
-    return {"expected": expected, "rounds": rounds}
+    with ThreadPoolExecutor(1) as threads:
+        rounds = threads.submit(keep_asking)
+        try:
+            time.sleep(1)  # into the first round
+            deploy(max_ongoing_requests=500, graceful_shutdown_timeout_s=0)
+            while any(set(pids(name)) & set(old) for name, old in before.items()):
+                time.sleep(0.2)
+        finally:
+            is_over.set()
+        return {"expected": expected, "rounds": rounds.result()}
 
 
 SCENARIOS = {
