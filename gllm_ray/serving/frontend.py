@@ -134,7 +134,7 @@ class RemoteModel:
 @serve.deployment
 @serve.ingress()
 class FrontEnd:
-    """Answers HTTP for the pipelines of several deployments; Serve replaces it without a trace."""
+    """Answers HTTP for the pipelines of other deployments."""
 
     async def __init__(self, config: ModelsConfig, *handles: DeploymentHandle) -> None:
         log_with_serve()
