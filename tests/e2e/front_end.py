@@ -29,7 +29,7 @@ from gllm_ray.serving.app import build_app
 
 CONFIG = Path(__file__).parents[2] / "configs" / "two_models.yaml"
 NAME, MODEL, OTHER = "two-models", "demo", "demo-bfloat16"
-NUM_TOKENS = 300
+NUM_TOKENS = 200
 KILL_AFTER = 25  # pieces of the first answer
 LIMIT_S = 60
 
@@ -146,7 +146,8 @@ def models(api):
     answers = {}
     for model in (MODEL, OTHER, "unknown"):
         try:
-            answers[model] = api.ask(("completions", COMPLETION | {"model": model}))[0]
+            body = COMPLETION | {"model": model, "max_tokens": 20}
+            answers[model] = api.ask(("completions", body))[0]
         except openai.NotFoundError as error:
             answers[model] = error.message
     listed = httpx.get(f"{api.base_url}/v1/models", timeout=60).json()["data"]
