@@ -13,15 +13,17 @@ from tests.e2e.test_redeploy import directory
 
 __all__ = ["directory"]  # a fixture
 
+pytestmark = pytest.mark.timeout(240)
 
-def outcomes(directory, *scenarios, limit_s=115, **deployment):
+
+def outcomes(directory, *scenarios, **deployment):
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.front_end", json.dumps(deployment), *scenarios],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"RAY_TMPDIR": str(directory)},
         capture_output=True,
         text=True,
-        timeout=limit_s,
+        timeout=230,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -101,10 +103,8 @@ def test_a_request_waits_at_the_front_end_for_the_first_replica(directory):
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(240)
 def test_no_answer_changes_while_all_is_redeployed(directory):
-    options = {"limit_s": 230, "graceful_shutdown_timeout_s": 0}
-    redeployed = outcomes(directory, "redeployment", **options)["redeployment"]
+    redeployed = outcomes(directory, "redeployment", graceful_shutdown_timeout_s=0)["redeployment"]
     assert len(redeployed["rounds"]) > 1
     for answers in redeployed["rounds"]:
         assert answers == redeployed["expected"]
