@@ -177,19 +177,22 @@ def lost_replica(api):
 
 def leaving_client(api):
     """A client goes in the middle of a stream, another while it waits for a whole answer."""
-    body = COMPLETION | {"max_tokens": 500}
-    with httpx.stream("POST", f"{api.base_url}/v1/completions", json=body | STREAM) as answer:
+    url = f"{api.base_url}/v1/completions"
+    # Much more than is computed meanwhile.
+    body = COMPLETION | {"max_tokens": 500, "n": 128, "ignore_eos": True}
+    with httpx.stream("POST", url, json=body | STREAM, timeout=LIMIT_S) as answer:
         next(answer.iter_lines())
         with_stream = load()["num_requests"]
     after_stream = until_idle()
-    try:
-        httpx.post(f"{api.base_url}/v1/completions", json=body | {"n": 4}, timeout=0.3)
-    except httpx.TimeoutException:
-        with_whole = load()["num_requests"]
-    after_whole = until_idle()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(httpx.post, url, json=body, timeout=2)
+        while not (with_whole := load()["num_requests"]) and not waiting.done():
+            time.sleep(0.05)
+        left = type(waiting.exception()).__name__
     return {
+        "left": left,
         "open": [with_stream, with_whole],
-        "idle": [after_stream, after_whole],
+        "idle": [after_stream, until_idle()],
     }
 
 
