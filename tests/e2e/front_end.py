@@ -179,7 +179,7 @@ def leaving_client(api):
     """A client goes in the middle of a stream, another while it waits for a whole answer."""
     url = f"{api.base_url}/v1/completions"
     # Much more than is computed meanwhile.
-    body = COMPLETION | {"max_tokens": 500, "n": 128, "ignore_eos": True}
+    body = COMPLETION | {"max_tokens": 500, "n": 32, "ignore_eos": True}
     with httpx.stream("POST", url, json=body | STREAM, timeout=LIMIT_S) as answer:
         next(answer.iter_lines())
         with_stream = load()["num_requests"]
