@@ -11,7 +11,7 @@ from typing import Any
 
 from gllm_ray import __version__
 from gllm_ray.bench.command import add_bench_parser, add_profile_parser
-from gllm_ray.config import ServiceConfig
+from gllm_ray.config import FrontEndConfig, ServiceConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.manifests.command import (
     add_crd_option,
@@ -20,7 +20,7 @@ from gllm_ray.manifests.command import (
     load_checks,
     validate_manifests,
 )
-from gllm_ray.serve_file import load_serve_file, service_config
+from gllm_ray.serve_file import load_serve_file, services_of
 from gllm_ray.serve_schema import Application
 from gllm_ray.simulation.command import add_simulate_parser
 from gllm_ray.simulation.plan_command import add_plan_parser
@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--address", help="the Ray cluster to join; `local`: start one")
     serve.set_defaults(run=_serve)
     keys = commands.add_parser("keys", help="print every key of `args` as a Markdown table")
-    keys.add_argument(
+    others = keys.add_mutually_exclusive_group()
+    others.add_argument("--frontend", action="store_true", help="those of `frontend` instead")
+    others.add_argument(
         "--simulation", action="store_true", help="those of the files of `simulate` instead"
     )
     keys.set_defaults(run=_print_keys)
@@ -136,7 +138,10 @@ def _serve(options: argparse.Namespace) -> int:
 def _print_keys(options: argparse.Namespace) -> int:
     from gllm_ray.simulation.simulation_config import SimulationConfig
 
-    print(key_table(SimulationConfig if options.simulation else ServiceConfig))
+    if options.frontend:
+        print(key_table(FrontEndConfig))
+    else:
+        print(key_table(SimulationConfig if options.simulation else ServiceConfig))
     return 0
 
 
@@ -151,9 +156,13 @@ def _is_valid(path: Path) -> bool:
 
 
 def _summary(application: Application) -> str:
-    config = service_config(application)
-    if config is None:
+    configs = services_of(application).values()
+    if not configs:
         return f"{application.import_path}, whose args are not checked"
+    return "; ".join(map(_describe_service, configs))
+
+
+def _describe_service(config: ServiceConfig) -> str:
     pipeline, deployment = config.pipeline, config.deployment
     device = "CPU" if pipeline.device == "cpu" else f"{pipeline.gpus_per_stage:g} GPU"
     fewest, most = deployment.min_replicas, deployment.max_replicas

@@ -1,6 +1,6 @@
 """The seams: Protocols that have more than one implementation."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from gllm_ray.messages import (
@@ -66,6 +66,14 @@ class EngineEndpoint(Protocol):
             PipelineError: The engine is broken.
         """
 
+    async def restore(self, requests: Sequence[OpenRequest]) -> None:
+        """Go on with the requests of another engine, which had accepted them and is lost.
+
+        Raises:
+            InvalidRequestError: One of them can never be served here.
+            PipelineError: The engine is broken.
+        """
+
     async def abort(self, request_id: str) -> None:
         """End a request early; unknown or finished ids are ignored."""
 
@@ -77,15 +85,16 @@ class EngineEndpoint(Protocol):
         """
 
 
-class RestorableEndpoint(EngineEndpoint, Protocol):
-    """An engine that can be lost, and go on where a lost one stood.
+class ReplicaSet(Protocol):
+    """Engines of the same model, any of which may run a request."""
 
-    Once it is lost, every call raises `SchedulerLostError`.
-    """
-
-    async def restore(self, requests: Sequence[OpenRequest]) -> None:
-        """Go on with the requests of another engine, which is lost.
+    def run(
+        self, request: GenerationRequest, output_token_ids: tuple[int, ...] | None
+    ) -> AsyncGenerator[list[TokenEvent], None]:
+        """Run a request on one of them; see `EngineClient.generate`, which tells acceptance here.
 
         Raises:
-            PipelineError: The engine is broken.
+            InvalidRequestError: The request can never be served.
+            OverloadedError: The engine takes no requests now.
+            PipelineError: The engine was lost or is broken, or there is none.
         """

@@ -73,10 +73,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenRequest:
-    """An accepted request that has not ended, and the output its client has got."""
+    """A request that has not ended, and the output its client has got."""
 
     request: GenerationRequest
-    output_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...] = ()
 
 
 class TokenEvent(NamedTuple):

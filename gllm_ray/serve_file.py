@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gllm_ray.config import ServiceConfig
+from gllm_ray.config import (
+    FRONT_END_NAME,
+    ModelsConfig,
+    ServiceConfig,
+    args_schema,
+    deployment_name,
+)
 from gllm_ray.errors import ConfigError
 from gllm_ray.serve_schema import Application, ServeFile
 from gllm_ray.strict_schema import find_mistakes
@@ -45,7 +51,8 @@ def find_serve_mistakes(data: object) -> list[str]:
     """Check every key of what a file of Ray Serve holds; one line for each mistake."""
     mistakes = find_mistakes(ServeFile, data)
     for key, application in _our_applications(data):
-        mistakes += find_mistakes(ServiceConfig, application.get("args", {}), f"{key}.args")
+        args = application.get("args", {})
+        mistakes += find_mistakes(args_schema(args), args, f"{key}.args")
         mistakes += _find_override_mistakes(application, key)
     return list(dict.fromkeys(mistakes))  # A mistake about `args` itself is one to both schemas.
 
@@ -56,18 +63,32 @@ def load_only_service(path: Path) -> ServiceConfig:
     Raises:
         ConfigError: The file has mistakes, or has none or several of them.
     """
-    configs = [service_config(application) for application in load_serve_file(path).applications]
-    ours = [config for config in configs if config is not None]
-    if len(ours) != 1:
-        raise ConfigError(f"{path}: has {len(ours)} applications of {IMPORT_PATH}; must have one")
-    return ours[0]
+    configs = [
+        config
+        for application in load_serve_file(path).applications
+        for config in services_of(application).values()
+    ]
+    if len(configs) != 1:
+        raise ConfigError(f"{path}: has {len(configs)} models of {IMPORT_PATH}; must have one")
+    return configs[0]
 
 
-def service_config(application: Application) -> ServiceConfig | None:
+def app_config(application: Application) -> ServiceConfig | ModelsConfig | None:
     """The checked `args` of an application; None if it is not one of ours."""
     if not _is_ours(application.import_path):
         return None
-    return ServiceConfig.model_validate(application.args)
+    return args_schema(application.args).model_validate(application.args)
+
+
+def services_of(application: Application) -> dict[str, ServiceConfig]:
+    """The deployments of an application that have pipelines; none if it is not one of ours."""
+    match app_config(application):
+        case None:
+            return {}
+        case ModelsConfig(models=models):
+            return {deployment_name(config): config for config in models}
+        case config:
+            return {DEPLOYMENT_NAME: config}
 
 
 def _is_ours(import_path: object) -> bool:
@@ -85,11 +106,23 @@ def _find_override_mistakes(application: dict[str, Any], key: str) -> Iterator[s
     import_path = application["import_path"]
     if import_path.replace(":", ".") != IMPORT_PATH.replace(":", "."):
         yield f"{key}.import_path={import_path!r}: must be {IMPORT_PATH}"
-    deployments = application.get("deployments")
+    deployments, names = application.get("deployments"), _deployment_names(application)
     for i, deployment in enumerate(deployments if isinstance(deployments, list) else []):
         options = deployment if isinstance(deployment, dict) else {}
-        if options.get("name", DEPLOYMENT_NAME) != DEPLOYMENT_NAME:
-            yield f"{key}.deployments[{i}].name={options['name']!r}: must be {DEPLOYMENT_NAME}"
+        if names and options.get("name", names[0]) not in names:
+            allowed = " or ".join(names)
+            yield f"{key}.deployments[{i}].name={options['name']!r}: must be {allowed}"
         for option in _FROM_PIPELINE:
             if option in options:
                 yield f"{key}.deployments[{i}].{option}: must be left out; see {key}.args.pipeline"
+
+
+def _deployment_names(application: dict[str, Any]) -> list[str]:
+    """The deployments of our application; none if its `args` do not tell them."""
+    args = application.get("args", {})
+    if args_schema(args) is ServiceConfig:
+        return [DEPLOYMENT_NAME]
+    if find_mistakes(ModelsConfig, args):
+        return []
+    models = ModelsConfig.model_validate(args).models
+    return [FRONT_END_NAME, *map(deployment_name, models)]

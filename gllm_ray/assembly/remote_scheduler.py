@@ -23,7 +23,9 @@ T = TypeVar("T")
 
 
 class RemoteScheduler:
-    """The methods of a `SchedulerActor`, with our errors for Ray's; a `RestorableEndpoint`.
+    """The methods of a `SchedulerActor`, with our errors for Ray's; an `EngineEndpoint`.
+
+    Once the actor is lost, every call raises `SchedulerLostError`.
 
     Args:
         actor: Dies with the process that started it.
@@ -90,7 +92,7 @@ class RemoteScheduler:
         return [TokenEvent(*event) for event in await _ask(self._actor.next_events.remote())]
 
     async def restore(self, requests: Sequence[OpenRequest]) -> None:
-        """Go on with the requests of a lost scheduler; see `RestorableEndpoint.restore`."""
+        """Go on with requests of a lost scheduler; see `EngineEndpoint.restore`."""
         await _ask(self._actor.restore.remote(requests))
 
     async def load(self) -> EngineLoad:

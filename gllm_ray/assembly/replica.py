@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -14,7 +15,7 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.journal import JournaledEndpoint
 from gllm_ray.engine.recovery import CrashLoop
 from gllm_ray.errors import GllmRayError, PipelineError, SchedulerLostError
-from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
+from gllm_ray.messages import EngineLoad, GenerationRequest, OpenRequest, TokenEvent
 from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group, stop_stages
 from gllm_ray.stages.repair import RepairTimes, StageKeeper
 from gllm_ray.stages.supervised_pipeline import Fault
@@ -96,6 +97,10 @@ class PipelineReplica:
     async def add(self, request: GenerationRequest) -> None:
         """Accept a request; see `EngineEndpoint.add`."""
         await self._endpoint.add(request)
+
+    async def restore(self, requests: Sequence[OpenRequest]) -> None:
+        """Go on with requests of another pipeline, which is lost; see `EngineEndpoint.restore`."""
+        await self._endpoint.restore(requests)
 
     async def abort(self, request_id: str) -> None:
         """End a request early; see `EngineEndpoint.abort`."""

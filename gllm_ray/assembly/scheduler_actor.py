@@ -52,7 +52,7 @@ class SchedulerActor:
         await self._engine.add(request)
 
     async def restore(self, requests: Sequence[OpenRequest]) -> None:
-        """Go on with requests of a lost scheduler; see `RestorableEndpoint.restore`."""
+        """Go on with requests of a lost scheduler; see `EngineEndpoint.restore`."""
         await self._engine.restore(requests)
 
     async def abort(self, request_id: str) -> None:

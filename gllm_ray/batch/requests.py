@@ -37,7 +37,7 @@ class RequestChecks:
         """
         is_chat = row.url == "/v1/chat/completions"
         body = parse_schema(ChatCompletionRequest if is_chat else CompletionRequest, row.body)
-        check_body(body, self.model_name)
+        check_body(body, (self.model_name,))
         if body.stream:
             raise InvalidRequestError("stream=True: must be left out of a batch", param="stream")
         if self.is_single and body.outputs_per_prompt > 1:

@@ -4,6 +4,13 @@
 `ConfigError`, one line a mistake; nothing is coerced, ignored or silently replaced.
 """
 
+from gllm_ray.config.frontend import (
+    FRONT_END_NAME,
+    FrontEndConfig,
+    ModelsConfig,
+    args_schema,
+    deployment_name,
+)
 from gllm_ray.config.kv_cache import KvCacheConfig
 from gllm_ray.config.model import PACKAGE_SCHEME, AttentionName, ModelConfig, resolve_package_path
 from gllm_ray.config.pipeline import PipelineConfig
@@ -12,14 +19,19 @@ from gllm_ray.config.scheduler import SchedulerConfig
 from gllm_ray.config.service import ServiceConfig, kv_cache_of, parse_service_config
 
 __all__ = [
+    "FRONT_END_NAME",
     "PACKAGE_SCHEME",
     "AttentionName",
+    "FrontEndConfig",
     "KvCacheConfig",
     "ModelConfig",
+    "ModelsConfig",
     "PipelineConfig",
     "RecoveryConfig",
     "SchedulerConfig",
     "ServiceConfig",
+    "args_schema",
+    "deployment_name",
     "kv_cache_of",
     "parse_service_config",
     "resolve_package_path",

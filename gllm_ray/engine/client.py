@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 
 from gllm_ray.errors import GllmRayError, InvalidRequestError, PipelineError
 from gllm_ray.interfaces import EngineEndpoint
-from gllm_ray.messages import GenerationRequest, TokenEvent
+from gllm_ray.messages import GenerationRequest, OpenRequest, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,20 @@ class EngineClient:
             # Without this, each raise would add its frames to the one before.
             raise self._failure.with_traceback(None)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
+    async def generate(
+        self,
+        request: GenerationRequest,
+        output_token_ids: tuple[int, ...] | None = None,
+        *,
+        tells_acceptance: bool = False,
+    ) -> AsyncGenerator[list[TokenEvent], None]:
         """Run a request; closing the generator early aborts it.
+
+        Args:
+            request: What to generate.
+            output_token_ids: What its client has got of it from another engine, which had accepted
+                it and is lost; None: it is new.
+            tells_acceptance: Yield first, once the engine has accepted it, a list without events.
 
         Yields:
             The events since the last yield, at least one; the last list ends with the terminal
@@ -79,10 +91,12 @@ class EngineClient:
         is_alive = True
         try:
             try:
-                await self._endpoint.add(request)
+                await self._submit(request, output_token_ids)
             except GllmRayError:
                 is_alive = False
                 raise
+            if tells_acceptance:
+                yield []
             while is_alive:
                 events = await self._take(stream)
                 is_alive = events[-1].finish_reason is None
@@ -91,6 +105,12 @@ class EngineClient:
             del self._streams[request.request_id]
             if is_alive and self._failure is None:
                 await self._abort(request.request_id)
+
+    async def _submit(self, request: GenerationRequest, output: tuple[int, ...] | None) -> None:
+        if output is None:
+            await self._endpoint.add(request)
+        else:
+            await self._endpoint.restore([OpenRequest(request=request, output_token_ids=output)])
 
     async def _take(self, stream: _Stream) -> list[TokenEvent]:
         while not stream.events:

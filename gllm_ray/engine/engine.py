@@ -22,7 +22,7 @@ class Engine:
     """Keeps a pipeline full and gathers what comes out of it.
 
     An `EngineEndpoint` for clients in the same process; an actor that owns one offers the same
-    three methods to other processes.
+    methods to other processes.
 
     Args:
         scheduler: Decides; the engine is its only caller.
@@ -76,9 +76,10 @@ class Engine:
         self._wake()
 
     async def restore(self, requests: Sequence[OpenRequest]) -> None:
-        """Go on with the requests of another engine, which is lost.
+        """Go on with the requests of another engine, which had accepted them and is lost.
 
         Raises:
+            InvalidRequestError: One of them can never be served here.
             PipelineError: The pipeline is broken.
         """
         self._raise_if_broken()

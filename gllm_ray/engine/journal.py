@@ -1,11 +1,12 @@
 """What the clients of an engine have got so far, so that another engine can go on with it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from gllm_ray.errors import InvalidRequestError, PipelineError, SchedulerLostError
-from gllm_ray.interfaces import RestorableEndpoint
+from gllm_ray.interfaces import EngineEndpoint
 from gllm_ray.messages import GenerationRequest, OpenRequest, TokenEvent
 
 T = TypeVar("T")
@@ -15,7 +16,7 @@ class Journal:
     """The requests that have not ended, in the order in which they came."""
 
     def __init__(self) -> None:
-        self._requests: dict[str, GenerationRequest] = {}
+        self._requests: dict[str, OpenRequest] = {}  # as they came
         self._output: dict[str, list[int]] = {}  # of those that an engine accepted
 
     def __contains__(self, request_id: str) -> bool:
@@ -28,25 +29,31 @@ class Journal:
     def accepted(self) -> list[OpenRequest]:
         """The requests that an engine accepted."""
         return [
-            OpenRequest(request=request, output_token_ids=tuple(self._output[request_id]))
+            replace(request, output_token_ids=tuple(self._output[request_id]))
             for request_id, request in self._requests.items()
             if request_id in self._output
         ]
 
-    def open(self, request: GenerationRequest) -> None:
+    def output_of(self, request_id: str) -> tuple[int, ...] | None:
+        """What the client of a request has got; None: no engine is known to have accepted it."""
+        output = self._output.get(request_id)
+        return None if output is None else tuple(output)
+
+    def open(self, request: OpenRequest) -> None:
         """Note a request that is about to be sent to an engine.
 
         Raises:
             InvalidRequestError: Its id is that of an open one.
         """
-        if request.request_id in self._requests:
-            raise InvalidRequestError(f"request_id={request.request_id!r} is in use already")
-        self._requests[request.request_id] = request
+        request_id = request.request.request_id
+        if request_id in self._requests:
+            raise InvalidRequestError(f"request_id={request_id!r} is in use already")
+        self._requests[request_id] = request
 
     def accept(self, request_id: str) -> None:
         """An engine accepted a request; ignored unless it is open."""
-        if request_id in self._requests:
-            self._output.setdefault(request_id, [])
+        if self.is_pending(request_id):
+            self._output[request_id] = [*self._requests[request_id].output_token_ids]
 
     def record(self, events: Iterable[TokenEvent]) -> None:
         """Note what the clients get; events of requests that are not open are ignored."""
@@ -55,7 +62,9 @@ class Journal:
                 self.forget(request_id)
             elif token_id is not None and request_id in self._requests:
                 # Its first token may overtake the answer that it was accepted.
-                self._output.setdefault(request_id, []).append(token_id)
+                if request_id not in self._output:
+                    self.accept(request_id)
+                self._output[request_id].append(token_id)
 
     def forget(self, request_id: str) -> None:
         """A request ended, or was refused or given up."""
@@ -69,35 +78,27 @@ class JournaledEndpoint:
     While there is no engine, all but aborts wait for the next.
 
     Args:
-        engine: The first one.
+        engine: The first one. Once it is lost, every call raises `SchedulerLostError`.
 
     Attributes:
         loss: Done when the engine is lost; until `resume`, which makes another.
     """
 
-    def __init__(self, engine: RestorableEndpoint) -> None:
+    def __init__(self, engine: EngineEndpoint) -> None:
         self._journal = Journal()
         self._failure: PipelineError | None = None
         self._is_settled = asyncio.Event()  # there is an engine, or there will be none
-        self._engine: RestorableEndpoint | None = None
+        self._engine: EngineEndpoint | None = None
         self._begin_with(engine)
 
     async def add(self, request: GenerationRequest) -> None:
         """Accept a request; see `EngineEndpoint.add`."""
-        request_id = request.request_id
+        await self._submit(OpenRequest(request=request), is_new=True)
 
-        async def add(engine: RestorableEndpoint) -> None:
-            # An engine that is lost before it answers may have told of tokens nevertheless.
-            if self._journal.is_pending(request_id):
-                await engine.add(request)
-
-        self._journal.open(request)
-        try:
-            await self.ask(add)
-        except BaseException:
-            self._journal.forget(request_id)
-            raise
-        self._journal.accept(request_id)
+    async def restore(self, requests: Sequence[OpenRequest]) -> None:
+        """Go on with requests of another engine; see `EngineEndpoint.restore`."""
+        for request in requests:
+            await self._submit(request, is_new=False)
 
     async def abort(self, request_id: str) -> None:
         """End a request early; see `EngineEndpoint.abort`."""
@@ -115,7 +116,7 @@ class JournaledEndpoint:
         self._journal.record(events)
         return events
 
-    async def ask(self, call: Callable[[RestorableEndpoint], Awaitable[T]]) -> T:
+    async def ask(self, call: Callable[[EngineEndpoint], Awaitable[T]]) -> T:
         """The answer of an engine; another one is asked if it is lost meanwhile.
 
         Raises:
@@ -137,14 +138,14 @@ class JournaledEndpoint:
                 if engine is self._engine:
                     return answer
 
-    def note_loss(self, engine: RestorableEndpoint, error: SchedulerLostError) -> None:
+    def note_loss(self, engine: EngineEndpoint, error: SchedulerLostError) -> None:
         """An engine is lost; ignored unless it is the one in use."""
         if engine is self._engine:
             self._engine = None
             self._is_settled.clear()
             self.loss.set_result(error)
 
-    async def resume(self, engine: RestorableEndpoint) -> None:
+    async def resume(self, engine: EngineEndpoint) -> None:
         """Go on with another engine, after a loss.
 
         Raises:
@@ -162,7 +163,23 @@ class JournaledEndpoint:
         self._failure = error
         self._is_settled.set()
 
-    def _begin_with(self, engine: RestorableEndpoint) -> None:
+    async def _submit(self, request: OpenRequest, *, is_new: bool) -> None:
+        request_id = request.request.request_id
+
+        async def submit(engine: EngineEndpoint) -> None:
+            # An engine that is lost before it answers may have told of tokens nevertheless.
+            if self._journal.is_pending(request_id):
+                await (engine.add(request.request) if is_new else engine.restore([request]))
+
+        self._journal.open(request)
+        try:
+            await self.ask(submit)
+        except BaseException:
+            self._journal.forget(request_id)
+            raise
+        self._journal.accept(request_id)
+
+    def _begin_with(self, engine: EngineEndpoint) -> None:
         self.loss: asyncio.Future[SchedulerLostError] = asyncio.get_running_loop().create_future()
         self._engine = engine
         self._is_settled.set()

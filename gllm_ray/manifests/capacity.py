@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from gllm_ray.bundles import bundles
+from gllm_ray.bundles import REPLICA_CPUS, bundles
 from gllm_ray.config import ServiceConfig
 from gllm_ray.manifests.ray_cluster import GroupSpec, RayClusterSpec, WorkerGroup
 
@@ -39,6 +39,13 @@ class Demand:
             num_replicas=num_replicas,
             bundles=bundles(config),
             strategy=config.pipeline.placement_strategy,
+        )
+
+    @classmethod
+    def of_front_ends(cls, name: str, num_replicas: int) -> "Demand":
+        """The demand of the replicas that have routes and no pipeline."""
+        return cls(
+            name=name, num_replicas=num_replicas, bundles=[{"CPU": REPLICA_CPUS}], strategy="PACK"
         )
 
 

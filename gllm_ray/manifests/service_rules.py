@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from gllm_ray.config import ServiceConfig
+from gllm_ray.config import FRONT_END_NAME, FrontEndConfig, ModelsConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.manifests.capacity import Demand, find_capacity_mistakes
 from gllm_ray.manifests.ray_kinds import RayService
-from gllm_ray.serve_file import find_serve_mistakes, service_config
+from gllm_ray.serve_file import app_config, find_serve_mistakes, services_of
 from gllm_ray.serve_schema import Application, Deployment, ServeFile
 from gllm_ray.strict_yaml import parse_documents
 
@@ -51,16 +51,20 @@ def _find_port_mistakes(service: RayService, serve_file: ServeFile) -> Iterator[
 
 
 def _find_room_mistakes(service: RayService, serve_file: ServeFile) -> Iterator[str]:
-    demands = [
-        Demand.of(application.name, config, _max_replicas(application, config))
-        for application, config in _ours(serve_file)
-    ]
+    demands = []
+    for application in serve_file.applications:
+        for name, config in services_of(application).items():
+            num_replicas = _num_replicas(application, name, config.deployment.max_replicas)
+            demands.append(Demand.of(application.name, config, num_replicas))
+        if (frontend := _frontend(application)) is not None:
+            num_replicas = _num_replicas(application, FRONT_END_NAME, frontend.num_replicas)
+            demands.append(Demand.of_front_ends(application.name, num_replicas))
     for mistake in find_capacity_mistakes(service.spec.ray_cluster_config, demands):
         yield f"{_CLUSTER}.{mistake}"
 
 
 def _find_drain_mistakes(service: RayService, serve_file: ServeFile) -> Iterator[str]:
-    drain_s = max((_drain_s(*pair) for pair in _ours(serve_file)), default=0.0)
+    drain_s = max(map(_drain_s, serve_file.applications), default=0.0)
     least_s, spec = drain_s + _STOP_MARGIN_S, service.spec
     reason = (
         f"must be at least {least_s:g}: graceful_shutdown_timeout_s={drain_s:g} of serveConfigV2"
@@ -80,28 +84,37 @@ def _find_drain_mistakes(service: RayService, serve_file: ServeFile) -> Iterator
         )
 
 
-def _ours(serve_file: ServeFile) -> Iterator[tuple[Application, ServiceConfig]]:
-    for application in serve_file.applications:
-        if (config := service_config(application)) is not None:
-            yield application, config
+def _frontend(application: Application) -> FrontEndConfig | None:
+    """The front ends of an application, if it has any."""
+    config = app_config(application)
+    return config.frontend if isinstance(config, ModelsConfig) else None
 
 
-def _override(application: Application) -> Deployment | None:
-    """What an application says of our one deployment, besides its `args`."""
-    return next(iter(application.deployments or ()), None)
+def _override(application: Application, deployment: str) -> Deployment | None:
+    """What an application says of one of our deployments, besides its `args`."""
+    return next((d for d in application.deployments or () if d.name == deployment), None)
 
 
-def _max_replicas(application: Application, config: ServiceConfig) -> int:
-    override = _override(application)
+def _num_replicas(application: Application, deployment: str, default: int) -> int:
+    """As many as there may be."""
+    override = _override(application, deployment)
     if override is not None and isinstance(override.num_replicas, int):
         return override.num_replicas
     if override is not None and override.autoscaling_config is not None:
         return override.autoscaling_config.max_replicas
-    return config.deployment.max_replicas
+    return default
 
 
-def _drain_s(application: Application, config: ServiceConfig) -> float:
-    override = _override(application)
-    if override is not None and override.graceful_shutdown_timeout_s is not None:
-        return float(override.graceful_shutdown_timeout_s)
-    return config.deployment.graceful_shutdown_timeout_s
+def _drain_s(application: Application) -> float:
+    """How long the slowest of our deployments may take to end its requests."""
+    drain_s = {
+        name: config.deployment.graceful_shutdown_timeout_s
+        for name, config in services_of(application).items()
+    }
+    if (frontend := _frontend(application)) is not None:
+        drain_s[FRONT_END_NAME] = frontend.graceful_shutdown_timeout_s
+    for name in drain_s:
+        override = _override(application, name)
+        if override is not None and override.graceful_shutdown_timeout_s is not None:
+            drain_s[name] = float(override.graceful_shutdown_timeout_s)
+    return max(drain_s.values(), default=0.0)

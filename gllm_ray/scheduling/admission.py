@@ -40,6 +40,25 @@ class AdmissionControl:
             InvalidRequestError: It can never be served.
             OverloadedError: Too much waits already.
         """
+        self.check_size(request)
+        num_prompt_tokens = len(request.prompt_token_ids)
+        if self._queue.max_requests is not None and len(waiting) >= self._queue.max_requests:
+            self._refuse(f"{len(waiting)} requests wait", self._queue.max_requests, waiting)
+        if (
+            self._queue.max_tokens is not None
+            and waiting
+            and waiting.num_tokens + num_prompt_tokens > self._queue.max_tokens
+        ):
+            given = f"{waiting.num_tokens} tokens wait, and the prompt has {num_prompt_tokens}"
+            self._refuse(given, self._queue.max_tokens, waiting)
+        self.num_prompt_tokens += num_prompt_tokens
+
+    def check_size(self, request: GenerationRequest) -> None:
+        """Find out whether a request has a place here, however long it waits.
+
+        Raises:
+            InvalidRequestError: It can never be served.
+        """
         num_prompt_tokens = len(request.prompt_token_ids)
         if num_prompt_tokens == 0:
             raise InvalidRequestError("the prompt is empty; give at least one token")
@@ -52,16 +71,6 @@ class AdmissionControl:
                 f"the limit is {self._max_tokens}",
                 code="context_length_exceeded",
             )
-        if self._queue.max_requests is not None and len(waiting) >= self._queue.max_requests:
-            self._refuse(f"{len(waiting)} requests wait", self._queue.max_requests, waiting)
-        if (
-            self._queue.max_tokens is not None
-            and waiting
-            and waiting.num_tokens + num_prompt_tokens > self._queue.max_tokens
-        ):
-            given = f"{waiting.num_tokens} tokens wait, and the prompt has {num_prompt_tokens}"
-            self._refuse(given, self._queue.max_tokens, waiting)
-        self.num_prompt_tokens += num_prompt_tokens
 
     def drain_time_s(self, num_tokens: int) -> float:
         """Seconds until the tokens that wait will have been scheduled, at the recent rate."""

@@ -167,8 +167,12 @@ class Scheduler:
     def restore(self, open_request: OpenRequest) -> None:
         """Go on with a request that another scheduler had accepted: as if it were preempted here.
 
-        It is neither refused nor does it expire.
+        It neither waits behind a limit nor does it expire.
+
+        Raises:
+            InvalidRequestError: The other one had more room, and here it can never be served.
         """
+        self._admission.check_size(open_request.request)
         sequence = self._new_sequence(open_request.request)
         sequence.token_ids += open_request.output_token_ids
         self._pool.add(sequence, None)

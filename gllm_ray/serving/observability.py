@@ -49,6 +49,9 @@ METRICS = {
     "request_success_total": MetricKind(
         Counter, "Requests that ended, by how: stop, length, ...", tags=("finished_reason",)
     ),
+    "request_resumptions_total": MetricKind(
+        Counter, "Replicas that took over a request of a lost one; told by front ends."
+    ),
     "time_to_first_token_seconds": MetricKind(
         Histogram, "From arrival to the first token.", _LATENCY_BOUNDS_S
     ),
@@ -122,14 +125,21 @@ class ServiceMetrics:
                 tpot_s = (end_s - first_s) / (num_tokens - 1)
                 self._observe("request_time_per_output_token_seconds", tpot_s)
 
-    async def report(self, load: Callable[[], Awaitable[EngineLoad]]) -> NoReturn:
-        """Tell for ever what the engine holds."""
+    async def report(self, load: Callable[[], Awaitable[EngineLoad]] | None = None) -> NoReturn:
+        """Tell for ever how many tokens there were, and what the engine holds, if one is here."""
         while True:
             await asyncio.sleep(_REPORT_PERIOD_S)
-            with contextlib.suppress(PipelineError):  # the health check tells of it
-                self._report(await load())
+            # For all requests at once: a call into Ray for each token would be dear.
+            self._count_up_to("generation_tokens_total", self._num_output_tokens)
+            if load is not None:
+                with contextlib.suppress(PipelineError):  # the health check tells of it
+                    self._report_load(await load())
 
-    def _report(self, load: EngineLoad) -> None:
+    def count_resumption(self) -> None:
+        """A request goes on at another replica."""
+        self._count("request_resumptions_total", 1)
+
+    def _report_load(self, load: EngineLoad) -> None:
         num_waiting = load.num_waiting_requests
         self._set("num_requests_running", load.num_requests - num_waiting)
         self._set("num_requests_waiting", num_waiting)
@@ -138,8 +148,6 @@ class ServiceMetrics:
         self._count_up_to("num_preemptions_total", load.num_preemptions)
         self._count_up_to("prefix_cache_queries_total", load.num_prefix_queried_tokens)
         self._count_up_to("prefix_cache_hits_total", load.num_prefix_hit_tokens)
-        # For all requests at once: a call into Ray for each token would be dear.
-        self._count_up_to("generation_tokens_total", self._num_output_tokens)
 
     def _count_up_to(self, name: str, total: int) -> None:
         """Count what is new; the counts of a scheduler begin anew when it is replaced."""

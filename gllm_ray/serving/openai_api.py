@@ -1,13 +1,13 @@
 """The routes of OpenAI's API, over any service that runs token requests."""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from gllm_ray.errors import InvalidRequestError
+from gllm_ray.errors import InvalidRequestError, PipelineError
 from gllm_ray.messages import GenerationRequest, TokenEvent
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.errors import BodyLimit, install_error_handlers
@@ -38,10 +38,10 @@ class TokenService(Protocol):
 
 
 class GenerationService(TokenService, Protocol):
-    """What the routes need of a replica.
+    """What the routes need of a model's pipelines: the one of a replica, or those of many.
 
     Attributes:
-        model_name: The one model, as clients name it.
+        model_name: As clients name the model.
         max_model_len: Tokens of prompt and output a sequence may have.
     """
 
@@ -59,11 +59,11 @@ class GenerationService(TokenService, Protocol):
         """What is served, on which stages, and how busy it is; as JSON has it."""
 
 
-def build_api(service: GenerationService, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """The application that serves one model."""
+def build_api(*services: GenerationService, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+    """The application that serves one model, or several."""
     # FastAPI's pages of documentation load scripts from elsewhere.
     app = FastAPI(title="gllm_ray", docs_url=None, redoc_url=None)
-    app.state.service = service
+    app.state.services = {service.model_name: service for service in services}
     app.state.created = int(time.time())
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     install_error_handlers(app)
@@ -71,57 +71,68 @@ def build_api(service: GenerationService, *, max_body_bytes: int = MAX_BODY_BYTE
     return app
 
 
-async def _service(request: Request) -> GenerationService:
-    service: GenerationService = request.app.state.service
-    return service
+async def _services(request: Request) -> Mapping[str, GenerationService]:
+    services: Mapping[str, GenerationService] = request.app.state.services
+    return services
 
 
 router = APIRouter()
-Service = Annotated[GenerationService, Depends(_service)]
+Services = Annotated[Mapping[str, GenerationService], Depends(_services)]
 
 
 @router.post("/v1/chat/completions")
-async def chat_completions(body: ChatCompletionRequest, service: Service) -> Response:
+async def chat_completions(body: ChatCompletionRequest, services: Services) -> Response:
     """Answer a conversation, once or several times."""
-    check_body(body, service.model_name)
+    check_body(body, services)
+    service = services[body.model]
     head = ResponseHead.new(model=body.model, is_chat=True)
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
     return await _respond(service, body, head, await builder.from_chat(body, head.id))
 
 
 @router.post("/v1/completions")
-async def completions(body: CompletionRequest, service: Service) -> Response:
+async def completions(body: CompletionRequest, services: Services) -> Response:
     """Continue a text, or several."""
-    check_body(body, service.model_name)
+    check_body(body, services)
+    service = services[body.model]
     head = ResponseHead.new(model=body.model, is_chat=False)
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
     return await _respond(service, body, head, await builder.from_completion(body, head.id))
 
 
 @router.get("/v1/models")
-async def list_models(request: Request, service: Service) -> Response:
-    """The one model."""
-    return JSONResponse({"object": "list", "data": [_model_card(request, service)]})
+async def list_models(request: Request, services: Services) -> Response:
+    """The models."""
+    cards = [_model_card(request, service) for service in services.values()]
+    return JSONResponse({"object": "list", "data": cards})
 
 
 @router.get("/v1/models/{model:path}")
-async def retrieve_model(model: str, request: Request, service: Service) -> Response:
-    """The one model, if it is the one asked for."""
-    _check_model(model, service.model_name)
-    return JSONResponse(_model_card(request, service))
+async def retrieve_model(model: str, request: Request, services: Services) -> Response:
+    """One of the models."""
+    _check_model(model, services)
+    return JSONResponse(_model_card(request, services[model]))
 
 
 @router.get("/health")
-async def health(service: Service) -> Response:
-    """Whether requests can be served."""
-    await service.check_health()
+async def health(services: Services) -> Response:
+    """Whether requests can be served, of one model at least."""
+    errors = []
+    for service in services.values():
+        try:
+            await service.check_health()
+        except PipelineError as error:
+            errors.append(error)
+    if len(errors) == len(services):
+        raise errors[0]
     return JSONResponse({"status": "ok"})
 
 
 @router.get("/server_info")
-async def server_info(service: Service) -> Response:
-    """What is served, on which stages, and how busy it is."""
-    return JSONResponse(await service.server_info())
+async def server_info(services: Services) -> Response:
+    """What is served, on which stages, and how busy it is; of several models, a list of it."""
+    infos = [await service.server_info() for service in services.values()]
+    return JSONResponse(infos[0] if len(infos) == 1 else {"models": infos})
 
 
 async def whole_response(
@@ -139,13 +150,14 @@ async def whole_response(
     return response_body(head, outputs, _num_prompt_tokens(body, requests))
 
 
-def check_body(body: GenerationParams, model_name: str) -> None:
+def check_body(body: GenerationParams, model_names: Collection[str]) -> None:
     """Check what its schema alone does not tell.
 
     Raises:
-        InvalidRequestError: The model is not the one served, or a stream's options are without one.
+        InvalidRequestError: The model is not one of those served, or a stream's options are without
+            a stream.
     """
-    _check_model(body.model, model_name)
+    _check_model(body.model, model_names)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError(
             "stream_options is only allowed when stream is true", param="stream_options"
@@ -185,10 +197,11 @@ def _num_prompt_tokens(body: GenerationParams, requests: Sequence[GenerationRequ
     return sum(len(request.prompt_token_ids) for request in requests[:: body.outputs_per_prompt])
 
 
-def _check_model(model: str, model_name: str) -> None:
-    if model != model_name:
+def _check_model(model: str, known: Collection[str]) -> None:
+    if model not in known:
+        names = ", ".join(map(repr, known))
         raise InvalidRequestError(
-            f"The model {model[:200]!r} does not exist; this server has {model_name!r}",
+            f"The model {model[:200]!r} does not exist; this server has {names}",
             param="model",
             code="model_not_found",
         )

@@ -1,4 +1,7 @@
-"""The Serve deployment: one replica owns one pipeline and answers HTTP for it."""
+"""The Serve deployments of which each replica owns one pipeline.
+
+`LLMServer` answers HTTP for it; `PipelineServer` runs what front ends send.
+"""
 
 import asyncio
 import logging
@@ -10,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.actor import ActorHandle
 from ray.util import get_current_placement_group
 
 from gllm_ray.assembly.replica import PipelineReplica
@@ -18,6 +22,7 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.messages import GenerationRequest, StageInfo, TokenEvent
 from gllm_ray.model.tokenizer import Tokenizer
+from gllm_ray.serving.callers import CallerWatch
 from gllm_ray.serving.observability import ServiceMetrics, log_with_serve
 from gllm_ray.serving.openai_api import build_api
 from gllm_ray.stages.timeline import PhaseClock, describe_startup
@@ -25,25 +30,21 @@ from gllm_ray.stages.timeline import PhaseClock, describe_startup
 logger = logging.getLogger(__name__)
 
 
-@serve.deployment
-@serve.ingress()
-class LLMServer:
-    """Starts a pipeline in the replica's placement group and serves it; a `GenerationService`."""
+class PipelineOwner:
+    """Starts a pipeline in the replica's placement group, and tells Serve how it is."""
 
     async def __init__(self, config: ServiceConfig) -> None:
         log_with_serve()
         self._config = config
         self._meter = SignalMeter()
-        total, tokenizer = PhaseClock(), PhaseClock()
+        total = PhaseClock()
         starting = asyncio.create_task(PipelineReplica.start(config, get_current_placement_group()))
         try:
-            # First, because it takes seconds where weights may take minutes.
-            self.tokenizer = await asyncio.to_thread(Tokenizer.for_model, config.model)
+            prepared_s = await self._prepare()
         except BaseException:
             starting.cancel()
             await asyncio.wait([starting])
             raise
-        tokenizer.end("tokenizer")
         self._pipeline = await starting
         self.model_name = config.model.name
         self.max_model_len = self._pipeline.group.max_model_len
@@ -51,15 +52,15 @@ class LLMServer:
         await self._client.start()
         total.end("total")
         group = self._pipeline.group
-        self._startup_s = {**total.times_s, **tokenizer.times_s, **group.startup_s}
+        self._startup_s = {**total.times_s, **prepared_s, **group.startup_s}
         logger.info("%s", describe_startup(self._startup_s, group.infos))
         self._metrics = ServiceMetrics(self.model_name)
         self._reporting = asyncio.create_task(self._metrics.report(self._pipeline.load))
         logger.info("ready: model=%s num_stages=%d", self.model_name, config.pipeline.num_stages)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve once the replica is initialized; the routes then close over it."""
-        return build_api(self)
+    async def _prepare(self) -> dict[str, float]:
+        """Do what need not wait for the pipeline; returns how long each phase took."""
+        return {}
 
     async def __del__(self) -> None:
         """Called by Serve after the last request; what it finds half started dies with it."""
@@ -67,14 +68,6 @@ class LLMServer:
             self._reporting.cancel()
             await self._client.close()
             await self._pipeline.close()
-
-    # A generator itself, so that Serve lets a handle call it.
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
-        """Run a request; closing the generator early aborts it. See `EngineClient.generate`."""
-        events = self._metrics.observe(request, self._client.generate(request))
-        async with aclosing(events) as steps:
-            async for step in steps:
-                yield step
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
@@ -101,6 +94,63 @@ class LLMServer:
             "stages": [_public(info) for info in group.infos],
             "load": asdict(await self._pipeline.load()),
         }
+
+
+@serve.deployment
+@serve.ingress()
+class LLMServer(PipelineOwner):
+    """Answers HTTP for its pipeline; a `GenerationService`."""
+
+    async def _prepare(self) -> dict[str, float]:
+        clock = PhaseClock()
+        # Beside the stages, because it takes seconds where weights may take minutes.
+        self.tokenizer = await asyncio.to_thread(Tokenizer.for_model, self._config.model)
+        clock.end("tokenizer")
+        return dict(clock.times_s)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve once the replica is initialized; the routes then close over it."""
+        return build_api(self)
+
+    # A generator itself, so that Serve lets a handle call it.
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
+        """Run a request; closing the generator early aborts it. See `EngineClient.generate`."""
+        events = self._metrics.observe(request, self._client.generate(request))
+        async with aclosing(events) as steps:
+            async for step in steps:
+                yield step
+
+
+@serve.deployment
+class PipelineServer(PipelineOwner):
+    """Runs what front ends send; they measure the requests, which may outlive this replica."""
+
+    async def _prepare(self) -> dict[str, float]:
+        self._callers = CallerWatch(lambda request_id: self._pipeline.abort(request_id))
+        return {}
+
+    async def generate(
+        self,
+        request: GenerationRequest,
+        output_token_ids: tuple[int, ...] | None,
+        caller: ActorHandle,
+    ) -> AsyncGenerator[list[list[object]], None]:
+        """Run a request; cancelling the call aborts it. See `EngineClient.generate`.
+
+        Args:
+            request: Under an id that no other call has.
+            output_token_ids: See `EngineClient.generate`.
+            caller: The request is aborted if this actor dies.
+
+        Yields:
+            First an empty list, once the request is accepted; then for each event the fields after
+            its `request_id`, in lists: Ray pickles tuples, twenty times as slowly.
+        """
+        events = self._client.generate(request, output_token_ids, tells_acceptance=True)
+        with self._callers.note(caller, request.request_id):
+            async with aclosing(events) as steps:
+                async for step in steps:
+                    yield [[*event[1:]] for event in step]
 
 
 def _public(info: StageInfo) -> dict[str, Any]:

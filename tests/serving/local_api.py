@@ -18,9 +18,9 @@ BODIES = {
 
 
 @asynccontextmanager
-async def http_client(service, *, max_body_bytes=2**20):
-    """Yield an HTTP client of the routes over a service."""
-    app = build_api(service, max_body_bytes=max_body_bytes)
+async def http_client(*services, max_body_bytes=2**20):
+    """Yield an HTTP client of the routes over a service, or several."""
+    app = build_api(*services, max_body_bytes=max_body_bytes)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         yield http

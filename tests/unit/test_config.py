@@ -11,8 +11,12 @@ from pydantic import ValidationError
 
 import gllm_ray
 from gllm_ray.config import (
+    FrontEndConfig,
+    ModelsConfig,
     SchedulerConfig,
     ServiceConfig,
+    args_schema,
+    deployment_name,
     parse_service_config,
     resolve_package_path,
 )
@@ -422,4 +426,41 @@ def test_a_package_path_is_a_directory_of_the_installed_package():
 
 def test_the_documentation_lists_exactly_the_keys_of_the_schema():
     readme = Path(__file__).parents[2] / "configs" / "README.md"
-    assert key_table(ServiceConfig) in readme.read_text(encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
+    assert key_table(ServiceConfig) in text
+    assert key_table(FrontEndConfig) in text
+
+
+@pytest.mark.parametrize(
+    ("args", "mistake"),
+    [
+        ({"models": []}, "models=[]: must list at least one"),
+        ({"frontend": {}}, "models: required, but not given"),
+        ({"models": [{"model": {}}]}, "models[0].model.path: required, but not given"),
+        (
+            {"models": [{"model": {"path": "org/a"}, "pipline": {}}]},
+            "models[0].pipline={}: unknown key; did you mean pipeline?",
+        ),
+        (
+            {"models": [{"model": {"path": "org/a"}}, {"model": {"path": "org_a"}}]},
+            "models[1].model.served_name='org_a': its deployment 'org_a' must differ from that",
+        ),
+        (
+            {"models": [{"model": {"path": "FrontEnd"}}]},
+            "models[0].model.served_name='FrontEnd': its deployment 'FrontEnd' must differ",
+        ),
+        (
+            {"models": [{"model": {"path": "org/a"}}], "frontend": {"max_losses": 0}},
+            "frontend.max_losses=0: must be an integer >= 1",
+        ),
+    ],
+)
+def test_a_mistake_among_several_models_is_told_with_its_place(args, mistake):
+    (line,) = find_mistakes(args_schema(args), args)
+    assert line.startswith(mistake)
+
+
+def test_the_deployments_of_models_are_named_as_they_are_served():
+    args = {"models": [{"model": {"path": "org/model 1.5"}}, {"model": {"path": "b"}}]}
+    config = ModelsConfig.model_validate(args)
+    assert [deployment_name(model) for model in config.models] == ["org_model_1.5", "b"]

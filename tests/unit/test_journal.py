@@ -339,7 +339,7 @@ def test_a_refused_request_is_not_in_the_journal_and_an_id_in_use_is_refused():
 def test_the_journal_keeps_order_and_tokens_and_forgets_what_ends():
     journal = Journal()
     for name in "abc":
-        journal.open(make_request(name))
+        journal.open(OpenRequest(request=make_request(name)))
     journal.record([TokenEvent("b", 7), TokenEvent("x", 9)])
     journal.accept("a")
     assert not journal.is_pending("b"), "it has got a token, so an engine has it"

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from gllm_ray import serve_schema
 from gllm_ray.errors import ConfigError
-from gllm_ray.serve_file import DEPLOYMENT_NAME, IMPORT_PATH, load_serve_file, service_config
+from gllm_ray.serve_file import DEPLOYMENT_NAME, IMPORT_PATH, load_serve_file, services_of
 from gllm_ray.serve_schema import ServeFile
 from gllm_ray.strict_schema import find_mistakes
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DEMO = (ROOT / "configs" / "demo.yaml").read_text(encoding="utf-8")
+TWO_MODELS = (ROOT / "configs" / "two_models.yaml").read_text(encoding="utf-8")
 
 # Every mapping of Serve's schema that has keys of its own, once.
 FULL: dict[str, Any] = {
@@ -98,7 +99,7 @@ def mappings(schema_data: Any, path: str = "") -> Iterator[str]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_files_are_right_and_serve_takes_them(path):
     ray_schema = pytest.importorskip("ray.serve.schema")
-    assert all(service_config(item) is not None for item in load_serve_file(path).applications)
+    assert all(services_of(item) for item in load_serve_file(path).applications)
     ray_schema.ServeDeploySchema.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
@@ -294,11 +295,22 @@ def test_an_override_of_our_deployment_is_taken(tmp_path):
     assert application.deployments[0].max_ongoing_requests == 9
 
 
+def test_an_override_beside_models_names_the_front_end_or_one_of_them(tmp_path):
+    path = tmp_path / "c.yaml"
+    models = TWO_MODELS.replace("    args:", OVERRIDE % "FrontEnd}, {name: demo-bfloat16", 1)
+    path.write_text(models, encoding="utf-8")
+    assert list(services_of(load_serve_file(path).applications[0])) == ["demo", "demo-bfloat16"]
+    (line,) = mistakes_in(models.replace("name: FrontEnd", "name: LLMServer"), path)
+    assert line == (
+        "applications[0].deployments[0].name='LLMServer': must be FrontEnd or demo or demo-bfloat16"
+    )
+
+
 def test_the_args_of_another_application_are_left_alone(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("applications: [{import_path: 'a.b:c', args: {x: 1}}]", encoding="utf-8")
     (application,) = load_serve_file(path).applications
-    assert service_config(application) is None
+    assert services_of(application) == {}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import yaml
 from gllm_ray.cli import main
 from gllm_ray.partition import size_kv_cache
 from gllm_ray.policy_config import BalancedConfig, ChunkedPrefillConfig, TemporalConfig
-from gllm_ray.serve_file import load_serve_file, service_config
+from gllm_ray.serve_file import load_serve_file, services_of
 from gllm_ray.simulation.plan_command import make_plan
 from gllm_ray.simulation.plan_evaluation import evaluate, headroom, in_processes, screen
 from gllm_ray.simulation.plan_ranking import violations
@@ -82,7 +82,7 @@ def test_the_file_runs_the_stages_layers_replicas_and_policy_of_the_choice(
     path = tmp_path / "serve.yaml"
     path.write_text(serve_yaml(config, choice), encoding="utf-8")
     (application,) = load_serve_file(path).applications
-    service = service_config(application)
+    (service,) = services_of(application).values()
     assert service.pipeline.layers == layers
     assert service.pipeline.num_stages == len(layers)
     assert service.pipeline.accelerator_type == "L4"

@@ -1,0 +1,298 @@
+"""Two models behind a front end, and harm to its parts; prints what their clients got.
+
+A process of its own, because it needs a cluster of its own.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import ray
+import yaml
+from ray import serve
+
+from gllm_ray.config import FRONT_END_NAME
+from gllm_ray.demo.serve_process import free_port
+from gllm_ray.serving.app import build_app
+
+CONFIG = Path(__file__).parents[2] / "configs" / "two_models.yaml"
+NAME, MODEL, OTHER = "two-models", "demo", "demo-bfloat16"
+NUM_TOKENS = 200
+KILL_AFTER = 25  # pieces of the first answer
+LIMIT_S = 60
+
+COMPLETION = {"model": MODEL, "prompt": "def f(", "max_tokens": NUM_TOKENS, "temperature": 0}
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+# Among all tokens, some are as likely as others but for the rounding, which the batch decides on.
+SAMPLED = {"temperature": 1.0, "seed": 17, "top_k": 8}
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Count the lines of a file."}]}
+REQUESTS = [
+    ("completions", COMPLETION | STREAM),
+    ("completions", COMPLETION | STREAM | SAMPLED),
+    ("completions", COMPLETION | STREAM | {"stop": ["return"]}),
+    ("completions", COMPLETION | SAMPLED | {"n": 2}),
+    ("chat", CHAT | STREAM | {"max_tokens": NUM_TOKENS, "temperature": 0}),
+]
+
+
+def deploy(**deployment):
+    args = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["applications"][0]["args"]
+    for model in args["models"]:
+        model["deployment"] = deployment
+    serve.run(build_app(args), name=NAME, route_prefix="/")
+
+
+def pids(deployment):
+    """The replicas of a deployment."""
+    title = re.compile(rf"ray::ServeReplica:{NAME}:{re.escape(deployment)}(\.\w+)?$")
+    processes = psutil.Process().children(recursive=True)
+    return [each.pid for each in processes if title.match(title_of(each))]
+
+
+def title_of(process):
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        return " ".join(process.cmdline()).strip()
+    return ""
+
+
+def kill(deployment):
+    """One replica, or the only one."""
+    os.kill(min(pids(deployment)), signal.SIGKILL)
+
+
+def load(model=MODEL):
+    return serve.get_deployment_handle(model, NAME).server_info.remote().result()["load"]
+
+
+def until_idle():
+    """The seconds until a model has no request, and the load it has then."""
+    start_s = time.monotonic()
+    while (now := load())["num_requests"]:
+        if time.monotonic() - start_s > LIMIT_S:
+            raise TimeoutError(f"requests are still open: {now}")
+        time.sleep(0.05)
+    return time.monotonic() - start_s, now
+
+
+class Api:
+    def __init__(self, base_url):
+        self.base_url = base_url
+        self._client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="x", max_retries=0)
+        self._routes = {
+            "completions": self._client.completions,
+            "chat": self._client.chat.completions,
+        }
+
+    def ask(self, request, on_piece=lambda number: None):
+        """Texts, finish reasons, usage, and the longest pause between two pieces."""
+        route, body = request
+        ours = {key: body[key] for key in body.keys() & {"top_k"}}
+        openais = {key: body[key] for key in body.keys() - ours.keys()}
+        answer = self._routes[route].create(**openais, extra_body=ours)
+        texts, reasons, usage = defaultdict(str), {}, None
+        longest_s, latest_s = 0.0, time.monotonic()
+        pieces = answer if body.get("stream") else [answer]
+        for number, piece in enumerate(pieces, start=1):
+            longest_s = max(longest_s, time.monotonic() - latest_s)
+            latest_s = time.monotonic()
+            usage = piece.usage or usage
+            for choice in piece.choices:
+                texts[choice.index] += text_of(choice)
+                reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
+            on_piece(number)
+        end = [sorted(texts.items()), sorted(reasons.items()), usage.model_dump()]
+        return end, longest_s
+
+    def ask_all(self, on_piece=lambda number: None):
+        """All requests at once; `on_piece` is told of the first one's."""
+        with ThreadPoolExecutor(len(REQUESTS)) as threads:
+            first = threads.submit(self.ask, REQUESTS[0], on_piece)
+            others = [threads.submit(self.ask, request) for request in REQUESTS[1:]]
+            answers = [each.result() for each in (first, *others)]
+        return [end for end, _ in answers], max(pause_s for _, pause_s in answers)
+
+    def fails(self, on_piece):
+        """What a client gets of a stream that is cut; None: it was whole."""
+        try:
+            self.ask(REQUESTS[0], on_piece)
+        except (openai.OpenAIError, httpx.HTTPError) as error:
+            return type(error).__name__
+        return None
+
+
+def text_of(choice):
+    message = getattr(choice, "delta", None) or getattr(choice, "message", None)
+    return (message.content if message else choice.text) or ""
+
+
+def at(number, act):
+    return lambda piece: act() if piece == number else None
+
+
+def models(api):
+    """What is listed, and what each model and none answers."""
+    answers = {}
+    for model in (MODEL, OTHER, "unknown"):
+        try:
+            body = COMPLETION | {"model": model, "max_tokens": 20}
+            answers[model] = api.ask(("completions", body))[0]
+        except openai.NotFoundError as error:
+            answers[model] = error.message
+    listed = httpx.get(f"{api.base_url}/v1/models", timeout=60).json()["data"]
+    info = httpx.get(f"{api.base_url}/server_info", timeout=60).json()
+    return {
+        "listed": [(each["id"], each["max_model_len"]) for each in listed],
+        "answers": answers,
+        "info": [(each["model"], each["num_replicas"]) for each in info["models"]],
+        "health": httpx.get(f"{api.base_url}/health", timeout=60).status_code,
+    }
+
+
+def lost_replica(api):
+    """The only replica of a model dies, or one of two."""
+    expected, _ = api.ask_all()
+    before = pids(MODEL)
+    answers, pause_s = api.ask_all(at(KILL_AFTER, lambda: kill(MODEL)))
+    _, idle = until_idle()
+    return {
+        "expected": expected,
+        "answers": answers,
+        "pause_s": pause_s,
+        "kv_utilization": idle["kv_utilization"],
+        "killed": len(set(before) - set(pids(MODEL))),
+    }
+
+
+def leaving_client(api):
+    """A client goes in the middle of a stream, another while it waits for a whole answer."""
+    url = f"{api.base_url}/v1/completions"
+    # Much more than is computed meanwhile.
+    body = COMPLETION | {"max_tokens": 500, "n": 32, "ignore_eos": True}
+    with httpx.stream("POST", url, json=body | STREAM, timeout=LIMIT_S) as answer:
+        next(answer.iter_lines())
+        with_stream = load()["num_requests"]
+    after_stream = until_idle()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(httpx.post, url, json=body, timeout=2)
+        while not (with_whole := load()["num_requests"]) and not waiting.done():
+            time.sleep(0.05)
+        left = type(waiting.exception()).__name__
+    return {
+        "left": left,
+        "open": [with_stream, with_whole],
+        "idle": [after_stream, until_idle()],
+    }
+
+
+def lost_front_end(api):
+    """The front end dies while it streams."""
+    others = [threading.Thread(target=api.fails, args=[lambda _: None]) for _ in range(3)]
+    for other in others:
+        other.start()
+    killed = {}
+
+    def kill_front_end():
+        killed["open"] = load()["num_requests"]
+        kill(FRONT_END_NAME)
+        killed["s"] = time.monotonic()
+
+    error = api.fails(at(KILL_AFTER, kill_front_end))
+    end_s = time.monotonic() - killed["s"]
+    idle_s, idle = until_idle()
+    for other in others:
+        other.join()
+    return {
+        "open": killed["open"],
+        "error": error,
+        "end_s": end_s,
+        "idle_s": idle_s,
+        "kv_utilization": idle["kv_utilization"],
+    }
+
+
+def first_request(api):
+    """There is no replica until a request comes."""
+    before, listed = pids(MODEL), httpx.get(f"{api.base_url}/v1/models", timeout=60).json()
+    info = httpx.get(f"{api.base_url}/server_info", timeout=60).json()
+    answer, _ = api.ask(REQUESTS[0])
+    return {
+        "before": before,
+        "listed": len(listed["data"]),
+        "running": [each["num_replicas"] for each in info["models"]],
+        "usage": answer[2],
+        "after": [len(pids(MODEL)), len(pids(OTHER))],
+    }
+
+
+def redeployment(api):
+    """Every deployment is replaced while clients stream; replicas get no time to finish."""
+    expected, _ = api.ask_all()
+    before = {name: pids(name) for name in (MODEL, OTHER, FRONT_END_NAME)}
+    is_over = threading.Event()
+
+    def keep_asking():
+        rounds = []
+        while not is_over.is_set():
+            rounds.append(api.ask_all()[0])
+        return rounds
+
+    with ThreadPoolExecutor(1) as threads:
+        rounds = threads.submit(keep_asking)
+        try:
+            time.sleep(1)  # into the first round
+            deploy(max_ongoing_requests=500, graceful_shutdown_timeout_s=0)
+            while any(set(pids(name)) & set(old) for name, old in before.items()):
+                time.sleep(0.2)
+        finally:
+            is_over.set()
+        return {"expected": expected, "rounds": rounds.result()}
+
+
+SCENARIOS = {
+    scenario.__name__: scenario
+    for scenario in (
+        models,
+        lost_replica,
+        leaving_client,
+        lost_front_end,
+        first_request,
+        redeployment,
+    )
+}
+
+
+def main():
+    deployment, *names = sys.argv[1:]
+    logging.disable(logging.INFO)
+    port = free_port()
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
+    )
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        deploy(**json.loads(deployment))
+        api = Api(f"http://127.0.0.1:{port}")
+        print(json.dumps({name: SCENARIOS[name](api) for name in names}))  # noqa: T201
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
