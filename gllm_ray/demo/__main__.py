@@ -14,6 +14,8 @@ import yaml
 
 from gllm_ray.demo.chat import ChatTiming, get_json, stream_chat
 from gllm_ray.demo.serve_process import INTERRUPTS, ServeProcess, free_port, on_port
+from gllm_ray.errors import ConfigError
+from gllm_ray.serve_file import load_only_service
 
 CONFIG_FILE = Path("configs/demo.yaml")
 PROMPT = "Write a function that reads a file and counts its lines."
@@ -38,12 +40,13 @@ def main() -> int:
     for interrupt in INTERRUPTS:
         signal.signal(interrupt, _interrupt)
     try:
+        load_only_service(arguments.config)
         with _with_free_port(arguments.config, arguments.port) as (config_file, port):
             return _run(config_file, f"http://127.0.0.1:{port}", is_once=arguments.once)
     except KeyboardInterrupt:
         print("\nstopped: every process of the demo has ended")
         return 0
-    except (RuntimeError, TimeoutError, OSError) as error:
+    except (ConfigError, RuntimeError, TimeoutError, OSError) as error:
         print(f"\ndemo failed: {error}", file=sys.stderr)
         return 1
 
