@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,15 @@ from gllm_ray.demo.chat import get_json
 
 REPOSITORY = Path(__file__).parents[2]
 READY_TIMEOUT_S = 115
+
+
+@pytest.fixture
+def directory():
+    """A short path, because sockets lie there."""
+    with tempfile.TemporaryDirectory(
+        prefix="gllm-", dir="/tmp", ignore_cleanup_errors=True
+    ) as path:
+        yield Path(path)
 
 
 class Service:

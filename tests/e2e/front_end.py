@@ -34,6 +34,8 @@ KILL_AFTER = 25  # pieces of the first answer
 LIMIT_S = 60
 
 COMPLETION = {"model": MODEL, "prompt": "def f(", "max_tokens": NUM_TOKENS, "temperature": 0}
+# Takes the model half a minute and more, unless it is aborted.
+LONG = COMPLETION | {"max_tokens": 500, "n": 128, "ignore_eos": True}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 # Among all tokens, some are as likely as others but for the rounding, which the batch decides on.
 SAMPLED = {"temperature": 1.0, "seed": 17, "top_k": 8}
@@ -178,14 +180,12 @@ def lost_replica(api):
 def leaving_client(api):
     """A client goes in the middle of a stream, another while it waits for a whole answer."""
     url = f"{api.base_url}/v1/completions"
-    # Much more than is computed meanwhile.
-    body = COMPLETION | {"max_tokens": 500, "n": 32, "ignore_eos": True}
-    with httpx.stream("POST", url, json=body | STREAM, timeout=LIMIT_S) as answer:
+    with httpx.stream("POST", url, json=LONG | STREAM, timeout=LIMIT_S) as answer:
         next(answer.iter_lines())
         with_stream = load()["num_requests"]
     after_stream = until_idle()
     with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(httpx.post, url, json=body, timeout=2)
+        waiting = threads.submit(httpx.post, url, json=LONG, timeout=2)
         while not (with_whole := load()["num_requests"]) and not waiting.done():
             time.sleep(0.05)
         left = type(waiting.exception()).__name__
@@ -198,9 +198,8 @@ def leaving_client(api):
 
 def lost_front_end(api):
     """The front end dies while it streams."""
-    others = [threading.Thread(target=api.fails, args=[lambda _: None]) for _ in range(3)]
-    for other in others:
-        other.start()
+    other = threading.Thread(target=read_long_stream, args=[api])
+    other.start()
     killed = {}
 
     def kill_front_end():
@@ -211,8 +210,7 @@ def lost_front_end(api):
     error = api.fails(at(KILL_AFTER, kill_front_end))
     end_s = time.monotonic() - killed["s"]
     idle_s, idle = until_idle()
-    for other in others:
-        other.join()
+    other.join()
     return {
         "open": killed["open"],
         "error": error,
@@ -220,6 +218,16 @@ def lost_front_end(api):
         "idle_s": idle_s,
         "kv_utilization": idle["kv_utilization"],
     }
+
+
+def read_long_stream(api):
+    url = f"{api.base_url}/v1/completions"
+    with (
+        contextlib.suppress(httpx.HTTPError),
+        httpx.stream("POST", url, json=LONG | STREAM, timeout=LIMIT_S) as answer,
+    ):
+        for _ in answer.iter_lines():
+            pass
 
 
 def first_request(api):

@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 
 from gllm_ray.demo.serve_process import haproxy_environment
-from tests.e2e.test_redeploy import directory
-
-__all__ = ["directory"]  # a fixture
 
 
 def outcome_of(scenario, directory, *, haproxy):

@@ -9,11 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_redeploy import directory
-
-__all__ = ["directory"]  # a fixture
-
 pytestmark = pytest.mark.timeout(240)
+SOON_S = 20  # sooner than the end of what was asked
 
 
 def outcomes(directory, *scenarios, **deployment):
@@ -66,7 +63,7 @@ def test_a_client_that_leaves_ends_its_requests_in_the_replica(outcome):
     assert leaving["left"] == "ReadTimeout"
     assert all(leaving["open"])
     for seconds, load in leaving["idle"]:
-        assert seconds < 8
+        assert seconds < SOON_S
         assert load["kv_utilization"] == 0
 
 
@@ -75,7 +72,7 @@ def test_a_front_end_that_dies_ends_its_streams_and_leaves_nothing_behind(outcom
     assert lost["open"] > 1
     assert lost["error"] is not None, "the stream must not look whole"
     assert lost["end_s"] < 5
-    assert lost["idle_s"] < 10
+    assert lost["idle_s"] < SOON_S
     assert lost["kv_utilization"] == 0
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,16 +12,8 @@ import pytest
 from gllm_ray.demo.serve_process import haproxy_environment
 
 
-@pytest.fixture
-def directory():
-    """A short path, because sockets lie there."""
-    with tempfile.TemporaryDirectory(
-        prefix="gllm-", dir="/tmp", ignore_cleanup_errors=True
-    ) as path:
-        yield Path(path)
-
-
-@pytest.mark.parametrize("proxy", ["default", pytest.param("haproxy", marks=pytest.mark.chaos)])
+@pytest.mark.chaos
+@pytest.mark.parametrize("proxy", ["default", "haproxy"])
 def test_no_request_fails_or_waits_for_the_new_replica(proxy, directory):
     variables = {"RAY_TMPDIR": str(directory)}
     if proxy == "haproxy":

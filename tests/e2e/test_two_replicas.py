@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_redeploy import directory
 from tests.e2e.two_replicas import NUM_CALLS, NUM_POSTS, NUM_PREFIXES, PREFIX_TOKENS
-
-__all__ = ["directory"]  # a fixture
 
 
 @pytest.mark.chaos

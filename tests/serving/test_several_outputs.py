@@ -74,8 +74,9 @@ def streamed_texts(chunks):
 @pytest.mark.parametrize("path", BODIES)
 def test_n_outputs_are_n_choices_of_a_prompt_paid_for_once(tokenizer, path):
     async def scenario(service, client):
-        one = await ask(client, path, max_tokens=5)
-        return one, await ask(client, path, max_tokens=5, n=3), service.requests[1:]
+        params = {"max_tokens": 5, "extra_body": {"ignore_eos": True}}
+        one = await ask(client, path, **params)
+        return one, await ask(client, path, n=3, **params), service.requests[1:]
 
     one, three, requests = run(tokenizer, drawn_token, scenario)
     assert [choice.index for choice in three.choices] == [0, 1, 2]
