@@ -195,6 +195,8 @@ def test_the_readme_has_the_tables_of_the_committed_results():
     root = Path(__file__).parents[2]
     names = ("serve", "engine", "stage", "stage_15m", "stage_500m", "transport", "front", "compare")
     results = [read_result(root / f"gllm_ray/bench/results/{name}.json") for name in names]
+    recovery = read_result(root / "gllm_ray/bench/results/recovery.json")
+    assert result_tables([recovery]) in (root / "README.md").read_text("utf-8")
     assert result_tables(results, ["ttft", "tpot"]) in (root / "README.md").read_text("utf-8")
     beside_vllm = (root / "gllm_ray/bench/results").glob("compare_vllm_*.json")
     table = result_tables([read_result(file) for file in sorted(beside_vllm)], ["ttft", "tpot"])
