@@ -36,9 +36,11 @@ if not Path("/proc/driver/nvidia/version").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-# A time limit would make tests fail on busy machines.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# A time limit would make tests fail on busy machines. `--hypothesis-profile=search` draws other
+# examples in each run.
+settings.register_profile("search", deadline=None)
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
 
 
 class _ByFile(LoadFileScheduling):

