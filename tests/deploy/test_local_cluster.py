@@ -16,7 +16,8 @@ from tests.batch.s3_server import s3_server
 from tests.deploy.local_cluster import LocalCluster, skip_unless_the_port_is_free
 from tests.deploy.manifests import DEPLOY, ROOT
 
-RARE = {"num_preemptions_total"}  # counted when it first happens
+# Counted when they first happen.
+RARE = {"num_preemptions_total", "request_resumptions_total"}
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
