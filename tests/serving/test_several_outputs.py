@@ -160,7 +160,7 @@ def test_the_seed_of_every_output_is_its_own_and_has_64_bits(tokenizer, seed):
 
 @pytest.mark.parametrize("path", BODIES)
 def test_a_stop_string_ends_each_output_for_itself(tokenizer, path):
-    params = {"n": 3, "max_tokens": 60, "stop": "b", "seed": 1, "extra_body": {"ignore_eos": True}}
+    params = {"n": 3, "max_tokens": 300, "stop": "b", "seed": 1, "extra_body": {"ignore_eos": True}}
 
     async def scenario(service, client):
         answer = await ask(client, path, **params)
