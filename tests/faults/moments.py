@@ -22,14 +22,20 @@ def body_of(moment, index, salt, *, num_tokens=40, **options):
     return {"model": "demo", "prompt": prompt, "max_tokens": 40} | sampling | options
 
 
-async def complete_all(http, moment, salt=0):
+async def complete_all(http, moment, salt=0, *, may_fail=False):
     """What each client of a moment gets; a salt makes prompts that nobody has computed."""
     indices = range(NUM_REQUESTS)
     bodies = (body_of(moment, index, salt, **MOMENTS[moment]) for index in indices)
-    return await asyncio.gather(*(complete(http, body) for body in bodies))
+    answers = (complete(http, body) for body in bodies)
+    return await asyncio.gather(*answers, return_exceptions=may_fail)
 
 
-async def reach(http, moment, salt=0):
+async def load_of(http):
+    """How much the engine holds."""
+    return (await http.get("/server_info")).json()["load"]
+
+
+async def reach(http, moment, salt=0, load_of=load_of):
     """Return when the requests of a moment have come so far."""
     while (await load_of(http))["num_requests"] < NUM_REQUESTS:  # noqa: ASYNC110
         await asyncio.sleep(0.002)
@@ -38,8 +44,3 @@ async def reach(http, moment, salt=0):
     if moment in ("decode", "streaming"):
         # It came last, and is served in turn.
         await complete(http, body_of(moment, NUM_REQUESTS, salt, max_tokens=5))
-
-
-async def load_of(http):
-    """How much the engine holds."""
-    return (await http.get("/server_info")).json()["load"]
