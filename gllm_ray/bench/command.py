@@ -18,6 +18,7 @@ from gllm_ray.bench.policies import bench_policies
 from gllm_ray.bench.policy_runs import Effort
 from gllm_ray.bench.policy_scenarios import SCENARIOS
 from gllm_ray.bench.policy_table import policy_table
+from gllm_ray.bench.random_checkpoint import SHAPES, write_random_checkpoint
 from gllm_ray.bench.scheduler import SchedulerBenchResult, bench_scheduler
 from gllm_ray.bench.service_command import add_service_benchmarks
 from gllm_ray.bench.simulator import SimulatorBenchResult, bench_simulator
@@ -46,6 +47,7 @@ def add_bench_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not
     _add_fidelity(benchmarks)
     _add_policies(benchmarks)
     _add_simulator(benchmarks)
+    _add_checkpoint(benchmarks)
 
 
 def _add_scheduler(benchmarks: Any) -> None:  # noqa: ANN401
@@ -287,4 +289,30 @@ def _bench_large_simulations(options: argparse.Namespace) -> int:
         results.append(result.as_json())
     if options.output is not None:
         options.output.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def _add_checkpoint(benchmarks: Any) -> None:  # noqa: ANN401
+    parser = benchmarks.add_parser(
+        "checkpoint",
+        help="write a model of random weights that any engine can serve",
+        description="Write a model of random weights, a tokenizer, and serve.yaml: two stages of "
+        "the model on CPU, for `bench compare DIRECTORY/serve.yaml COMMAND`.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("shape", choices=list(SHAPES))
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights"
+    )
+    parser.set_defaults(run=_write_checkpoint)
+
+
+def _write_checkpoint(options: argparse.Namespace) -> int:
+    try:
+        write_random_checkpoint(options.shape, options.directory, dtype=options.dtype)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"wrote {options.directory / 'serve.yaml'}")
     return 0
