@@ -55,6 +55,11 @@ class ModelConfig(StrictModel):
         default=False,
         description="Compute decodes without CUDA graphs, as other micro-batches are.",
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile norms, MLPs and rotary embeddings by torch.compile, which takes up "
+        "to a minute more at start; cuda only.",
+    )
     max_model_len: int | None = Field(
         default=None,
         ge=1,

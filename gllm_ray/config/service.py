@@ -37,10 +37,11 @@ class ServiceConfig(StrictModel):
                 f"model.quantization={self.model.quantization!r}: must be null when "
                 f"pipeline.device is {self.pipeline.device}"
             )
-        if self.model.enforce_eager and self.pipeline.device == "cpu":
-            raise ValueError(
-                "model.enforce_eager=true: must be left out when pipeline.device is cpu"
-            )
+        for name in ("enforce_eager", "compile"):
+            if getattr(self.model, name) and self.pipeline.device == "cpu":
+                raise ValueError(
+                    f"model.{name}=true: must be left out when pipeline.device is cpu"
+                )
         self._check_attention()
         return self
 

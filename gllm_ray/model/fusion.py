@@ -19,7 +19,7 @@ from gllm_ray.model.linear import Int8Linear, PackedLinear
 from gllm_ray.model.operators.build import load_operators
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_ROTARY = "apply_rotary_pos_emb"
+ROTARY = "apply_rotary_pos_emb"
 
 
 def fuse_operators(model: nn.Module) -> None:
@@ -41,7 +41,7 @@ def fuse_operators(model: nn.Module) -> None:
                 module.forward = partial(_run_gated_mlp, module)
         elif _reads_llama_rotary(forward):
             rotate = partial(_rotate, operators.rotate.default)
-            module.forward = _with_global(forward, _ROTARY, rotate).__get__(module)
+            module.forward = with_global(forward, ROTARY, rotate).__get__(module)
 
 
 def _normalize(operator: Any, norm: nn.Module, rows: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
@@ -90,13 +90,13 @@ def _can_rotate(rows: torch.Tensor, angles: torch.Tensor) -> bool:
 def _reads_llama_rotary(function: Callable[..., Any]) -> bool:
     names = function.__globals__
     return (
-        _ROTARY in function.__code__.co_names
-        and _is_copy(names.get(_ROTARY), llama.apply_rotary_pos_emb)
+        ROTARY in function.__code__.co_names
+        and _is_copy(names.get(ROTARY), llama.apply_rotary_pos_emb)
         and _is_copy(names.get("rotate_half"), llama.rotate_half)
     )
 
 
-def _with_global(function: Callable[..., Any], name: str, value: object) -> FunctionType:
+def with_global(function: Callable[..., Any], name: str, value: object) -> FunctionType:
     """The function, for which a global name means something else."""
     copy = FunctionType(
         function.__code__,

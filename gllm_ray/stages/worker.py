@@ -23,6 +23,7 @@ from gllm_ray.model.attention.backend import (
 )
 from gllm_ray.model.attention.interface import paged_forward
 from gllm_ray.model.checkpoint import find_weight_files, open_checkpoint
+from gllm_ray.model.compilation import compile_parts
 from gllm_ray.model.decode_graphs import (
     Capture,
     DecodeGraphs,
@@ -183,6 +184,8 @@ class StageWorker:
             with suppress(OperatorsUnavailableError):  # then attention's description says why
                 speed_up_linears(shard.model)
                 fuse_operators(shard.model)
+        if self._config.model.compile:
+            compile_parts(shard.model)
 
     def _forward(self, inputs: PackedInputs, hidden: torch.Tensor | None) -> torch.Tensor:
         with paged_forward(inputs, self._caches, self._attention):

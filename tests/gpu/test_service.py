@@ -31,10 +31,14 @@ def start(path, *, num_stages=2, kv_cache=None, **model):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
-def test_tokens_equal_generate_on_the_cpu(name, enforce_eager, small_model):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"enforce_eager": True}, {"compile": True}],
+    ids=["graphs", "eager", "compiled"],
+)
+def test_tokens_equal_generate_on_the_cpu(name, options, small_model):
     model = small_model(name)
-    pipeline = start(model.path, enforce_eager=enforce_eager)
+    pipeline = start(model.path, **options)
     result = run(pipeline, model.prompts, MAX_TOKENS, policy=chunks_of(7))
     assert result.tokens == model.continuations
 

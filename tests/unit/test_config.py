@@ -385,12 +385,13 @@ def test_nccl_needs_a_whole_gpu_for_each_stage():
     assert "gpus_per_stage=0.5" in line
 
 
-def test_cpu_has_no_cuda_graphs_to_do_without():
-    args = {"model": {"path": "org/model", "enforce_eager": True}}
+@pytest.mark.parametrize("option", ["enforce_eager", "compile"])
+def test_what_is_for_gpus_alone_is_refused_on_cpu(option):
+    args = {"model": {"path": "org/model", option: True}}
     assert find_mistakes(ServiceConfig, args) == []
     args |= {"pipeline": {"device": "cpu"}, "kv_cache": {"kv_cache_bytes": "1GiB"}}
     assert find_mistakes(ServiceConfig, args) == [
-        "model.enforce_eager=true: must be left out when pipeline.device is cpu"
+        f"model.{option}=true: must be left out when pipeline.device is cpu"
     ]
 
 
