@@ -39,9 +39,7 @@ class ServiceConfig(StrictModel):
             )
         for name in ("enforce_eager", "compile"):
             if getattr(self.model, name) and self.pipeline.device == "cpu":
-                raise ValueError(
-                    f"model.{name}=true: must be left out when pipeline.device is cpu"
-                )
+                raise ValueError(f"model.{name}=true: must be left out when pipeline.device is cpu")
         self._check_attention()
         return self
 
