@@ -9,12 +9,20 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 
 from gllm_ray.errors import ConfigError
 
+try:
+    from pyarrow import ArrowException
+except ImportError:  # without the data extra no store raises it
+    ArrowException = OSError
+
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 _LOCAL = "file://"
 # pyarrow brings its own clients of these; fsspec would need a package for each.
 _OF_PYARROW = ("s3", "gs")
+# Google's client would try for a quarter of an hour, also if it finds no credentials.
+_GS_RETRY = "retry_limit_seconds"
+_GS_RETRY_S = 60
 
 
 class _ObjectStore(ArrowFSWrapper):
@@ -45,7 +53,10 @@ def open_remote(location: str) -> "tuple[AbstractFileSystem, str]":
         if scheme in _OF_PYARROW:
             from pyarrow.fs import FileSystem
 
-            filesystem, path = FileSystem.from_uri(location)
+            uri = location
+            if scheme == "gs" and f"{_GS_RETRY}=" not in uri:
+                uri += f"{'&' if '?' in uri else '?'}{_GS_RETRY}={_GS_RETRY_S}"
+            filesystem, path = FileSystem.from_uri(uri)
             return _ObjectStore(filesystem), path
         from fsspec.core import url_to_fs
 
@@ -58,14 +69,14 @@ def open_remote(location: str) -> "tuple[AbstractFileSystem, str]":
 
 @contextmanager
 def naming(location: str) -> Iterator[None]:
-    """Errors name the location, for not every store's own do, and take one line.
+    """Errors of a store name the location, for not every store's own do, and take one line.
 
     Raises:
         OSError: With what the store told.
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, ArrowException) as error:
         raise OSError(f"{location}: {' '.join(str(error).split())}") from error
 
 

@@ -150,6 +150,23 @@ def test_the_command_ends_with_one_error_if_the_keys_are_wrong(
     assert "ACCESS_DENIED" in error
 
 
+@pytest.mark.parametrize("is_input", [True, False])
+def test_the_command_ends_with_one_error_without_the_credentials_of_google(
+    tokenizer, tmp_path, monkeypatch, capsys, is_input
+):
+    pytest.importorskip("pyarrow.fs", reason="the data extra is not installed")
+    rows = [make_line("a", model=LocalService.model_name)]
+    local = str(write_lines(tmp_path / "in.jsonl", rows))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    remote = "gs://gllm-ray/refused.jsonl"
+    source, output = (remote, str(tmp_path / "out.jsonl")) if is_input else (local, remote)
+    with http_service(tokenizer) as url:
+        assert main(["--url", url, "--input", source, "--output", output]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"{remote}: ")
+    assert "none.json" in error
+
+
 # A job as a program that saves its journal every quarter of a second.
 PROGRAM = """
 import runpy
