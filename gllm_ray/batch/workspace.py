@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from gllm_ray.batch.journal import sync_directory
-from gllm_ray.batch.locations import is_remote, local_path, open_remote
+from gllm_ray.batch.locations import is_remote, local_path, naming, open_remote
 from gllm_ray.errors import ConfigError
 
 _SAVE_INTERVAL_S = 30.0
@@ -107,27 +107,31 @@ class RemoteWorkspace:
     """Objects beside the output, and copies in a directory of this machine; see `Workspace`."""
 
     def __init__(self, output: str, directory: Path) -> None:
+        self._location = output
         self._filesystem, self._output = open_remote(output)
         self._segments = f"{self._output}.part"
         self._manifest = f"{self._output}.manifest.json"
         self._directory = directory
         self.journal_path = directory / "part"
-        names = self._find_segments()
-        self.journal_path.write_bytes(b"".join(map(self._filesystem.cat_file, names)))
+        with naming(output):
+            names = self._find_segments()
+            self.journal_path.write_bytes(b"".join(map(self._filesystem.cat_file, names)))
         self._num_segments = len(names)
         self._next_save_s = time.monotonic() + _SAVE_INTERVAL_S
         self._num_saved_bytes = self.journal_path.stat().st_size
 
     def has_output(self) -> bool:
         """See `Workspace`."""
-        return bool(self._filesystem.exists(self._output))
+        with naming(self._location):
+            return bool(self._filesystem.exists(self._output))
 
     def read_manifest(self) -> dict[str, Any] | None:
         """See `Workspace`."""
-        if not self._filesystem.exists(self._manifest):
-            return None
-        manifest: dict[str, Any] = json.loads(self._filesystem.cat_file(self._manifest))
-        return manifest
+        with naming(self._location):
+            if not self._filesystem.exists(self._manifest):
+                return None
+            manifest: dict[str, Any] = json.loads(self._filesystem.cat_file(self._manifest))
+            return manifest
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """See `Workspace`."""
@@ -145,8 +149,9 @@ class RemoteWorkspace:
             return
         # No name is used twice, so that no job ever overwrites what another one did.
         name = f"{self._num_segments:06d}-{uuid.uuid4().hex[:8]}.jsonl"
-        self._filesystem.makedirs(self._segments, exist_ok=True)
-        self._filesystem.pipe_file(f"{self._segments}/{name}", segment)
+        with naming(self._location):
+            self._filesystem.makedirs(self._segments, exist_ok=True)
+            self._filesystem.pipe_file(f"{self._segments}/{name}", segment)
         self._num_segments += 1
         self._num_saved_bytes += len(segment)
 
@@ -164,7 +169,8 @@ class RemoteWorkspace:
     def _put(self, remote: str, write: Callable[[Path], None]) -> None:
         temporary = self._directory / PurePosixPath(remote).name
         write(temporary)
-        self._filesystem.put_file(str(temporary), remote)
+        with naming(self._location):
+            self._filesystem.put_file(str(temporary), remote)
         temporary.unlink()
 
 

@@ -1,6 +1,5 @@
 """`gllm-ray bench engine` and `offline`: the engine with its stages, and no HTTP."""
 
-import asyncio
 from pathlib import Path
 
 from gllm_ray.bench.conditions import descendants_cpu_s, own_cpu_s
@@ -10,10 +9,8 @@ from gllm_ray.bench.request_load import RequestLoad
 from gllm_ray.bench.request_run import RequestRun, run_requests
 from gllm_ray.bench.result_file import Result, make_result
 from gllm_ray.bench.service_profile import describe_service
+from gllm_ray.bench.stage_trace import write_stage_trace
 from gllm_ray.config import ServiceConfig
-from gllm_ray.simulation.chrome_trace import write_chrome_trace
-from gllm_ray.simulation.metrics import StageInterval
-from gllm_ray.stages.ray_pipeline import StageGroup
 
 # Ray's processes descend from the one that started it.
 CLOCKS = {"service": descendants_cpu_s, "client": own_cpu_s}
@@ -28,7 +25,8 @@ async def bench_engine(
         benchmark: The name of the result.
         config: What is served; this process has started the Ray cluster that it is connected to.
         load: What is sent.
-        trace: Write when each stage computed its latest micro-batches to this file, for Perfetto.
+        trace: Write when each stage computed its latest micro-batches, and their hops, to this
+            file, for Perfetto.
 
     Raises:
         ConfigError: The model cannot be served as configured, or the workload is none.
@@ -43,8 +41,7 @@ async def bench_engine(
         run: RequestRun = await run_requests(send, requests, load, CLOCKS)
         setup = describe_service(config, engine.replica.group.infos)
         if trace is not None:
-            with trace.open("w", encoding="utf-8") as file:
-                write_chrome_trace(await _stage_intervals(engine.replica.group), file)
+            await write_stage_trace(engine.replica.group, trace)
     return make_result(
         benchmark,
         device=config.pipeline.device,
@@ -53,14 +50,3 @@ async def bench_engine(
         load=load.to_json(),
         run=run.to_json(),
     )
-
-
-async def _stage_intervals(group: StageGroup) -> list[StageInterval]:
-    """When the stages computed, in seconds since the first of it."""
-    stages = await asyncio.gather(*(stage.intervals.remote() for stage in group.stages))
-    origin_s = min(each.start_s for intervals in stages for each in intervals)
-    return [
-        StageInterval(stage_id, each.batch_id, each.start_s - origin_s, each.end_s - origin_s)
-        for stage_id, intervals in enumerate(stages)
-        for each in intervals
-    ]

@@ -53,7 +53,8 @@ def _add_engine(benchmarks: Any) -> None:  # noqa: ANN401
             "--trace",
             type=Path,
             metavar="FILE",
-            help="write when each stage computed its latest micro-batches, for Perfetto",
+            help="write when each stage computed its latest micro-batches, and their hops, for "
+            "Perfetto",
         )
         parser.set_defaults(run=_engine)
 

@@ -1,7 +1,7 @@
 """An object store on the loopback that speaks the part of S3's protocol that jobs use.
 
 Source: Amazon S3 API reference: CreateBucket, HeadBucket, ListObjectsV2, HeadObject, GetObject,
-PutObject, DeleteObject and multipart uploads, path-style. Signatures are not checked.
+PutObject, DeleteObject and multipart uploads, path-style.
 """
 
 import hashlib
@@ -12,11 +12,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+from tests.batch.aws_signatures import refusal
+
 
 @contextmanager
-def s3_server():
-    """Yields the address."""
-    with _Server(("127.0.0.1", 0), _Handler) as server:
+def s3_server(keys):
+    """Yields the address.
+
+    Args:
+        keys: The id of the access key, and the secret, that requests must be signed with.
+    """
+    with _Server(keys) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -29,8 +35,9 @@ def s3_server():
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, keys):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.keys = keys
         self.buckets = {}  # of objects by key
         self.uploads = {}  # of parts by number
 
@@ -57,12 +64,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._do(self._delete)
 
     def _do(self, act):
-        self.body = self._read_body()
+        sent = self._read_body()
+        wrong = refusal(self.command, self.path, self.headers, sent, self.server.keys)
+        self.body = _unframe(sent) if self._is_framed() else sent
         url = urlsplit(self.path)
         self.query = {key: values[0] for key, values in parse_qs(url.query, True).items()}
         bucket, _, self.key = unquote(url.path).lstrip("/").partition("/")
-        if "Credential=" not in self.headers.get("Authorization", ""):
-            self._refuse(403, "AccessDenied")
+        if wrong is not None:
+            self._refuse(403, wrong)
         elif self.command == "PUT" and not self.key:
             self.server.buckets.setdefault(bucket, {})
             self._answer()
@@ -145,12 +154,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _read_body(self):
         if self.headers.get("Transfer-Encoding") == "chunked":
-            body = self._read_chunks()
-        else:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if "aws-chunked" in self.headers.get("Content-Encoding", ""):
-            body = _unframe(body)
-        return body
+            return self._read_chunks()
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _is_framed(self):
+        return "aws-chunked" in self.headers.get("Content-Encoding", "")
 
     def _read_chunks(self):
         body = b""

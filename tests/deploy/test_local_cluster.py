@@ -53,14 +53,15 @@ def test_the_entrypoint_of_the_batch_runs_as_a_job_from_s3_to_s3(cluster):
     lines = [make_line(name) for name in "abc"]
     # The image's configuration is for a GPU; its buckets are as the manifest has them.
     model = {"/opt/gllm_ray/configs/llama8b-1gpu.yaml": str(ROOT / "configs" / "demo.yaml")}
-    with s3_server() as url:
+    key, secret = "nobody", "nothing"
+    with s3_server((key, secret)) as url:
         variables = {
             "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "nobody",
-            "AWS_SECRET_ACCESS_KEY": "nothing",
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret,
         }
         store = fs.S3FileSystem(
-            endpoint_override=url, access_key="a", secret_key="b", allow_bucket_creation=True
+            endpoint_override=url, access_key=key, secret_key=secret, allow_bucket_creation=True
         )
         store.create_dir("example-bucket")
         with store.open_output_stream("example-bucket/prompts.jsonl") as file:

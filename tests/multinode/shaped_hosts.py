@@ -13,7 +13,7 @@ import psutil
 ROOT = Path(__file__).parents[2]
 ADDRESSES = ("10.201.7.1", "10.201.7.2")
 _PORT = 6479
-_START_TIMEOUT_S = 60
+_START_TIMEOUT_S = 120
 
 
 class ShapedHosts:
@@ -67,10 +67,11 @@ class ShapedHosts:
         self._start_node(0, [*head, "--include-dashboard=false", "--num-cpus=3"])
         self._start_node(1, [f"--address={ADDRESSES[0]}:{_PORT}", "--num-cpus=1"])
 
-    def run(self, module, timeout_s):
-        """Run a module on the first host; returns what it printed."""
+    def run(self, module, directory, timeout_s):
+        """Run a module on the first host, for files in a directory; returns what it printed."""
+        address = f"{ADDRESSES[0]}:{_PORT}"
         done = subprocess.run(
-            [*self._inside(0), sys.executable, "-m", module, f"{ADDRESSES[0]}:{_PORT}"],
+            [*self._inside(0), sys.executable, "-m", module, str(directory), address],
             cwd=ROOT,
             env=self._environment(),
             capture_output=True,

@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from tests.multinode.shaped_hosts import ShapedHosts
+from tests.multinode.two_hosts import NUM_PROMPTS
 
 PROGRAM = "tests.multinode.two_hosts"
 
@@ -21,14 +23,28 @@ def check(one, two):
     assert two["tokens"] == one["tokens"]
 
 
+def hops_s(outcome):
+    """Of the prompts and of decodes, the medians that the trace shows."""
+    events = json.loads(Path(outcome["trace"]).read_text())["traceEvents"]
+    starts, ends = (
+        {each["id"]: each["ts"] for each in events if each["ph"] == phase and each["cat"] == "hop"}
+        for phase in "be"
+    )
+    assert len(starts) >= 24 * NUM_PROMPTS
+    times_s = sorted((ends[key] - start) / 1e6 for key, start in starts.items())
+    # Micro-batches of prompts have the most rows.
+    return median(times_s[-NUM_PROMPTS:]), median(times_s[:-NUM_PROMPTS])
+
+
 @pytest.mark.chaos
-def test_tokens_are_the_same_on_two_nodes():
+@pytest.mark.timeout(420)
+def test_tokens_are_the_same_on_two_nodes(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", PROGRAM],
+        [sys.executable, "-m", PROGRAM, str(tmp_path)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -49,12 +65,16 @@ def hosts():
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(240)
-def test_tokens_are_the_same_across_a_slow_link_which_shows_in_the_hops(hosts):
-    outcomes = json.loads(hosts.run(PROGRAM, timeout_s=150).splitlines()[-1])
+@pytest.mark.timeout(480)
+def test_tokens_are_the_same_across_a_slow_link_whose_hops_the_trace_shows(hosts, tmp_path):
+    told = hosts.run(PROGRAM, tmp_path, timeout_s=300)
+    outcomes = json.loads(told.splitlines()[-1])
     one = outcomes.pop("one")
+    near_prompt_hop_s, _ = hops_s(one)
     for two in outcomes.values():
         check(one, two)
+        prompt_hop_s, decode_hop_s = hops_s(two)
         # 400 rows of 192 floats take 123 ms at 20 Mbit/s, of which a burst is free.
-        assert two["prompt_hop_s"] > 0.1 > one["prompt_hop_s"]
-        assert two["prompt_hop_s"] > two["decode_hop_s"]
+        assert prompt_hop_s > 0.1 > near_prompt_hop_s
+        assert prompt_hop_s < 0.5
+        assert prompt_hop_s > decode_hop_s

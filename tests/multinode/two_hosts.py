@@ -1,6 +1,7 @@
 """The demo service's pipeline on one host and across two; prints what came of it.
 
-As a program it joins the cluster whose address is given, or else starts two nodes on the loopback.
+As a program it leaves traces in the directory that is given, and joins the cluster whose address
+is given, or else starts two nodes on the loopback.
 Nodes stand for hosts: each has a resource, `host_0` or `host_1`.
 """
 
@@ -9,12 +10,12 @@ import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 
 import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from gllm_ray.bench.stage_trace import write_stage_trace
 from gllm_ray.bundles import bundles
 from gllm_ray.policy_config import ChunkedPrefillConfig
 from gllm_ray.serve_file import load_only_service
@@ -45,12 +46,13 @@ def make_requests():
     ]
 
 
-async def serve(transport, places):
-    """The tokens, the stages' nodes, and how long hidden states travelled between them.
+async def serve(transport, places, trace):
+    """The tokens, the stages' nodes, and the file with the trace of the stages.
 
     Args:
         transport: Of hidden states.
         places: The resources that bring each stage to its host.
+        trace: The file to write.
     """
     config = make_config(transport)
     owner, *stages = bundles(config)
@@ -60,31 +62,33 @@ async def serve(transport, places):
         async with running(config, group) as pipeline:
             answers = [await pipeline.collect(request) for request in make_requests()]
             actors = pipeline.replica.group.stages
-            first, last = await asyncio.gather(*(actor.intervals.remote() for actor in actors))
-            starts_s = {each.batch_id: each.start_s for each in last}
-            hops_s = sorted(starts_s[each.batch_id] - each.end_s for each in first)
+            await write_stage_trace(pipeline.replica.group, trace)
             return {
                 "tokens": [[event.token_id for event in events] for events in answers],
                 "nodes": [await node_of(actor) for actor in actors],
-                "prompt_hop_s": median(hops_s[-NUM_PROMPTS:]),  # they have the most rows
-                "decode_hop_s": median(hops_s[:-NUM_PROMPTS]),
+                "trace": str(trace),
             }
     finally:
         remove_placement_group(group)
 
 
-async def on_hosts():
+async def on_hosts(directory):
     """One pipeline at a time, so that a hop waits for nothing but the link."""
     return {
-        "one": await serve("gloo", [FIRST, FIRST]),
-        "two": await serve("gloo", [FIRST, SECOND]),
-        "two, object store": await serve("object_store", [FIRST, SECOND]),
+        "one": await serve("gloo", [FIRST, FIRST], directory / "one.json"),
+        "two": await serve("gloo", [FIRST, SECOND], directory / "two.json"),
+        "two, object store": await serve(
+            "object_store", [FIRST, SECOND], directory / "two_object_store.json"
+        ),
     }
 
 
-async def on_nodes():
+async def on_nodes(directory):
     """Side by side, for time."""
-    one, two = await asyncio.gather(serve("gloo", [FIRST, FIRST]), serve("gloo", [FIRST, SECOND]))
+    one, two = await asyncio.gather(
+        serve("gloo", [FIRST, FIRST], directory / "one.json"),
+        serve("gloo", [FIRST, SECOND], directory / "two.json"),
+    )
     return {"one": one, "two": two}
 
 
@@ -103,13 +107,13 @@ def two_nodes():
         cluster.shutdown()
 
 
-def main(address=None):
+def main(directory, address=None):
     if address is not None:
         ray.init(address=address, log_to_driver=False)
-        return asyncio.run(on_hosts())
+        return asyncio.run(on_hosts(Path(directory)))
     with two_nodes() as address:
         ray.init(address=address, log_to_driver=False)
-        return asyncio.run(on_nodes())
+        return asyncio.run(on_nodes(Path(directory)))
 
 
 if __name__ == "__main__":

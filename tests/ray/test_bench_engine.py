@@ -39,8 +39,13 @@ def test_an_engine_serves_a_workload_without_http(ray_cluster, tiny_llama, tmp_p
 
 
 def check_trace(file):
-    """Each micro-batch comes to the second stage after it left the first."""
-    events = [each for each in json.loads(file.read_text())["traceEvents"] if each["ph"] == "X"]
+    """Each micro-batch comes to the second stage after it left the first, by a hop."""
+    events = json.loads(file.read_text())["traceEvents"]
+    starts, ends = (
+        {each["args"]["batch_id"]: each["ts"] for each in events if each["ph"] == phase}
+        for phase in "be"
+    )
+    events = [each for each in events if each["ph"] == "X"]
     first, second = (
         {each["args"]["batch_id"]: each for each in events if each["tid"] == stage_id}
         for stage_id in (0, 1)
@@ -48,6 +53,9 @@ def check_trace(file):
     assert len(first) >= 10
     assert first.keys() == second.keys()
     assert all(each["ts"] + each["dur"] < second[key]["ts"] for key, each in first.items())
+    assert ends == {key: each["ts"] for key, each in second.items()}
+    # Microseconds are rounded to three places.
+    assert starts == pytest.approx({key: e["ts"] + e["dur"] for key, e in first.items()}, abs=0.01)
 
 
 def test_bare_stages_run_the_micro_batches_that_were_served(ray_cluster, tiny_llama):

@@ -3,13 +3,13 @@
 import io
 import json
 
-from gllm_ray.simulation.chrome_trace import write_chrome_trace
+from gllm_ray.simulation.chrome_trace import HopInterval, write_chrome_trace
 from tests.unit.simulation.runs import INTERVALS
 
 
-def trace_of(intervals):
+def trace_of(intervals, hops=()):
     file = io.StringIO()
-    write_chrome_trace(iter(intervals), file)
+    write_chrome_trace(iter(intervals), file, hops=hops)
     return json.loads(file.getvalue())["traceEvents"]
 
 
@@ -43,3 +43,16 @@ def test_every_stage_is_named_once():
 
 def test_an_empty_run_is_an_empty_trace():
     assert trace_of([]) == []
+
+
+def test_hops_that_overlap_keep_their_beginning_and_end():
+    hops = [HopInterval(0, 7, 1.0, 1.5), HopInterval(0, 8, 1.25, 2.0), HopInterval(1, 7, 1.5, 3.0)]
+    events = [event for event in trace_of(INTERVALS, hops) if event["ph"] in "be"]
+    assert [(event["ph"], event["id"], event["ts"], event["name"]) for event in events] == [
+        ("b", "0.7", 1e6, "hop to stage 1"),
+        ("e", "0.7", 1.5e6, "hop to stage 1"),
+        ("b", "0.8", 1.25e6, "hop to stage 1"),
+        ("e", "0.8", 2e6, "hop to stage 1"),
+        ("b", "1.7", 1.5e6, "hop to stage 2"),
+        ("e", "1.7", 3e6, "hop to stage 2"),
+    ]
