@@ -160,12 +160,6 @@ class LayerShape:
         experts = self.mlp.expert_gemms(self.hidden_size, num_shards)
         return _num_weights(self.gemms(num_shards)) + self.mlp.num_experts * _num_weights(experts)
 
-    def flops_per_token(self) -> int:
-        """Operations on the weights for one token; attention to its context comes on top."""
-        experts = self.mlp.expert_gemms(self.hidden_size)
-        active = self.mlp.num_experts_per_token * _num_weights(experts)
-        return 2 * (_num_weights(self.gemms()) + active)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
