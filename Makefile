@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos check
+.PHONY: help demo test chaos slow check
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -16,8 +16,11 @@ demo: $(INSTALLED) ## Serve the embedded model until Ctrl-C; ONCE=1 ends after o
 test: $(INSTALLED) ## Run the whole test suite.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-chaos: $(INSTALLED) ## Run the slow tests of faults, which `make test` leaves out.
+chaos: $(INSTALLED) ## Run the slow tests of faults, upgrades and scaling, which `make test` leaves out.
 	$(BIN)/python -m pytest -m chaos --session-timeout=1200
+
+slow: $(INSTALLED) ## Run the other slow tests: a local cluster, jobs, Ray Data, benchmarks.
+	$(BIN)/python -m pytest -m slow
 
 check: $(INSTALLED) ## Lint, check the format, the types and the layers.
 	$(BIN)/ruff check .

@@ -293,7 +293,7 @@ def test_sigterm_keeps_what_is_done_and_ends_with_143(tmp_path):
     check_stop(lambda source, output: ["tests.batch.local_job", str(source), str(output)], tmp_path)
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_sigterm_ends_a_job_with_a_ray_of_its_own(config, tmp_path):
     def program(source, output):

@@ -176,7 +176,7 @@ runpy.run_module("tests.batch.local_job", run_name="__main__")
 """
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_job_killed_twice_goes_on_from_its_segments_in_a_bucket(bucket, tmp_path):
     names = [f"row {i}" for i in range(60)]

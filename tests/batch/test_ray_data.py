@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 from gllm_ray.batch.data import ProcessorConfig, build_processor
 from gllm_ray.serve_file import load_only_service
 
-pytestmark = pytest.mark.chaos  # two pipelines take half a minute to start
+pytestmark = pytest.mark.slow  # two pipelines take half a minute to start
 
 DEMO = load_only_service(Path(__file__).parents[2] / "configs" / "demo.yaml")
 

@@ -19,7 +19,7 @@ from tests.deploy.manifests import DEPLOY, ROOT
 # Counted when they first happen.
 RARE = {"num_preemptions_total", "request_resumptions_total"}
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

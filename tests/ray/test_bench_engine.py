@@ -79,7 +79,7 @@ def test_a_bare_stage_that_fails_is_an_error(tiny_llama):
         run_bare_stages(config, [make_batch(0, [96])], num_blocks=32)  # no such token
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_the_phases_of_a_recovery_add_up_to_the_pause_of_the_streams(ray_cluster, tiny_llama):
     result = asyncio.run(
         bench_recovery(
