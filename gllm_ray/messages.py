@@ -33,6 +33,8 @@ class SamplingParams:
         top_k: Keep this many most likely tokens; 0 keeps all.
         min_p: Drop tokens below this share of the most likely one, in [0, 1].
         seed: Together with the position it fixes the draw, whatever the batch.
+        num_logprobs: How many of the most likely tokens to tell with each drawn one, and what each
+            of them had for a log probability; None: nothing is told.
     """
 
     temperature: float = 0.0
@@ -40,6 +42,7 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0
+    num_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,21 @@ class OpenRequest:
     output_token_ids: tuple[int, ...] = ()
 
 
+class TokenLogprobs(NamedTuple):
+    """How likely the model found a token, and which ones it found most likely.
+
+    Natural logarithms of the model's own distribution: of its logits as they are, before the
+    temperature and before any token is ruled out.
+
+    Attributes:
+        logprob: Of the token that was drawn.
+        top: Ids and log probabilities of the most likely tokens, the likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 class TokenEvent(NamedTuple):
     """What happened to a request in one step: a token, an end, or both.
 
@@ -89,6 +107,7 @@ class TokenEvent(NamedTuple):
         finish_reason: Set on the terminal event, and only there.
         error: The message for the client when `finish_reason` is `error`, `blamed` or `expired`.
         retry_after_s: Seconds after which a retry is worth it, when it is `expired`.
+        logprobs: Those of the token, where the request asks for them.
     """
 
     request_id: str
@@ -96,6 +115,7 @@ class TokenEvent(NamedTuple):
     finish_reason: FinishReason | None = None
     error: str | None = None
     retry_after_s: float | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class ScheduledSequence(NamedTuple):
@@ -153,6 +173,13 @@ class MicroBatch:
         return sum(len(seq.token_ids) for seq in self.sequences)
 
 
+class SampledTokens(NamedTuple):
+    """What the last stage says to a micro-batch; see `MicroBatchResult`."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+
+
 class StageTime(NamedTuple):
     """How long a stage computed a micro-batch, waiting for its neighbours left out."""
 
@@ -168,12 +195,14 @@ class MicroBatchResult:
     Attributes:
         batch_id: The micro-batch this answers.
         token_ids: One for each sequence whose `sampling` is set, in the micro-batch's order.
+        logprobs: Those of each token, None where its sequence wants none; empty where none does.
         stage_times: What the stages measured since the last result, of this micro-batch or of
             earlier ones; a device that computes asynchronously tells late.
     """
 
     batch_id: int
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
     stage_times: tuple[StageTime, ...] = ()
 
 

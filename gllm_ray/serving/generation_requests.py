@@ -135,6 +135,7 @@ def _sampling(body: GenerationParams, seed: int) -> SamplingParams:
         top_k=max(body.top_k or 0, 0),
         min_p=body.min_p or 0.0,
         seed=seed,
+        num_logprobs=body.num_logprobs,
     )
 
 

@@ -28,6 +28,7 @@ _MAX_STOP_CHARS = 1024
 _MAX_NAME_CHARS = 1024
 _MAX_OUTPUTS = 128
 _MAX_KEYS = 128
+_MAX_LOGPROBS = 20
 
 
 def _only(*neutral: object) -> AfterValidator:
@@ -48,6 +49,12 @@ def _refuse_unless(value: object, neutral: Iterable[object]) -> object:
 def _check_best_of(value: object, info: ValidationInfo) -> object:
     """The best `n` of `n` outputs are all of them."""
     return _refuse_unless(value, (info.data.get("n") or 1,))
+
+
+def _check_top_logprobs(value: int | None, info: ValidationInfo) -> int | None:
+    if value and not info.data.get("logprobs"):
+        raise PydanticCustomError("needs_logprobs", "is only allowed when logprobs is true")
+    return value
 
 
 def _parse_stop(value: object) -> object:
@@ -145,6 +152,11 @@ class GenerationParams(_Schema):
         """How often each prompt is continued."""
         return self.n or 1
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `SamplingParams.num_logprobs`."""
+        raise NotImplementedError
+
 
 class CompletionRequest(GenerationParams):
     """The body of POST /v1/completions."""
@@ -153,8 +165,13 @@ class CompletionRequest(GenerationParams):
 
     best_of: Annotated[object, AfterValidator(_check_best_of)] = None
     echo: Annotated[object, _only(False)] = None
-    logprobs: Annotated[object, _only()] = None
+    logprobs: int | None = Field(default=None, ge=0, le=_MAX_LOGPROBS)
     suffix: Annotated[object, _only("")] = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `SamplingParams.num_logprobs`."""
+        return self.logprobs
 
     def check_num_outputs(self) -> None:
         """Bound the work that one body can ask for.
@@ -207,7 +224,7 @@ class ChatCompletionRequest(GenerationParams):
     audio: Annotated[object, _only()] = None
     function_call: Annotated[object, _only("none", "auto")] = None
     functions: Annotated[object, _only([])] = None
-    logprobs: Annotated[object, _only(False)] = None
+    logprobs: bool | None = None
     metadata: Annotated[object, _only({})] = None
     modalities: Annotated[object, _only(["text"])] = None
     moderation: Annotated[object, _only()] = None
@@ -223,9 +240,16 @@ class ChatCompletionRequest(GenerationParams):
     store: Annotated[object, _only(False)] = None
     tool_choice: Annotated[object, _only("none", "auto")] = None
     tools: Annotated[object, _only([])] = None
-    top_logprobs: Annotated[object, _only(0)] = None
+    top_logprobs: Annotated[
+        int | None, Field(ge=0, le=_MAX_LOGPROBS), AfterValidator(_check_top_logprobs)
+    ] = None
     verbosity: Annotated[object, _only("medium")] = None
     web_search_options: Annotated[object, _only()] = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `SamplingParams.num_logprobs`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def answer_limit(self) -> int | None:

@@ -13,7 +13,13 @@ from transformers.utils import logging as transformers_logging
 
 from gllm_ray.config import ServiceConfig, kv_cache_of
 from gllm_ray.errors import ConfigError
-from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence, StageInfo
+from gllm_ray.messages import (
+    MicroBatch,
+    SampledTokens,
+    SamplingParams,
+    ScheduledSequence,
+    StageInfo,
+)
 from gllm_ray.model.allocator import keep_freed_memory
 from gllm_ray.model.attention.backend import (
     AttentionBackend,
@@ -39,6 +45,7 @@ from gllm_ray.model.kv_cache import (
     block_bytes,
 )
 from gllm_ray.model.linear import speed_up_linears
+from gllm_ray.model.logprobs import find_logprobs
 from gllm_ray.model.operators.build import OperatorsUnavailableError
 from gllm_ray.model.sampler import sample
 from gllm_ray.model.shard import Shard, count_parameters
@@ -146,7 +153,7 @@ class StageWorker:
     @torch.inference_mode()
     def execute(
         self, batch: MicroBatch, hidden: torch.Tensor | None, sampled: Sequence[int] = ()
-    ) -> torch.Tensor | tuple[int, ...]:
+    ) -> torch.Tensor | SampledTokens:
         """Run a micro-batch through this stage.
 
         Args:
@@ -155,8 +162,8 @@ class StageWorker:
             sampled: For the first stage, the tokens of the micro-batch that this one continues.
 
         Returns:
-            Hidden states of the same shape, or on the last stage one token id for each sequence
-            whose `sampling` is set.
+            Hidden states of the same shape, or on the last stage a token for each sequence whose
+            `sampling` is set.
         """
         if self._graphs is not None and self._graphs.takes(batch):
             output = self._graphs.run(batch, hidden, sampled)
@@ -166,7 +173,9 @@ class StageWorker:
         if not self.is_last:
             return output
         drawn = [seq for seq in batch.sequences if seq.sampling is not None]
-        return sample(output, [seq.sampling for seq in drawn], [seq.end for seq in drawn])
+        params = [seq.sampling for seq in drawn]
+        token_ids = sample(output, params, [seq.end for seq in drawn])
+        return SampledTokens(token_ids, find_logprobs(output, token_ids, params))
 
     def _load_weights(self, shard: Shard, layers: range) -> None:
         if self._config.model.load_format == "dummy":
