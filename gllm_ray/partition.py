@@ -8,14 +8,16 @@ from gllm_ray.messages import StageInfo
 
 
 def split_layers(
-    layer_weights: Sequence[int], embedding_weight: int, head_weight: int, num_stages: int
+    layer_parameters: Sequence[int], head_parameters: int, num_stages: int
 ) -> list[tuple[int, int]]:
-    """Cut the layers into contiguous stages so that the heaviest stage is as light as can be.
+    """Cut the layers into contiguous stages so that the slowest stage is as fast as can be.
+
+    A stage's time is taken to go with its parameters. A head counts half, for prefill computes it
+    for the last row alone; an embedding counts nothing, for a lookup takes no time.
 
     Args:
-        layer_weights: One per decoder layer, in any unit, such as parameters.
-        embedding_weight: What the first stage holds besides its layers, in the same unit.
-        head_weight: What the last stage holds besides its layers, in the same unit.
+        layer_parameters: One number per decoder layer.
+        head_parameters: What the last stage computes after its layers.
         num_stages: Every stage gets at least one layer.
 
     Returns:
@@ -24,15 +26,16 @@ def split_layers(
     Raises:
         ConfigError: There are more stages than layers.
     """
-    num_layers = len(layer_weights)
+    num_layers = len(layer_parameters)
     if num_stages > num_layers:
         raise ConfigError(
             f"pipeline.num_stages={num_stages}: the model has {num_layers} layers, and every stage "
             "needs at least one"
         )
-    total = [0, *accumulate([*layer_weights[:-1], layer_weights[-1] + head_weight])]
+    total = [0, *accumulate(2 * parameters for parameters in layer_parameters)]
+    total[-1] += head_parameters
     # heaviest[end]: the least heaviest stage when the stages so far hold the layers before `end`.
-    heaviest = [embedding_weight + weight for weight in total]
+    heaviest = total
     first_layers = []
     for stage in range(1, num_stages):
         best = [(0, 0)] * (num_layers + 1)

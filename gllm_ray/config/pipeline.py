@@ -58,7 +58,8 @@ class PipelineConfig(StrictModel):
     num_stages: int = Field(default=1, ge=1, le=256, description="Stage actors in the chain.")
     layers: LayerSplit = Field(
         default="auto",
-        description="Decoder layers per stage; auto weighs embedding and head.",
+        description="Decoder layers per stage; auto: as even as can be, the head as half "
+        "its parameters.",
     )
     device: Literal["cuda", "cpu"] = Field(default="cuda", description="Where every stage runs.")
     gpus_per_stage: float = Field(

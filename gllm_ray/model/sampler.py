@@ -1,8 +1,14 @@
 """Drawing the next tokens from logits, each row by its own rules.
 
-A draw is a pure function of the row's logits, its rules, its seed and its position: one uniform
-number from a counter-based hash, looked up in the cumulative probabilities of the kept tokens,
-most likely first. What else is in the batch, and how it was split, never shows.
+A draw is a pure function of the row's logits, its rules, its seed and its position: each kept token
+draws an exponential number from a counter-based hash, and the one whose number is the smallest for
+its probability wins. What else is in the batch, and how it was split, never shows.
+
+Logits that differ in their last bits, as those of a sequence that is computed again do, hardly ever
+change the winner. With one uniform number looked up in cumulative probabilities they do, the more
+often the larger the vocabulary, for each boundary between two tokens moves a little.
+
+Source: the exponential race, or Gumbel-max trick (Maddison, Tarlow and Minka, 2014).
 """
 
 from collections.abc import Sequence
@@ -22,6 +28,7 @@ _MIN_TEMPERATURE = 1e-5
 # Wider than any real logit, and no difference of two overflows over `_MIN_TEMPERATURE`.
 _MAX_LOGIT = 1e30
 _MASK_64 = 2**64 - 1
+_MASK_31 = 2**31 - 1
 
 
 def sample(
@@ -39,23 +46,34 @@ def sample(
     vocab_size = logits.shape[-1]
     tokens = _argmax(logits)
     is_open = torch.zeros_like(tokens)
+    every_token = torch.arange(vocab_size, dtype=torch.int32, device=logits.device).unsqueeze(0)
 
-    def draw(rows: Sequence[int], num_candidates: int) -> None:
+    def draw(rows: Sequence[int], num_candidates: int | None) -> None:
         step = max(1, _MAX_WORKSPACE // vocab_size)
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
             columns = to_device(_columns(part, params, positions, vocab_size), logits.device)
             index = to_device(np.array(part), logits.device)
-            tokens[index], is_open[index] = _draw(logits[index].float(), columns, num_candidates)
+            probs = _probabilities(logits[index].float(), columns)
+            if num_candidates is None:
+                tokens[index] = _race(probs, every_token, columns)
+            else:
+                tokens[index], is_open[index] = _draw_among(probs, num_candidates, columns)
 
     drawn = [row for row, rule in enumerate(params) if rule.temperature >= _MIN_TEMPERATURE]
-    draw(drawn, min(_NUM_CANDIDATES, vocab_size))
+    cut = [row for row in drawn if not _keeps_all(params[row], vocab_size)]
+    draw([row for row in drawn if _keeps_all(params[row], vocab_size)], None)
+    draw(cut, min(_NUM_CANDIDATES, vocab_size))
     # The one time that the device is waited for, but for rows the candidates are not enough for.
     drawn_tokens, open_rows = torch.stack([tokens, is_open]).tolist()
     if not any(open_rows):
         return tuple(drawn_tokens)
     draw([row for row, open_ in enumerate(open_rows) if open_], vocab_size)
     return tuple(tokens.tolist())
+
+
+def _keeps_all(rule: SamplingParams, vocab_size: int) -> bool:
+    return not 0 < rule.top_k < vocab_size and rule.top_p >= 1 and rule.min_p <= 0
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -65,12 +83,33 @@ def _argmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(dim=-1)
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that looks random in both arguments.
+def race_numbers(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Exponential numbers that look random in all arguments, float32 `[rows, tokens]`.
+
+    Args:
+        keys: int32 `[rows, 2]`, those of `race_keys`.
+        token_ids: int32 `[rows, tokens]` or `[1, tokens]`.
+
+    Source: lowbias32 (Wellons, 2018), of `factor * token_id + offset` modulo 2**32.
+    """
+    factor, offset = keys.unsqueeze(-1).unbind(1)
+    state = token_ids * factor + offset
+    for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        # What an arithmetic shift fills in is masked out.
+        state = (state ^ (state >> shift & (1 << 32 - shift) - 1)) * multiplier
+    state ^= state >> 16 & 0xFFFF
+    # Inside (0, 1), small ones to their last bit: only those win for unlikely tokens.
+    uniforms = ((state & _MASK_31).float() + 0.5) * (2**-31 * (1 - 2**-23))
+    return uniforms.neg_().log1p_().neg_()
+
+
+def race_keys(seed: int, position: int) -> tuple[int, int]:
+    """The keys of a draw's hash, each a signed number of 32 bits.
 
     Source: the finalizer of splitmix64 (Steele, Lea and Flood, 2014), applied to each in turn.
     """
-    return (_splitmix64(_splitmix64(seed & _MASK_64) ^ position) >> 11) / 2**53
+    state = _splitmix64(_splitmix64(seed & _MASK_64) ^ position)
+    return (state >> 32 | 1) - 2**31, (state & 2**32 - 1) - 2**31
 
 
 def _splitmix64(state: int) -> int:
@@ -83,38 +122,40 @@ def _splitmix64(state: int) -> int:
 def _columns(
     rows: Sequence[int], params: Sequence[SamplingParams], positions: Sequence[int], vocab_size: int
 ) -> np.ndarray:
-    """Temperature, top k, top p, min p and the uniform number of each row, float64."""
+    """Temperature, top k, top p, min p and the two keys of each row, float64."""
 
     def column(rule: SamplingParams, position: int) -> tuple[float, ...]:
         top_k = min(rule.top_k or vocab_size, vocab_size)
-        number = uniform(rule.seed, position)
-        return rule.temperature, top_k, rule.top_p, rule.min_p, number
+        keys = race_keys(rule.seed, position)
+        return rule.temperature, top_k, rule.top_p, rule.min_p, *keys
 
     return np.array([column(params[row], positions[row]) for row in rows])
 
 
-def _draw(
-    logits: torch.Tensor, columns: torch.Tensor, num_candidates: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw from the most likely tokens; see `_draw_among`. Overwrites the logits."""
+def _probabilities(logits: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Of each token, at the row's temperature. Overwrites the logits."""
     logits = logits.nan_to_num_(nan=-_MAX_LOGIT).clamp_(-_MAX_LOGIT, _MAX_LOGIT)
     logits = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(columns[:, :1].float())
-    return _draw_among(torch.log_softmax(logits, dim=-1), num_candidates, columns)
+    return torch.softmax(logits, dim=-1)
+
+
+def _race(probs: torch.Tensor, token_ids: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The column of each row that wins; never one of probability below 0."""
+    return probs.div_(race_numbers(columns[:, -2:].int(), token_ids.int())).argmax(dim=-1)
 
 
 def _draw_among(
-    log_probs: torch.Tensor, num_candidates: int, columns: torch.Tensor
+    probs: torch.Tensor, num_candidates: int, columns: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw from the most likely tokens.
 
     Returns:
         The token of each row, and 1 where the candidates are not enough to tell it, else 0.
     """
-    vocab_size = log_probs.shape[-1]
-    _, top_k, top_p, min_p, uniforms = columns.unsqueeze(-1).unbind(1)
-    candidates, ids = _most_likely(log_probs, num_candidates)
-    candidates = candidates.double().exp()
-    cumulative = candidates.cumsum(dim=-1)
+    vocab_size = probs.shape[-1]
+    _, top_k, top_p, min_p, *_ = columns.unsqueeze(-1).unbind(1)
+    candidates, ids = _most_likely(probs, num_candidates)
+    cumulative = candidates.cumsum(dim=-1, dtype=torch.float64)
     in_top_k = torch.arange(num_candidates, device=ids.device) < top_k
     keeps_all_ranks = top_k >= vocab_size
     top_k_mass = torch.where(
@@ -122,25 +163,21 @@ def _draw_among(
     )
     in_top_p = (cumulative - candidates < top_p * top_k_mass) | (top_p >= 1)
     kept = in_top_k & in_top_p & (candidates >= min_p * candidates[:, :1])
+    kept[:, 0] = True
 
-    keeps_all = keeps_all_ranks & (top_p >= 1) & (min_p <= 0)
-    kept_mass = torch.where(keeps_all, 1.0, (candidates * kept).sum(dim=-1, keepdim=True))
-    target = uniforms * kept_mass
-    rank = (cumulative <= target).sum(dim=-1, keepdim=True)
-    rank = rank.minimum(kept.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     is_mass_known = keeps_all_ranks | (top_k <= num_candidates) | (top_p >= 1)
-    is_cut_inside = ~kept[:, -1:] & is_mass_known
-    is_done = is_cut_inside | (keeps_all & (target < cumulative[:, -1:]))
     # Tokens as likely as the last candidate may be missing among the candidates.
-    is_done &= candidates.gather(-1, rank) > candidates[:, -1:]
-    is_done |= num_candidates == vocab_size
-    return ids.gather(-1, rank).squeeze(-1), (~is_done).long().squeeze(-1)
+    is_cut_inside = ~(kept & (candidates <= candidates[:, -1:])).any(dim=-1, keepdim=True)
+    is_done = (is_cut_inside & is_mass_known) | (num_candidates == vocab_size)
+
+    winner = _race(torch.where(kept, candidates, -1.0), ids, columns)
+    return ids.gather(-1, winner.unsqueeze(-1)).squeeze(-1), (~is_done).long().squeeze(-1)
 
 
-def _most_likely(log_probs: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _most_likely(probs: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest of each row and their token ids, equal ones in the order of their ids."""
-    if num == log_probs.shape[-1]:
-        return log_probs.sort(dim=-1, descending=True, stable=True)
-    ids = log_probs.topk(num, sorted=False).indices.sort(dim=-1).values
-    largest, order = log_probs.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    if num == probs.shape[-1]:
+        return probs.sort(dim=-1, descending=True, stable=True)
+    ids = probs.topk(num, sorted=False).indices.sort(dim=-1).values
+    largest, order = probs.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     return largest, ids.gather(-1, order)

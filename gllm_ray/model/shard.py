@@ -23,16 +23,14 @@ from gllm_ray.model.linear import quantize_linears
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterCounts:
-    """Parameters of a whole model, by what can be placed apart.
+    """Parameters of a whole model, by what takes time.
 
     Attributes:
         layers: One per decoder layer.
-        embedding: What runs before the layers.
         head: What runs after them, a tied head included.
     """
 
     layers: tuple[int, ...]
-    embedding: int
     head: int
 
 
@@ -41,10 +39,9 @@ def count_parameters(config: PreTrainedConfig) -> ParameterCounts:
     with torch.device("meta"):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     decoder, layers = _find_layers(model)
-    before, after = _ends(model, decoder, layers)
+    _, after = _ends(model, decoder, layers)
     return ParameterCounts(
         layers=tuple(_num_parameters(layer) for layer in layers),
-        embedding=sum(map(_num_parameters, before.values())),
         head=sum(map(_num_parameters, after.values())),
     )
 

@@ -27,15 +27,13 @@ class PipelineLayout:
 
     @classmethod
     def split(cls, model: ModelShape, num_stages: int, tensor_parallel: int = 1) -> Self:
-        """Cut the model as the engine does by default: the heaviest stage as light as can be.
+        """Cut the model as the engine does by default: the slowest stage as fast as can be.
 
         Raises:
             ConfigError: There are more stages than layers, or the devices cannot share a layer.
         """
-        weights = [layer.num_parameters() for layer in model.layers]
-        ranges = split_layers(
-            weights, model.embedding_parameters, model.head_parameters, num_stages
-        )
+        parameters = [layer.num_parameters() for layer in model.layers]
+        ranges = split_layers(parameters, model.head_parameters, num_stages)
         model.check_shards(tensor_parallel)
         return cls(model=model, layer_ranges=tuple(ranges), tensor_parallel=tensor_parallel)
 

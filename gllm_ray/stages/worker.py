@@ -239,7 +239,7 @@ class StageWorker:
         pipeline = self._config.pipeline
         if pipeline.layers == "auto":
             counts = count_parameters(model_config)
-            ranges = split_layers(counts.layers, counts.embedding, counts.head, pipeline.num_stages)
+            ranges = split_layers(counts.layers, counts.head, pipeline.num_stages)
         else:
             ranges = explicit_layers(pipeline.layers, model_config.num_hidden_layers)
         return ranges[self._stage_id]

@@ -8,21 +8,20 @@ from gllm_ray.errors import ConfigError
 from gllm_ray.messages import StageInfo
 from gllm_ray.partition import describe_stage, explicit_layers, size_kv_cache, split_layers
 
-weights = st.lists(st.integers(0, 100), min_size=1, max_size=9)
-end_weight = st.integers(0, 300)
+parameters = st.lists(st.integers(0, 100), min_size=1, max_size=9)
+head_parameters = st.integers(0, 300)
 
 
-def heaviest(ranges, layer_weights, embedding, head):
-    stages = [sum(layer_weights[first:last]) for first, last in ranges]
-    stages[0] += embedding
-    stages[-1] += head
+def slowest(ranges, layers, head):
+    stages = [sum(layers[first:last]) for first, last in ranges]
+    stages[-1] += head / 2
     return max(stages)
 
 
-@given(weights, end_weight, end_weight, st.data())
-def test_split_is_contiguous_complete_and_leaves_no_stage_empty(layers, embedding, head, data):
+@given(parameters, head_parameters, st.data())
+def test_split_is_contiguous_complete_and_leaves_no_stage_empty(layers, head, data):
     num_stages = data.draw(st.integers(1, len(layers)))
-    ranges = split_layers(layers, embedding, head, num_stages)
+    ranges = split_layers(layers, head, num_stages)
     assert len(ranges) == num_stages
     assert ranges[0][0] == 0
     assert ranges[-1][1] == len(layers)
@@ -30,23 +29,23 @@ def test_split_is_contiguous_complete_and_leaves_no_stage_empty(layers, embeddin
     assert all(first < last for first, last in ranges)
 
 
-@given(weights, end_weight, end_weight, st.data())
-def test_no_other_split_has_a_lighter_heaviest_stage(layers, embedding, head, data):
+@given(parameters, head_parameters, st.data())
+def test_no_other_split_has_a_faster_slowest_stage(layers, head, data):
     num_stages = data.draw(st.integers(1, len(layers)))
-    best = heaviest(split_layers(layers, embedding, head, num_stages), layers, embedding, head)
+    best = slowest(split_layers(layers, head, num_stages), layers, head)
     for cuts in combinations(range(1, len(layers)), num_stages - 1):
         other = list(pairwise([0, *cuts, len(layers)]))
-        assert best <= heaviest(other, layers, embedding, head)
+        assert best <= slowest(other, layers, head)
 
 
-def test_a_heavy_embedding_and_head_take_layers_from_the_ends():
-    assert split_layers([10] * 8, 20, 20, 2) == [(0, 4), (4, 8)]
-    assert split_layers([10] * 8, 20, 20, 4) == [(0, 1), (1, 4), (4, 7), (7, 8)]
+def test_a_heavy_head_takes_layers_from_the_last_stage():
+    assert split_layers([10] * 8, 40, 2) == [(0, 5), (5, 8)]
+    assert split_layers([10] * 8, 40, 4) == [(0, 2), (2, 4), (4, 7), (7, 8)]
 
 
 def test_more_stages_than_layers_are_refused_with_both_numbers():
     with pytest.raises(ConfigError, match=r"num_stages=5: the model has 4 layers"):
-        split_layers([1] * 4, 0, 0, 5)
+        split_layers([1] * 4, 0, 5)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))

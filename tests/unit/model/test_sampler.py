@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gllm_ray.messages import SamplingParams
 from gllm_ray.model import sampler
-from gllm_ray.model.sampler import sample, uniform
+from gllm_ray.model.sampler import race_keys, race_numbers, sample
 
 
 def random_logits(num_rows, vocab_size, seed=0, std=2.0):
@@ -166,6 +166,18 @@ def test_kept_tokens_keep_their_proportions():
     assert abs(share - 0.4 / 0.65) < 4 * math.sqrt(0.25 / num_draws)
 
 
+@pytest.mark.parametrize("rule", [{}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.05}])
+def test_rounding_of_the_logits_hardly_ever_changes_a_draw(rule):
+    num_draws, vocab_size = 2000, 4096
+    logits = random_logits(num_draws, vocab_size)
+    rounded = logits + 1e-5 * random_logits(num_draws, vocab_size, seed=1, std=1.0)
+    params = [SamplingParams(temperature=1.0, seed=3, **rule)] * num_draws
+    draws = zip(
+        *(sample(rows, params, range(num_draws)) for rows in (logits, rounded)), strict=True
+    )
+    assert sum(one != other for one, other in draws) <= 1
+
+
 def test_a_flat_row_wider_than_the_shortlist_reaches_its_last_token():
     draws = draw_many(torch.zeros(400), 8000, temperature=1.0)
     assert set(draws) == set(range(400))
@@ -187,12 +199,36 @@ def test_the_memory_of_a_draw_does_not_grow_with_the_rows(monkeypatch):
     assert peaks[1] < 1.5 * peaks[0]
 
 
-def test_uniforms_are_even_and_change_with_seed_and_position():
-    numbers = [uniform(seed, position) for seed in range(100) for position in range(100)]
-    assert len(set(numbers)) == len(numbers)
-    assert all(0 <= number < 1 for number in numbers)
-    buckets = torch.histc(torch.tensor(numbers, dtype=torch.float64), bins=10, min=0, max=1)
-    assert ((buckets - 1000).abs() < 5 * 30).all()
+def all_race_numbers(seeds, positions, num_tokens):
+    keys = torch.tensor([race_keys(seed, position) for seed in seeds for position in positions])
+    return race_numbers(keys.int(), torch.arange(num_tokens, dtype=torch.int32).unsqueeze(0))
+
+
+def test_race_numbers_are_exponential_and_change_with_seed_position_and_token():
+    numbers = all_race_numbers(range(10), range(10), 1000).double()
+    assert len(set(numbers.flatten().tolist())) > 0.99 * numbers.numel()
+    buckets = torch.histc((-numbers).exp(), bins=10, min=0, max=1)
+    assert ((buckets - 10_000).abs() < 5 * 100).all()
+    correlations = torch.corrcoef(numbers) - torch.eye(len(numbers))
+    assert correlations.abs().max() < 5 / math.sqrt(1000)
+
+
+def test_race_numbers_are_those_of_the_hash_of_32_bits():
+    def reference(seed, position, token):
+        factor, offset = race_keys(seed, position)
+        state = (token * factor + offset) % 2**32
+        state = (state ^ state >> 16) * 0x7FEB352D % 2**32
+        state = (state ^ state >> 15) * 0x846CA68B % 2**32
+        state ^= state >> 16
+        return (state % 2**31 + 0.5) / 2**31
+
+    uniforms = -torch.expm1(-all_race_numbers([0, 2**63, -1], [0, 8191], 200))
+    expected = [
+        [reference(seed, position, token) for token in range(200)]
+        for seed in (0, 2**63, -1)
+        for position in (0, 8191)
+    ]
+    assert torch.allclose(uniforms, torch.tensor(expected), rtol=1e-6)
 
 
 def test_no_rows_give_no_tokens():

@@ -106,7 +106,7 @@ def test_stages_hold_the_layers_they_report_and_nothing_on_meta(checkpoint):
         assert info.num_parameters == sum(tensor.numel() for tensor in names.values())
 
 
-def test_auto_split_gives_the_ends_fewer_layers(tmp_path):
+def test_auto_split_gives_the_last_stage_fewer_layers(tmp_path):
     from transformers import LlamaConfig
 
     LlamaConfig(
@@ -119,10 +119,8 @@ def test_auto_split_gives_the_ends_fewer_layers(tmp_path):
     ).save_pretrained(tmp_path)
     _, infos = load_stages(tmp_path, 3, load_format="dummy")
     sizes = [info.last_layer - info.first_layer for info in infos]
-    assert sizes[1] > max(sizes[0], sizes[2])
-    assert max(info.num_parameters for info in infos) < 1.2 * min(
-        info.num_parameters for info in infos
-    )
+    # A layer has 35,000 parameters, half the head 64,000.
+    assert sizes == [4, 5, 3]
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen3_moe"])

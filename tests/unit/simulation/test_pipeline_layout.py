@@ -33,10 +33,11 @@ def test_a_tied_head_is_held_twice_only_where_it_is_not_beside_the_embedding():
     assert sum(map(apart.num_parameters, (0, 1))) == GEMMA.num_parameters + GEMMA.head_parameters
 
 
-def test_the_default_split_takes_layers_from_the_ends_and_an_explicit_one_is_kept():
-    assert PipelineLayout.split(QWEN, 4).layer_ranges == ((0, 15), (15, 32), (32, 49), (49, 64))
-    even = PipelineLayout.explicit(QWEN, [16] * 4)
-    assert even.layer_ranges == ((0, 16), (16, 32), (32, 48), (48, 64))
+def test_the_default_split_weighs_half_the_head_and_an_explicit_one_is_kept():
+    # Half its head is less than one layer.
+    assert PipelineLayout.split(QWEN, 4).layer_ranges == ((0, 16), (16, 32), (32, 48), (48, 64))
+    uneven = PipelineLayout.explicit(QWEN, [15, 17, 17, 15])
+    assert uneven.layer_ranges == ((0, 15), (15, 32), (32, 49), (49, 64))
     with pytest.raises(ConfigError, match="adds up to 48 layers, but the model has 64"):
         PipelineLayout.explicit(QWEN, [16] * 3)
 
@@ -44,7 +45,7 @@ def test_the_default_split_takes_layers_from_the_ends_and_an_explicit_one_is_kep
 def test_ranks_share_weights_and_kv_heads():
     alone, shared = PipelineLayout.split(QWEN, 4), PipelineLayout.split(QWEN, 4, tensor_parallel=4)
     assert shared.num_parameters(1) * 4 == alone.num_parameters(1)
-    assert shared.kv_bytes_per_token(1) * 4 == alone.kv_bytes_per_token(1) == 17 * 4096
+    assert shared.kv_bytes_per_token(1) * 4 == alone.kv_bytes_per_token(1) == 16 * 4096
     with pytest.raises(ConfigError, match="tensor_parallel=3"):
         PipelineLayout.split(QWEN, 4, tensor_parallel=3)
 
