@@ -35,6 +35,7 @@ class SamplingParams:
         seed: Together with the position it fixes the draw, whatever the batch.
         num_logprobs: How many of the most likely tokens to tell with each drawn one, and what each
             of them had for a log probability; None: nothing is told.
+        grammar: What the output has to match, in llguidance's spelling; empty: anything.
     """
 
     temperature: float = 0.0
@@ -43,6 +44,7 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int = 0
     num_logprobs: int | None = None
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,8 @@ class ScheduledSequence(NamedTuple):
             that continues another, the one of a decode may be `~i`, see `MicroBatch.continues`.
         block_table: Ids of the KV blocks for positions 0 up to the last of `token_ids`.
         sampling: How to draw the next token, or None for a chunk that does not end its prompt.
+        output_token_ids: For a chunk that ends the prompt of a sequence with a grammar, its output
+            so far; else None.
     """
 
     seq_id: int
@@ -137,6 +141,7 @@ class ScheduledSequence(NamedTuple):
     token_ids: tuple[int, ...]
     block_table: tuple[int, ...]
     sampling: SamplingParams | None
+    output_token_ids: tuple[int, ...] | None = None
 
     @property
     def num_scheduled_tokens(self) -> int:
@@ -160,12 +165,15 @@ class MicroBatch:
             this micro-batch's KV and before any row attends. No source is a target.
         continues: An earlier micro-batch whose result may not be known yet: a token id `~i` here
             stands for the i-th token of it. None: all token ids are known.
+        ended: Sequences with a grammar that ended since the micro-batch before, and are in none any
+            more.
     """
 
     batch_id: int
     sequences: tuple[ScheduledSequence, ...]
     block_copies: tuple[tuple[int, int], ...] = ()
     continues: int | None = None
+    ended: tuple[int, ...] = ()
 
     @cached_property
     def num_tokens(self) -> int:
@@ -178,6 +186,7 @@ class SampledTokens(NamedTuple):
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs | None, ...] = ()
+    failures: tuple[tuple[int, str], ...] = ()
 
 
 class StageTime(NamedTuple):
@@ -196,6 +205,8 @@ class MicroBatchResult:
         batch_id: The micro-batch this answers.
         token_ids: One for each sequence whose `sampling` is set, in the micro-batch's order.
         logprobs: Those of each token, None where its sequence wants none; empty where none does.
+        failures: Which of the tokens are none, by their index, and why: their sequences cannot go
+            on.
         stage_times: What the stages measured since the last result, of this micro-batch or of
             earlier ones; a device that computes asynchronously tells late.
     """
@@ -203,6 +214,7 @@ class MicroBatchResult:
     batch_id: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs | None, ...] = ()
+    failures: tuple[tuple[int, str], ...] = ()
     stage_times: tuple[StageTime, ...] = ()
 
 

@@ -6,7 +6,7 @@ Only what the `tokenizers` library can read is served, and never code that came 
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +17,7 @@ from gllm_ray.config import ModelConfig
 from gllm_ray.errors import ConfigError, InvalidRequestError
 from gllm_ray.model.checkpoint import find_directory
 from gllm_ray.model.detokenizer import ByteLevelDecoder, Detokenizer, TextDecoder, WindowDecoder
+from gllm_ray.model.grammar import GrammarCompiler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -110,6 +111,15 @@ class Tokenizer:
             return cls.load(model.path, model.revision)
         directory = find_directory(model.path, model.revision)
         return cls.load(model.tokenizer, model_directory=directory)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Makes grammars of these tokens; takes up to some seconds at the first call.
+
+        Raises:
+            InvalidRequestError: That cannot be done.
+        """
+        return GrammarCompiler(self._backend.to_str(), self.stop_token_ids)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with the special tokens the model expects around one."""

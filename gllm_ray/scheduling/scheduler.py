@@ -243,13 +243,16 @@ class Scheduler:
             if sequence.is_aborted:
                 events += self._drop(sequence)
         num_tokens = 0
-        logprobs = result.logprobs or repeat(None)
-        for sequence, token_id, told in zip(
-            step.sampling, result.token_ids, logprobs, strict=False
+        failures, logprobs = dict(result.failures), result.logprobs or repeat(None)
+        for index, (sequence, token_id, told) in enumerate(
+            zip(step.sampling, result.token_ids, logprobs, strict=False)
         ):
             sequence.num_in_flight -= 1
             if sequence.is_aborted or sequence.has_ended:
                 events += self._drop(sequence)
+                continue
+            if index in failures:
+                events.append(self._finish(sequence, FinishReason.BLAMED, error=failures[index]))
                 continue
             if is_anticipated:
                 self._pool.confirm(sequence, token_id)
@@ -355,7 +358,7 @@ class Scheduler:
 
     def _launch(self, step: Step, now_s: float) -> MicroBatch:
         """Put in flight what was selected."""
-        batch, _, load = self._flights.add(step, self._pool.take_copies())
+        batch, _, load = self._flights.add(step, self._pool.take_copies(), self._pool.take_ended())
         self._stage_times.expect(batch.batch_id, load)
         self._admission.note_scheduled(
             load.num_prefill_tokens, now_s, is_backlogged=bool(self._pool.waiting)

@@ -118,6 +118,7 @@ class Stage:
             self._last_batch_id = -1
             self._decoder = MetadataDecoder()
             self._stopwatch = self._new_stopwatch()
+            self._worker.forget_sequences()
             self._epoch = epoch
 
     def step(self, epoch: int, metadata: bytes, previous: StepAnswer | None) -> StepAnswer:

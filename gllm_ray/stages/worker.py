@@ -29,6 +29,7 @@ from gllm_ray.model.attention.backend import (
 )
 from gllm_ray.model.attention.interface import paged_forward
 from gllm_ray.model.checkpoint import find_weight_files, open_checkpoint
+from gllm_ray.model.constraints import RunningGrammars
 from gllm_ray.model.decode_graphs import (
     Capture,
     DecodeGraphs,
@@ -45,10 +46,10 @@ from gllm_ray.model.kv_cache import (
     block_bytes,
 )
 from gllm_ray.model.linear import speed_up_linears
-from gllm_ray.model.logprobs import find_logprobs
+from gllm_ray.model.next_tokens import draw_tokens
 from gllm_ray.model.operators.build import OperatorsUnavailableError
-from gllm_ray.model.sampler import sample
 from gllm_ray.model.shard import Shard, count_parameters
+from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.model.weights import SafetensorsReader, dummy_tensors
 from gllm_ray.partition import explicit_layers, split_layers
 from gllm_ray.stages.timeline import PhaseClock
@@ -72,6 +73,7 @@ class StageWorker:
         self._geometries: dict[nn.Module, AttentionGeometry] = {}
         self._caches: dict[nn.Module, LayerKvCache] = {}
         self._graphs: DecodeGraphs | None = None
+        self._grammars = RunningGrammars(lambda: Tokenizer.for_model(config.model).grammars)
         self.bytes_read = 0
 
     @property
@@ -172,10 +174,11 @@ class StageWorker:
             output = self._forward(inputs, hidden)
         if not self.is_last:
             return output
-        drawn = [seq for seq in batch.sequences if seq.sampling is not None]
-        params = [seq.sampling for seq in drawn]
-        token_ids = sample(output, params, [seq.end for seq in drawn])
-        return SampledTokens(token_ids, find_logprobs(output, token_ids, params))
+        return draw_tokens(output, batch, self._grammars)
+
+    def forget_sequences(self) -> None:
+        """All that goes on is going to be prefilled again."""
+        self._grammars.clear()
 
     def _load_weights(self, shard: Shard, layers: range) -> None:
         if self._config.model.load_format == "dummy":
