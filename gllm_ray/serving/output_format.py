@@ -12,7 +12,7 @@ from gllm_ray.serving.request_schema import RequestSchema
 
 _MAX_NAME_CHARS = 1024
 _MAX_GRAMMAR_CHARS = 2**18
-# As JSON is mostly written: one space, or a new line and its indentation. With no such bound, a model
+# As JSON is mostly written: one space, or a new line and its indentation. Without a bound, a model
 # that likes white space goes on with it until its limit of tokens.
 _WHITE_SPACE = r" |\r?\n[ \t]{0,32}"
 _ANY_OBJECT = {"type": "object"}
