@@ -19,7 +19,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
-    BLAMED = "blamed"  # a stage failed whenever it computed the request
+    BLAMED = "blamed"  # it breaks a stage whenever it runs, or no token may follow its output
     EXPIRED = "expired"  # its deadline passed while it waited for its first micro-batch
 
 

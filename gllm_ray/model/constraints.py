@@ -5,7 +5,7 @@ token that is drawn. So it starts anew after a preemption, and wherever another 
 replica goes on with the output.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ class RunningGrammars:
         matcher.consume_tokens(sequence.output_token_ids)
         return matcher
 
-    def _refused(self, matchers: Sequence[LLMatcher], vocab_size: int) -> np.ndarray:
+    def _refused(self, matchers: Collection[LLMatcher], vocab_size: int) -> np.ndarray:
         """Of each matcher the tokens that may not come next, bool `[matchers, vocab_size]`."""
         num_tokens = self._compiler.tokenizer.vocab_size
         bits = allocate_token_bitmask(len(matchers), num_tokens)

@@ -85,12 +85,8 @@ class RequestBuilder:
                 "complete; leave one of them out",
                 param="ignore_eos",
             )
-
-        def compile_grammar() -> None:
-            self.tokenizer.grammars.compile(wanted.grammar)
-
         try:
-            await asyncio.to_thread(compile_grammar)
+            await asyncio.to_thread(lambda: self.tokenizer.grammars.compile(wanted.grammar))
         except InvalidRequestError as error:
             message = f"{wanted.param} cannot be followed: {error}"
             raise InvalidRequestError(message, param=wanted.param) from error

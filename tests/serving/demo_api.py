@@ -38,6 +38,7 @@ async def demo_api(tokenizer, pipeline: LocalPipeline, **scheduler_options):
     recorder = RecordingPipeline(pipeline)
     async with local_api(tokenizer, pipeline=recorder, **options) as (service, http):
         yield service, http
+        await service.until_idle()  # a micro-batch that is left would answer to the next engine
 
 
 def ask_demo(tokenizer, pipeline, scenario, **scheduler_options):
