@@ -22,7 +22,8 @@ JSON = {"Content-Type": "application/json"}
 COMMON = {"model", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "user"}
 COMMON |= {"stream", "stream_options"}
 HONOURED = {
-    CHAT_PATH: COMMON | {"messages", "max_completion_tokens", "logprobs", "top_logprobs"},
+    CHAT_PATH: COMMON
+    | {"messages", "max_completion_tokens", "logprobs", "top_logprobs", "response_format"},
     COMPLETION_PATH: COMMON | {"prompt", "logprobs"},
 }
 OFFICIAL = {
@@ -30,7 +31,8 @@ OFFICIAL = {
     COMPLETION_PATH: set(typing.get_type_hints(CompletionParams)),
 }
 OWN = {"top_k", "min_p", "ignore_eos", "cache_salt"}
-OWN |= {"priority", "expected_output_tokens", "queue_timeout_s"}
+OWN |= {"priority", "expected_output_tokens", "queue_timeout_s", "structured_outputs"}
+OWN |= {"response_format"}  # of a completion
 
 # What a client that asks for the feature would send, and what one sends that does not.
 REQUESTS_FOR_MORE = {
@@ -51,7 +53,6 @@ REQUESTS_FOR_MORE = {
     "prompt_cache_options": {"ttl": "1h"},
     "prompt_cache_retention": "24h",
     "reasoning_effort": "high",
-    "response_format": {"type": "json_object"},
     "safety_identifier": "me",
     "service_tier": "priority",
     "store": True,
