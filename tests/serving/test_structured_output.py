@@ -1,7 +1,9 @@
 """Outputs that have to match something, by OpenAI's own client over the demo model."""
 
+import asyncio
 import json
 import re
+from dataclasses import replace
 from typing import Literal
 
 import jsonschema
@@ -11,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.policy_config import TemporalConfig
-from tests.fakes import LocalService
+from tests.fakes import LocalService, ScriptedPipeline
 from tests.serving.demo_api import DEMO_MODEL, ask_demo, start_demo_pipeline
-from tests.serving.local_api import BODIES, CHAT
+from tests.serving.local_api import BODIES, CHAT, openai_client
 
 MODEL = LocalService.model_name
 
@@ -264,3 +266,44 @@ def test_a_model_without_an_end_token_says_that_it_cannot(pipeline):
             )
 
     ask_demo(tokenizer, pipeline, scenario)
+
+
+class FailingPipeline(ScriptedPipeline):
+    """A stage that at some point cannot follow a grammar any more."""
+
+    async def next_result(self):
+        batch = self._queue[0]
+        result = await super().next_result()
+        sampled = [item for item in batch.sequences if item.sampling is not None]
+        failed = (i for i, item in enumerate(sampled) if item.sampling.grammar and item.end > 9)
+        return replace(result, failures=tuple((index, "the parser is full") for index in failed))
+
+
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_grammar_that_cannot_be_followed_further_fails_its_request_alone(
+    tokenizer, ring, is_streamed
+):
+    async def main():
+        pipeline = FailingPipeline(tokenizer.encode("ab"))
+        async with openai_client(tokenizer, "", pipeline=pipeline, ring=ring) as (service, client):
+
+            async def ask(**options):
+                body = {"model": MODEL, "prompt": [5] * 7, "max_tokens": 20, **options}
+                answer = await client.completions.create(**body, stream=is_streamed)
+                if not is_streamed:
+                    return answer.choices[0].text
+                return "".join([chunk.choices[0].text async for chunk in answer])
+
+            regex = {"structured_outputs": {"regex": "(ab)+"}}
+            failed, text = await asyncio.gather(
+                ask(extra_body=regex), ask(), return_exceptions=True
+            )
+            await service.until_idle()
+            return failed, text
+
+    failed, text = asyncio.run(main())
+    assert "the parser is full" in str(failed)
+    assert failed.code == "request_breaks_engine"
+    assert isinstance(failed, openai.APIError if is_streamed else openai.BadRequestError)
+    assert text == "ab" * 20
