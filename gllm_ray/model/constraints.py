@@ -66,7 +66,7 @@ class RunningGrammars:
             return logits, failures
         index = to_device(np.array([*running]), logits.device)
         is_refused = to_device(self._refused(running.values(), logits.shape[-1]), logits.device)
-        allowed = logits[index].masked_fill(is_refused, -torch.inf)
+        allowed = logits[index].masked_fill_(is_refused, -torch.inf)
         return logits.index_put((index,), allowed), failures
 
     def advance(self, rows: Rows, token_ids: Sequence[int]) -> dict[int, str]:
