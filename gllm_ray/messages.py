@@ -19,7 +19,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
-    BLAMED = "blamed"  # a stage failed whenever it computed the request
+    BLAMED = "blamed"  # it breaks a stage whenever it runs, or no token may follow its output
     EXPIRED = "expired"  # its deadline passed while it waited for its first micro-batch
 
 
@@ -33,6 +33,9 @@ class SamplingParams:
         top_k: Keep this many most likely tokens; 0 keeps all.
         min_p: Drop tokens below this share of the most likely one, in [0, 1].
         seed: Together with the position it fixes the draw, whatever the batch.
+        num_logprobs: How many of the most likely tokens to tell with each drawn one, and what each
+            of them had for a log probability; None: nothing is told.
+        grammar: What the output has to match, in llguidance's spelling; empty: anything.
     """
 
     temperature: float = 0.0
@@ -40,6 +43,8 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0
+    num_logprobs: int | None = None
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +84,21 @@ class OpenRequest:
     output_token_ids: tuple[int, ...] = ()
 
 
+class TokenLogprobs(NamedTuple):
+    """How likely the model found a token, and which ones it found most likely.
+
+    Natural logarithms of the model's own distribution: of its logits as they are, before the
+    temperature and before any token is ruled out.
+
+    Attributes:
+        logprob: Of the token that was drawn.
+        top: Ids and log probabilities of the most likely tokens, the likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 class TokenEvent(NamedTuple):
     """What happened to a request in one step: a token, an end, or both.
 
@@ -89,6 +109,7 @@ class TokenEvent(NamedTuple):
         finish_reason: Set on the terminal event, and only there.
         error: The message for the client when `finish_reason` is `error`, `blamed` or `expired`.
         retry_after_s: Seconds after which a retry is worth it, when it is `expired`.
+        logprobs: Those of the token, where the request asks for them.
     """
 
     request_id: str
@@ -96,6 +117,7 @@ class TokenEvent(NamedTuple):
     finish_reason: FinishReason | None = None
     error: str | None = None
     retry_after_s: float | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class ScheduledSequence(NamedTuple):
@@ -109,6 +131,8 @@ class ScheduledSequence(NamedTuple):
             that continues another, the one of a decode may be `~i`, see `MicroBatch.continues`.
         block_table: Ids of the KV blocks for positions 0 up to the last of `token_ids`.
         sampling: How to draw the next token, or None for a chunk that does not end its prompt.
+        output_token_ids: For a chunk that ends the prompt of a sequence with a grammar, its output
+            so far; else None.
     """
 
     seq_id: int
@@ -117,6 +141,7 @@ class ScheduledSequence(NamedTuple):
     token_ids: tuple[int, ...]
     block_table: tuple[int, ...]
     sampling: SamplingParams | None
+    output_token_ids: tuple[int, ...] | None = None
 
     @property
     def num_scheduled_tokens(self) -> int:
@@ -140,17 +165,28 @@ class MicroBatch:
             this micro-batch's KV and before any row attends. No source is a target.
         continues: An earlier micro-batch whose result may not be known yet: a token id `~i` here
             stands for the i-th token of it. None: all token ids are known.
+        ended: Sequences with a grammar that ended since the micro-batch before, and are in none any
+            more.
     """
 
     batch_id: int
     sequences: tuple[ScheduledSequence, ...]
     block_copies: tuple[tuple[int, int], ...] = ()
     continues: int | None = None
+    ended: tuple[int, ...] = ()
 
     @cached_property
     def num_tokens(self) -> int:
         """Rows of the packed batch, over all sequences."""
         return sum(len(seq.token_ids) for seq in self.sequences)
+
+
+class SampledTokens(NamedTuple):
+    """What the last stage says to a micro-batch; see `MicroBatchResult`."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    failures: tuple[tuple[int, str], ...] = ()
 
 
 class StageTime(NamedTuple):
@@ -168,12 +204,17 @@ class MicroBatchResult:
     Attributes:
         batch_id: The micro-batch this answers.
         token_ids: One for each sequence whose `sampling` is set, in the micro-batch's order.
+        logprobs: Those of each token, None where its sequence wants none; empty where none does.
+        failures: Which of the tokens are none, by their index, and why: their sequences cannot go
+            on.
         stage_times: What the stages measured since the last result, of this micro-batch or of
             earlier ones; a device that computes asynchronously tells late.
     """
 
     batch_id: int
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    failures: tuple[tuple[int, str], ...] = ()
     stage_times: tuple[StageTime, ...] = ()
 
 

@@ -7,7 +7,7 @@ import ray
 import torch
 
 from gllm_ray.config import ServiceConfig
-from gllm_ray.messages import MicroBatch
+from gllm_ray.messages import MicroBatch, SampledTokens
 from gllm_ray.stages.stage import Stage
 from gllm_ray.stages.worker import StageWorker
 
@@ -37,10 +37,10 @@ class PassThroughWorker(StageWorker):
 
     def execute(
         self, batch: MicroBatch, hidden: torch.Tensor | None, sampled: Sequence[int] = ()
-    ) -> torch.Tensor | tuple[int, ...]:
+    ) -> torch.Tensor | SampledTokens:
         """See `StageWorker`."""
         if self.is_last:
-            return ()
+            return SampledTokens(())
         return self._hidden if hidden is None else hidden
 
 

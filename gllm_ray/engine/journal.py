@@ -57,7 +57,7 @@ class Journal:
 
     def record(self, events: Iterable[TokenEvent]) -> None:
         """Note what the clients get; events of requests that are not open are ignored."""
-        for request_id, token_id, finish_reason, _, _ in events:
+        for request_id, token_id, finish_reason, *_ in events:
             if finish_reason is not None:
                 self.forget(request_id)
             elif token_id is not None and request_id in self._requests:

@@ -141,9 +141,14 @@ class StopMatcher:
 
 
 class Detokenizer:
-    """The text of one output, as it grows."""
+    """The text of one output, as it grows.
+
+    Attributes:
+        num_chars: Characters of the tokens so far, those held back for a stop string included.
+    """
 
     def __init__(self, decoder: TextDecoder, stop_strings: Sequence[str] = ()) -> None:
+        self.num_chars = 0
         self._decoder = decoder
         self._matcher = StopMatcher(stop_strings)
 
@@ -154,7 +159,9 @@ class Detokenizer:
 
     def step(self, token_id: int) -> str:
         """Append a token; return the text that became final. Not to be called once stopped."""
-        return self._matcher.step(self._decoder.step(token_id))
+        text = self._decoder.step(token_id)
+        self.num_chars += len(text)
+        return self._matcher.step(text)
 
     def flush(self) -> str:
         """Return the text held so far; the output has ended."""

@@ -162,7 +162,7 @@ def _draw_among(
         keeps_all_ranks, 1.0, (candidates * in_top_k).sum(dim=-1, keepdim=True)
     )
     in_top_p = (cumulative - candidates < top_p * top_k_mass) | (top_p >= 1)
-    kept = in_top_k & in_top_p & (candidates >= min_p * candidates[:, :1])
+    kept = in_top_k & in_top_p & (candidates >= min_p * candidates[:, :1]) & (candidates > 0)
     kept[:, 0] = True
 
     is_mass_known = keeps_all_ranks | (top_k <= num_candidates) | (top_p >= 1)

@@ -4,8 +4,9 @@ Only what the `tokenizers` library can read is served, and never code that came 
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,10 +17,14 @@ from gllm_ray.config import ModelConfig
 from gllm_ray.errors import ConfigError, InvalidRequestError
 from gllm_ray.model.checkpoint import find_directory
 from gllm_ray.model.detokenizer import ByteLevelDecoder, Detokenizer, TextDecoder, WindowDecoder
+from gllm_ray.model.grammar import GrammarCompiler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# How tokenizers that know characters spell a byte, and a space.
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_WORD_BEGIN = "\u2581"
 # Enough for any decoder to see whether the first output token continues a text.
 _NUM_CONTEXT_TOKENS = 8
 # What rendering a chat template may raise because of the messages.
@@ -107,6 +112,15 @@ class Tokenizer:
         directory = find_directory(model.path, model.revision)
         return cls.load(model.tokenizer, model_directory=directory)
 
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Makes grammars of these tokens; takes up to some seconds at the first call.
+
+        Raises:
+            InvalidRequestError: That cannot be done.
+        """
+        return GrammarCompiler(self._backend.to_str(), self.stop_token_ids)
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with the special tokens the model expects around one."""
         ids: list[int] = self._backend.encode(text).ids
@@ -146,6 +160,22 @@ class Tokenizer:
         else:
             decoder = WindowDecoder(self._decode, prompt_ids[-_NUM_CONTEXT_TOKENS:])
         return Detokenizer(decoder, stop_strings)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for by itself, possibly part of a character.
+
+        A special token stands for its name, and an id without a token for nothing.
+        """
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._special_ids:
+            return token.encode()
+        if self._is_byte_level:
+            return _token_bytes(token)
+        if byte := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        return token.replace(_WORD_BEGIN, " ").encode()
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)

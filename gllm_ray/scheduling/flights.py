@@ -72,13 +72,16 @@ class Flights:
         """What the latest one makes each stage compute."""
         return self._flights[-1].load
 
-    def add(self, step: Step, block_copies: tuple[tuple[int, int], ...]) -> Flight:
+    def add(
+        self, step: Step, block_copies: tuple[tuple[int, int], ...], ended: tuple[int, ...] = ()
+    ) -> Flight:
         """Make a micro-batch of what was selected."""
         batch = MicroBatch(
             batch_id=self.next_batch_id,
             sequences=tuple(step.items),
             block_copies=block_copies,
             continues=self._source_of(step),
+            ended=ended,
         )
         self.next_batch_id += 1
         self._flights.append(flight := Flight(batch, step, step.load()))

@@ -49,6 +49,7 @@ class SequencePool:
         self.num_preemptions = 0
         self._sequences: dict[int, Sequence] = {}  # in order of arrival
         self._copies: list[tuple[int, int]] = []
+        self._ended: list[int] = []
         self._refused: tuple[int, int, int] | None = None  # head, free blocks, reserve
 
     def __len__(self) -> int:
@@ -135,6 +136,12 @@ class SequencePool:
         self.allocator.release([source for source, _ in copies])
         return copies
 
+    def take_ended(self) -> tuple[int, ...]:
+        """The sequences with a grammar that were forgotten since the last call."""
+        ended = tuple(self._ended)
+        self._ended.clear()
+        return ended
+
     def anticipate(self, sampling: Iterable[Sequence], now_s: float) -> None:
         """Let sequences go on for which the oldest micro-batch in flight samples these tokens."""
         num_tokens = 0
@@ -189,6 +196,8 @@ class SequencePool:
         """Drop a sequence that no micro-batch holds, and that does not wait or prefill."""
         self._release(sequence)
         del self._sequences[sequence.seq_id]
+        if sequence.sampling.grammar:
+            self._ended.append(sequence.seq_id)
 
     def _next_prefill(self, reserved_blocks: int) -> Sequence | None:
         """The prompt under way of the lowest rank, unless one is admitted that ranks lower."""

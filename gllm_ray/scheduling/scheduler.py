@@ -10,6 +10,7 @@ then turns out to have ended has decoded once in vain.
 """
 
 from collections.abc import Set as AbstractSet
+from itertools import repeat
 
 from gllm_ray.errors import InvalidRequestError
 from gllm_ray.messages import (
@@ -20,6 +21,7 @@ from gllm_ray.messages import (
     MicroBatchResult,
     OpenRequest,
     TokenEvent,
+    TokenLogprobs,
 )
 from gllm_ray.scheduling.admission import AdmissionControl
 from gllm_ray.scheduling.flights import Flights
@@ -241,10 +243,16 @@ class Scheduler:
             if sequence.is_aborted:
                 events += self._drop(sequence)
         num_tokens = 0
-        for sequence, token_id in zip(step.sampling, result.token_ids, strict=True):
+        failures, logprobs = dict(result.failures), result.logprobs or repeat(None)
+        for index, (sequence, token_id, told) in enumerate(
+            zip(step.sampling, result.token_ids, logprobs, strict=False)
+        ):
             sequence.num_in_flight -= 1
             if sequence.is_aborted or sequence.has_ended:
                 events += self._drop(sequence)
+                continue
+            if index in failures:
+                events.append(self._finish(sequence, FinishReason.BLAMED, error=failures[index]))
                 continue
             if is_anticipated:
                 self._pool.confirm(sequence, token_id)
@@ -253,15 +261,14 @@ class Scheduler:
                 sequence.token_ids.append(token_id)
             sequence.token_s = now_s
             if token_id in sequence.stop_token_ids:
-                events.append(self._finish(sequence, FinishReason.STOP, token_id))
+                events.append(self._finish(sequence, FinishReason.STOP, token_id, told))
             elif len(sequence.token_ids) == sequence.max_num_tokens:
-                events.append(self._finish(sequence, FinishReason.LENGTH, token_id))
+                events.append(self._finish(sequence, FinishReason.LENGTH, token_id, told))
             else:
                 if not is_anticipated:
                     ready[sequence.seq_id] = sequence
-                events.append(
-                    tuple.__new__(TokenEvent, (sequence.request_id, token_id, None, None, None))
-                )
+                fields = (sequence.request_id, token_id, None, None, None, told)
+                events.append(tuple.__new__(TokenEvent, fields))
         self._pool.count_output(num_tokens)
         return events
 
@@ -351,7 +358,7 @@ class Scheduler:
 
     def _launch(self, step: Step, now_s: float) -> MicroBatch:
         """Put in flight what was selected."""
-        batch, _, load = self._flights.add(step, self._pool.take_copies())
+        batch, _, load = self._flights.add(step, self._pool.take_copies(), self._pool.take_ended())
         self._stage_times.expect(batch.batch_id, load)
         self._admission.note_scheduled(
             load.num_prefill_tokens, now_s, is_backlogged=bool(self._pool.waiting)
@@ -379,6 +386,8 @@ class Scheduler:
         sequence: Sequence,
         reason: FinishReason,
         token_id: int | None = None,
+        logprobs: TokenLogprobs | None = None,
+        *,
         error: str | None = None,
     ) -> TokenEvent:
         """End a request, and forget its sequence unless a micro-batch holds it."""
@@ -391,4 +400,4 @@ class Scheduler:
         del self._seq_ids[request.request_id]
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._predictor.observe(request, sequence.num_output_tokens)
-        return TokenEvent(request.request_id, token_id, reason, error)
+        return TokenEvent(request.request_id, token_id, reason, error, logprobs=logprobs)

@@ -122,8 +122,14 @@ class Sequence:
         self.num_computed_tokens = end
         self.num_in_flight += 1
         tokens = tuple(self.token_ids[start:end])
-        sampling = self.sampling if end == len(self.token_ids) else None
-        return ScheduledSequence(self.seq_id, self.epoch, start, tokens, self.block_table, sampling)
+        sampling, output = None, None
+        if end == len(self.token_ids):
+            sampling = self.sampling
+            if sampling.grammar:
+                output = tuple(self.token_ids[self.num_prompt_tokens :])
+        return ScheduledSequence(
+            self.seq_id, self.epoch, start, tokens, self.block_table, sampling, output
+        )
 
     def schedule_decode(self) -> ScheduledSequence:
         """Put the one uncomputed token in flight."""
@@ -134,7 +140,7 @@ class Sequence:
         # The class itself takes three times as long, and this runs for every token.
         return tuple.__new__(
             ScheduledSequence,
-            (self.seq_id, self.epoch, start, token, self.block_table, self.sampling),
+            (self.seq_id, self.epoch, start, token, self.block_table, self.sampling, None),
         )
 
     def restart(self) -> None:

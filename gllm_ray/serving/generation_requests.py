@@ -13,6 +13,7 @@ from gllm_ray.serving.openai_protocol import (
     CompletionRequest,
     GenerationParams,
 )
+from gllm_ray.serving.output_format import output_grammar
 
 _DEFAULT_COMPLETION_TOKENS = 16
 # The increment of splitmix64: no seed that a client counts up to meets another seed's outputs.
@@ -37,6 +38,7 @@ class RequestBuilder:
         Raises:
             InvalidRequestError: The model cannot serve it.
         """
+        grammar = await self._grammar(body)
         messages = [message.as_template_input() for message in body.messages]
         self._refuse_endless(sum(len(message["content"]) for message in messages), "messages")
         # In a thread, because a long text takes long.
@@ -45,7 +47,7 @@ class RequestBuilder:
         max_tokens = self._max_tokens(
             len(prompt), body.answer_limit, default=self.max_model_len, param="messages"
         )
-        return self._requests(body, name, 0, prompt, max_tokens)
+        return self._requests(body, grammar, name, 0, prompt, max_tokens)
 
     async def from_completion(self, body: CompletionRequest, name: str) -> list[GenerationRequest]:
         """A request for each output of each prompt, those of a prompt side by side.
@@ -54,6 +56,7 @@ class RequestBuilder:
             InvalidRequestError: The model cannot serve one of them, or they are too many.
         """
         body.check_num_outputs()
+        grammar = await self._grammar(body)
         requests: list[GenerationRequest] = []
         for text_or_ids in body.prompt:
             prompt = text_or_ids
@@ -64,12 +67,35 @@ class RequestBuilder:
             max_tokens = self._max_tokens(
                 len(prompt), body.max_tokens, default=_DEFAULT_COMPLETION_TOKENS, param="prompt"
             )
-            requests += self._requests(body, name, len(requests), prompt, max_tokens)
+            requests += self._requests(body, grammar, name, len(requests), prompt, max_tokens)
         return requests
+
+    async def _grammar(self, body: GenerationParams) -> str:
+        """What the outputs have to match, once it is known that they can; empty: anything.
+
+        Raises:
+            InvalidRequestError: They cannot.
+        """
+        wanted = output_grammar(body.response_format, body.structured_outputs)
+        if wanted is None:
+            return ""
+        if body.ignore_eos:
+            raise InvalidRequestError(
+                f"ignore_eos=True: an output that follows {wanted.param} has to end where it is "
+                "complete; leave one of them out",
+                param="ignore_eos",
+            )
+        try:
+            await asyncio.to_thread(lambda: self.tokenizer.grammars.compile(wanted.grammar))
+        except InvalidRequestError as error:
+            message = f"{wanted.param} cannot be followed: {error}"
+            raise InvalidRequestError(message, param=wanted.param) from error
+        return wanted.grammar
 
     def _requests(
         self,
         body: GenerationParams,
+        grammar: str,
         name: str,
         first_index: int,
         prompt: Sequence[int],
@@ -88,7 +114,7 @@ class RequestBuilder:
                 request_id=f"{name}-{first_index + output}",
                 prompt_token_ids=prompt_token_ids,
                 max_tokens=max_tokens,
-                sampling=_sampling(body, _seed_of_output(seed, output)),
+                sampling=_sampling(body, grammar, _seed_of_output(seed, output)),
                 stop_token_ids=frozenset() if body.ignore_eos else self.tokenizer.stop_token_ids,
                 cache_salt=body.cache_salt or "",
                 priority=body.priority or 0,
@@ -128,13 +154,15 @@ class RequestBuilder:
         )
 
 
-def _sampling(body: GenerationParams, seed: int) -> SamplingParams:
+def _sampling(body: GenerationParams, grammar: str, seed: int) -> SamplingParams:
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(body.top_k or 0, 0),
         min_p=body.min_p or 0.0,
         seed=seed,
+        num_logprobs=body.num_logprobs,
+        grammar=grammar,
     )
 
 

@@ -85,7 +85,7 @@ async def chat_completions(body: ChatCompletionRequest, services: Services) -> R
     """Answer a conversation, once or several times."""
     check_body(body, services)
     service = services[body.model]
-    head = ResponseHead.new(model=body.model, is_chat=True)
+    head = _head(service, body, is_chat=True)
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
     return await _respond(service, body, head, await builder.from_chat(body, head.id))
 
@@ -95,7 +95,7 @@ async def completions(body: CompletionRequest, services: Services) -> Response:
     """Continue a text, or several."""
     check_body(body, services)
     service = services[body.model]
-    head = ResponseHead.new(model=body.model, is_chat=False)
+    head = _head(service, body, is_chat=False)
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
     return await _respond(service, body, head, await builder.from_completion(body, head.id))
 
@@ -190,6 +190,12 @@ def _deltas(
         for index, request in enumerate(requests)
     ]
     return streams[0] if len(streams) == 1 else merge_deltas(streams)
+
+
+def _head(service: GenerationService, body: GenerationParams, *, is_chat: bool) -> ResponseHead:
+    return ResponseHead.new(
+        model=body.model, is_chat=is_chat, token_bytes=service.tokenizer.token_bytes
+    )
 
 
 def _num_prompt_tokens(body: GenerationParams, requests: Sequence[GenerationRequest]) -> int:

@@ -10,24 +10,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     FailFast,
     Field,
     ValidationInfo,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from gllm_ray.errors import InvalidRequestError
+from gllm_ray.serving.output_format import ResponseFormat, StructuredOutputs
+from gllm_ray.serving.request_schema import RequestSchema
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_CHARS = 1024
 _MAX_NAME_CHARS = 1024
 _MAX_OUTPUTS = 128
-_MAX_KEYS = 128
+_MAX_LOGPROBS = 20
 
 
 def _only(*neutral: object) -> AfterValidator:
@@ -48,6 +47,12 @@ def _refuse_unless(value: object, neutral: Iterable[object]) -> object:
 def _check_best_of(value: object, info: ValidationInfo) -> object:
     """The best `n` of `n` outputs are all of them."""
     return _refuse_unless(value, (info.data.get("n") or 1,))
+
+
+def _check_top_logprobs(value: int | None, info: ValidationInfo) -> int | None:
+    if value and not info.data.get("logprobs"):
+        raise PydanticCustomError("needs_logprobs", "is only allowed when logprobs is true")
+    return value
 
 
 def _parse_stop(value: object) -> object:
@@ -88,30 +93,19 @@ def _is_token_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
-class _Schema(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_num_keys(cls, data: object) -> object:
-        """Each unknown key is a mistake to describe, and a body has room for a million."""
-        if isinstance(data, dict) and len(data) > _MAX_KEYS:
-            raise PydanticCustomError("too_many_keys", f"must have at most {_MAX_KEYS} keys")
-        return data
-
-
-class StreamOptions(_Schema):
+class StreamOptions(RequestSchema):
     """What a stream tells beside its text."""
 
     include_usage: bool | None = None
     include_obfuscation: Annotated[object, _only(False)] = None
 
 
-class GenerationParams(_Schema):
+class GenerationParams(RequestSchema):
     """What both endpoints take.
 
-    `top_k`, `min_p`, `ignore_eos`, `cache_salt`, `priority`, `expected_output_tokens` and
-    `queue_timeout_s` are not OpenAI's.
+    `top_k`, `min_p`, `ignore_eos`, `cache_salt`, `priority`, `expected_output_tokens`,
+    `queue_timeout_s`, `structured_outputs` and the `response_format` of a completion are not
+    OpenAI's.
     """
 
     model: str
@@ -133,6 +127,8 @@ class GenerationParams(_Schema):
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     expected_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     queue_timeout_s: float | None = Field(default=None, gt=0)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -145,6 +141,11 @@ class GenerationParams(_Schema):
         """How often each prompt is continued."""
         return self.n or 1
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `SamplingParams.num_logprobs`."""
+        raise NotImplementedError
+
 
 class CompletionRequest(GenerationParams):
     """The body of POST /v1/completions."""
@@ -153,8 +154,13 @@ class CompletionRequest(GenerationParams):
 
     best_of: Annotated[object, AfterValidator(_check_best_of)] = None
     echo: Annotated[object, _only(False)] = None
-    logprobs: Annotated[object, _only()] = None
+    logprobs: int | None = Field(default=None, ge=0, le=_MAX_LOGPROBS)
     suffix: Annotated[object, _only("")] = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `SamplingParams.num_logprobs`."""
+        return self.logprobs
 
     def check_num_outputs(self) -> None:
         """Bound the work that one body can ask for.
@@ -171,14 +177,14 @@ class CompletionRequest(GenerationParams):
             )
 
 
-class TextPart(_Schema):
+class TextPart(RequestSchema):
     """A part of a message."""
 
     type: Literal["text"]
     text: Annotated[str, AfterValidator(check_text)]
 
 
-class ChatMessage(_Schema):
+class ChatMessage(RequestSchema):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -207,7 +213,7 @@ class ChatCompletionRequest(GenerationParams):
     audio: Annotated[object, _only()] = None
     function_call: Annotated[object, _only("none", "auto")] = None
     functions: Annotated[object, _only([])] = None
-    logprobs: Annotated[object, _only(False)] = None
+    logprobs: bool | None = None
     metadata: Annotated[object, _only({})] = None
     modalities: Annotated[object, _only(["text"])] = None
     moderation: Annotated[object, _only()] = None
@@ -217,15 +223,21 @@ class ChatCompletionRequest(GenerationParams):
     prompt_cache_options: Annotated[object, _only()] = None
     prompt_cache_retention: Annotated[object, _only()] = None
     reasoning_effort: Annotated[object, _only()] = None
-    response_format: Annotated[object, _only({"type": "text"})] = None
     safety_identifier: Annotated[object, _only("")] = None
     service_tier: Annotated[object, _only("auto", "default")] = None
     store: Annotated[object, _only(False)] = None
     tool_choice: Annotated[object, _only("none", "auto")] = None
     tools: Annotated[object, _only([])] = None
-    top_logprobs: Annotated[object, _only(0)] = None
+    top_logprobs: Annotated[
+        int | None, Field(ge=0, le=_MAX_LOGPROBS), AfterValidator(_check_top_logprobs)
+    ] = None
     verbosity: Annotated[object, _only("medium")] = None
     web_search_options: Annotated[object, _only()] = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `SamplingParams.num_logprobs`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def answer_limit(self) -> int | None:

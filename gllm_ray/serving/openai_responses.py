@@ -3,11 +3,12 @@
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from gllm_ray.serving.text_stream import TextDelta
+from gllm_ray.serving.logprobs import chat_logprobs, completion_logprobs
+from gllm_ray.serving.text_stream import ScoredToken, TextDelta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,23 +20,33 @@ class ResponseHead:
         created: Seconds since the epoch.
         model: The model's name in the API.
         is_chat: A chat completion, else a completion.
+        token_bytes: What a token of the model stands for.
     """
 
     id: str
     created: int
     model: str
     is_chat: bool
+    token_bytes: Callable[[int], bytes]
 
     @classmethod
-    def new(cls, *, model: str, is_chat: bool) -> Self:
+    def new(cls, *, model: str, is_chat: bool, token_bytes: Callable[[int], bytes]) -> Self:
         """A head with an id of its own."""
         name = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
-        return cls(id=name, created=int(time.time()), model=model, is_chat=is_chat)
+        created = int(time.time())
+        return cls(id=name, created=created, model=model, is_chat=is_chat, token_bytes=token_bytes)
 
     def fields(self, kind: str) -> dict[str, Any]:
         """The fields before `choices`; `kind` is that of a chat response."""
         kind = kind if self.is_chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        """The `logprobs` of a choice; None without such tokens."""
+        if not scored:
+            return None
+        spell = chat_logprobs if self.is_chat else completion_logprobs
+        return spell(scored, self.token_bytes)
 
 
 def usage(num_prompt_tokens: int, num_output_tokens: int) -> dict[str, int]:
@@ -59,7 +70,7 @@ def response_body(
                 if head.is_chat
                 else {"text": output.text}
             ),
-            "logprobs": None,
+            "logprobs": head.logprobs(output.scored),
             "finish_reason": output.finish_reason,
         }
         for output in outputs
@@ -84,24 +95,26 @@ class ChunkWriter:
 
     def __init__(self, head: ResponseHead, *, include_usage: bool) -> None:
         self._is_chat = head.is_chat
+        self._logprobs = head.logprobs
         self._include_usage = include_usage
         self._head = _dumps(head.fields("chat.completion.chunk"))[:-1] + ',"choices":['
         self._tail = '],"usage":null}' if include_usage else "]}"
         self._begun: set[int] = set()
 
     def write(self, delta: TextDelta) -> str:
-        """The events for a delta: role, text and finish reason, those that there are."""
+        """The events for a delta: role, new text or tokens, finish reason; those there are."""
         events = ""
         if self._is_chat and delta.index not in self._begun:
             self._begun.add(delta.index)
             events += self._chunk(delta.index, '"delta":{"role":"assistant","content":""}')
-        if delta.text:
+        if delta.text or delta.scored:
             text = _dumps(delta.text)
             content = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
-            events += self._chunk(delta.index, content)
+            logprobs = _dumps(self._logprobs(delta.scored)) if delta.scored else "null"
+            events += self._chunk(delta.index, content, logprobs=logprobs)
         if delta.finish_reason is not None:
             content = '"delta":{}' if self._is_chat else '"text":""'
-            events += self._chunk(delta.index, content, f'"{delta.finish_reason}"')
+            events += self._chunk(delta.index, content, finish_reason=f'"{delta.finish_reason}"')
         return events
 
     def write_end(self, num_prompt_tokens: int, num_output_tokens: int) -> str:
@@ -112,9 +125,11 @@ class ChunkWriter:
         cost = _dumps(usage(num_prompt_tokens, num_output_tokens))
         return _event(f'{self._head}],"usage":{cost}}}') + done
 
-    def _chunk(self, index: int, content: str, finish_reason: str = "null") -> str:
-        choice = f'{{"index":{index},{content},"logprobs":null,"finish_reason":{finish_reason}}}'
-        return _event(self._head + choice + self._tail)
+    def _chunk(
+        self, index: int, content: str, *, logprobs: str = "null", finish_reason: str = "null"
+    ) -> str:
+        ends = f'"logprobs":{logprobs},"finish_reason":{finish_reason}}}'
+        return _event(f'{self._head}{{"index":{index},{content},{ends}{self._tail}')
 
 
 def _event(data: str) -> str:

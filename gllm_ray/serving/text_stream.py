@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 from gllm_ray.errors import (
     GllmRayError,
@@ -11,8 +13,22 @@ from gllm_ray.errors import (
     OverloadedError,
     PipelineError,
 )
-from gllm_ray.messages import FinishReason, TokenEvent
+from gllm_ray.messages import FinishReason, TokenEvent, TokenLogprobs
 from gllm_ray.model.detokenizer import Detokenizer
+
+
+class ScoredToken(NamedTuple):
+    """A token of an output, and how likely the model found it.
+
+    Attributes:
+        token_id: The token.
+        text_offset: Characters of the output before it.
+        logprobs: Its own, and the likeliest ones.
+    """
+
+    token_id: int
+    text_offset: int
+    logprobs: TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +40,15 @@ class TextDelta:
         text: The new text, possibly empty.
         num_tokens: The new tokens.
         finish_reason: Set on the last delta of the output, and only there.
+        scored: Each of the new tokens, whether its text is here, held back or never to come; empty
+            unless the request asks for log probabilities.
     """
 
     index: int
     text: str
     num_tokens: int
     finish_reason: FinishReason | None = None
+    scored: tuple[ScoredToken, ...] = ()
 
 
 async def text_deltas(
@@ -51,19 +70,22 @@ async def text_deltas(
 
 def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokenizer) -> TextDelta:
     text, num_tokens = "", 0
+    scored: list[ScoredToken] = []
     for event in events:
         if event.finish_reason not in (None, FinishReason.STOP, FinishReason.LENGTH):
             raise _failure(event)
         if event.token_id is not None:
             num_tokens += 1
+            if event.logprobs is not None:
+                scored.append(ScoredToken(event.token_id, detokenizer.num_chars, event.logprobs))
             # A token that ends the output has no text.
             if event.finish_reason is not FinishReason.STOP:
                 text += detokenizer.step(event.token_id)
         if event.finish_reason is not None and not detokenizer.is_stopped:
             text += detokenizer.flush()
         if detokenizer.is_stopped:
-            return TextDelta(index, text, num_tokens, FinishReason.STOP)
-    return TextDelta(index, text, num_tokens, events[-1].finish_reason)
+            return TextDelta(index, text, num_tokens, FinishReason.STOP, tuple(scored))
+    return TextDelta(index, text, num_tokens, events[-1].finish_reason, tuple(scored))
 
 
 def _failure(event: TokenEvent) -> GllmRayError:
@@ -111,6 +133,7 @@ async def collect_outputs(
             "".join(delta.text for delta in output),
             sum(delta.num_tokens for delta in output),
             output[-1].finish_reason,
+            tuple(chain.from_iterable(delta.scored for delta in output)),
         )
         for index, output in enumerate(grown)
     ]

@@ -93,4 +93,6 @@ class LocalPipeline:
             with stopwatch.measure(batch.batch_id):
                 output = worker.execute(batch, output, sampled)
             times += stopwatch.take()
-        return MicroBatchResult(batch_id=batch.batch_id, token_ids=output, stage_times=tuple(times))
+        return MicroBatchResult(
+            batch_id=batch.batch_id, **output._asdict(), stage_times=tuple(times)
+        )

@@ -19,7 +19,13 @@ from ray.util.placement_group import PlacementGroup
 
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import GllmRayError, PipelineError, StageLostError
-from gllm_ray.messages import MicroBatch, MicroBatchResult, StageInfo, StageTime
+from gllm_ray.messages import (
+    MicroBatch,
+    MicroBatchResult,
+    SampledTokens,
+    StageInfo,
+    StageTime,
+)
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.partition import describe_stage, size_kv_cache
 from gllm_ray.stages.heartbeat import name_stage
@@ -166,7 +172,7 @@ class RayPipeline:
             raise self._failure.with_traceback(None)
         batch_id, refs = self._in_flight[0]
         try:
-            token_ids, times = await refs[-1]
+            sampled, times = await refs[-1]
         except RayError as error:
             if self._failure is None:
                 await self._fail(translate_ray_error(error))
@@ -174,7 +180,7 @@ class RayPipeline:
         self._in_flight.popleft()
         return MicroBatchResult(
             batch_id=batch_id,
-            token_ids=token_ids,
+            **SampledTokens(*map(tuple, sampled))._asdict(),
             stage_times=tuple(StageTime(*time) for time in times),
         )
 

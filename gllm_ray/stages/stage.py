@@ -118,6 +118,7 @@ class Stage:
             self._last_batch_id = -1
             self._decoder = MetadataDecoder()
             self._stopwatch = self._new_stopwatch()
+            self._worker.forget_sequences()
             self._epoch = epoch
 
     def step(self, epoch: int, metadata: bytes, previous: StepAnswer | None) -> StepAnswer:
@@ -131,8 +132,8 @@ class Stage:
                 answer to the micro-batch that this one continues; None if it continues none.
 
         Returns:
-            The sampled token ids on the last stage, else what the next stage's `receive` needs;
-            and the fields of every `StageTime` that became known on the way to here.
+            The fields of `SampledTokens` on the last stage, else what the next stage's `receive`
+            needs; and the fields of every `StageTime` that became known on the way to here.
 
         Raises:
             PipelineError: The epoch is not the connected one, or the step failed. After a failure
@@ -153,16 +154,18 @@ class Stage:
                 )
             self._last_batch_id = batch.batch_id
             self._under_way = (batch, time.monotonic())
-            carried, times = previous or ((), [])
+            carried, times = previous or ([()], [])
             if self._worker.is_first:
-                hidden, sampled = None, carried
+                hidden, sampled = None, carried[0]
                 times = []  # the scheduler gets those of the other micro-batch with its tokens
             else:
                 hidden, sampled = self._receive(batch, carried), ()
             with self._stopwatch.measure(batch.batch_id):
                 output = self._worker.execute(batch, hidden, sampled)
             times += map(list, self._stopwatch.take())
-            if not self._worker.is_last:
+            if self._worker.is_last:
+                output = [list(field) for field in output]
+            else:
                 output = self._outbound.send(batch.batch_id, output)
             self._under_way = None
             return [output, times]

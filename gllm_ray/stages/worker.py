@@ -13,7 +13,13 @@ from transformers.utils import logging as transformers_logging
 
 from gllm_ray.config import ServiceConfig, kv_cache_of
 from gllm_ray.errors import ConfigError
-from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence, StageInfo
+from gllm_ray.messages import (
+    MicroBatch,
+    SampledTokens,
+    SamplingParams,
+    ScheduledSequence,
+    StageInfo,
+)
 from gllm_ray.model.allocator import keep_freed_memory
 from gllm_ray.model.attention.backend import (
     AttentionBackend,
@@ -24,6 +30,7 @@ from gllm_ray.model.attention.backend import (
 from gllm_ray.model.attention.interface import paged_forward
 from gllm_ray.model.checkpoint import find_weight_files, open_checkpoint
 from gllm_ray.model.compilation import compile_parts
+from gllm_ray.model.constraints import RunningGrammars
 from gllm_ray.model.decode_graphs import (
     Capture,
     DecodeGraphs,
@@ -40,9 +47,10 @@ from gllm_ray.model.kv_cache import (
     block_bytes,
 )
 from gllm_ray.model.linear import speed_up_linears
+from gllm_ray.model.next_tokens import draw_tokens
 from gllm_ray.model.operators.build import OperatorsUnavailableError
-from gllm_ray.model.sampler import sample
 from gllm_ray.model.shard import Shard, count_parameters
+from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.model.weights import SafetensorsReader, dummy_tensors
 from gllm_ray.partition import explicit_layers, split_layers
 from gllm_ray.stages.timeline import PhaseClock
@@ -66,6 +74,7 @@ class StageWorker:
         self._geometries: dict[nn.Module, AttentionGeometry] = {}
         self._caches: dict[nn.Module, LayerKvCache] = {}
         self._graphs: DecodeGraphs | None = None
+        self._grammars = RunningGrammars(lambda: Tokenizer.for_model(config.model).grammars)
         self.bytes_read = 0
 
     @property
@@ -147,7 +156,7 @@ class StageWorker:
     @torch.inference_mode()
     def execute(
         self, batch: MicroBatch, hidden: torch.Tensor | None, sampled: Sequence[int] = ()
-    ) -> torch.Tensor | tuple[int, ...]:
+    ) -> torch.Tensor | SampledTokens:
         """Run a micro-batch through this stage.
 
         Args:
@@ -156,8 +165,8 @@ class StageWorker:
             sampled: For the first stage, the tokens of the micro-batch that this one continues.
 
         Returns:
-            Hidden states of the same shape, or on the last stage one token id for each sequence
-            whose `sampling` is set.
+            Hidden states of the same shape, or on the last stage a token for each sequence whose
+            `sampling` is set.
         """
         if self._graphs is not None and self._graphs.takes(batch):
             output = self._graphs.run(batch, hidden, sampled)
@@ -166,8 +175,11 @@ class StageWorker:
             output = self._forward(inputs, hidden)
         if not self.is_last:
             return output
-        drawn = [seq for seq in batch.sequences if seq.sampling is not None]
-        return sample(output, [seq.sampling for seq in drawn], [seq.end for seq in drawn])
+        return draw_tokens(output, batch, self._grammars)
+
+    def forget_sequences(self) -> None:
+        """All that goes on is going to be prefilled again."""
+        self._grammars.clear()
 
     def _load_weights(self, shard: Shard, layers: range) -> None:
         if self._config.model.load_format == "dummy":

@@ -1,6 +1,7 @@
 """The job on a real engine: what is refused, what fails by row, what resumes."""
 
 import asyncio
+import json
 from contextlib import asynccontextmanager
 
 import pytest
@@ -117,6 +118,23 @@ def test_an_output_of_something_else_is_not_overwritten(tmp_path, tokenizer):
     output.unlink()
     with pytest.raises(ConfigError, match="no manifest says"):
         run(source, output, tokenizer)
+
+
+def test_a_row_may_ask_for_json_and_log_probabilities(tmp_path, tokenizer):
+    schema = {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2}
+    wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    asked = {"max_tokens": 40, "response_format": wanted, "logprobs": True, "top_logprobs": 1}
+    source = write_lines(tmp_path / "in.jsonl", [make_line(name, **asked) for name in "ab"])
+    run(source, tmp_path / "out.jsonl", tokenizer)
+    for answer in read_lines(tmp_path / "out.jsonl"):
+        body = answer["response"]["body"]
+        (choice,) = body["choices"]
+        assert set(json.loads(choice["message"]["content"])) <= {"a", "b"}
+        assert len(choice["logprobs"]["content"]) == body["usage"]["completion_tokens"]
+    wanted["json_schema"]["schema"] = {"type": "no"}
+    source = write_lines(tmp_path / "bad.jsonl", [make_line("a", **asked)])
+    with pytest.raises(ConfigError, match=r"bad\.jsonl:1: .*Invalid type: no"):
+        run(source, tmp_path / "bad.out.jsonl", tokenizer)
 
 
 def test_two_jobs_never_write_one_journal(tmp_path):

@@ -40,12 +40,19 @@ STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 # Among all tokens, some are as likely as others but for the rounding, which the batch decides on.
 SAMPLED = {"temperature": 1.0, "seed": 17, "top_k": 8}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Count the lines of a file."}]}
+SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 20, "maxItems": 20}
+STRUCTURED = {
+    "response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}},
+    "logprobs": True,
+    "top_logprobs": 2,
+}
 REQUESTS = [
     ("completions", COMPLETION | STREAM),
     ("completions", COMPLETION | STREAM | SAMPLED),
     ("completions", COMPLETION | STREAM | {"stop": ["return"]}),
     ("completions", COMPLETION | SAMPLED | {"n": 2}),
     ("chat", CHAT | STREAM | {"max_tokens": NUM_TOKENS, "temperature": 0}),
+    ("chat", CHAT | STREAM | STRUCTURED | {"max_tokens": NUM_TOKENS, "temperature": 0}),
 ]
 
 
@@ -98,12 +105,15 @@ class Api:
         }
 
     def ask(self, request, on_piece=lambda number: None):
-        """Texts, finish reasons, usage, and the longest pause between two pieces."""
+        """Texts, finish reasons, usage, and the longest pause between two pieces.
+
+        Beside the usage, the number of tokens that log probabilities tell of.
+        """
         route, body = request
         ours = {key: body[key] for key in body.keys() & {"top_k"}}
         openais = {key: body[key] for key in body.keys() - ours.keys()}
         answer = self._routes[route].create(**openais, extra_body=ours)
-        texts, reasons, usage = defaultdict(str), {}, None
+        texts, reasons, usage, num_scored = defaultdict(str), {}, None, 0
         longest_s, latest_s = 0.0, time.monotonic()
         pieces = answer if body.get("stream") else [answer]
         for number, piece in enumerate(pieces, start=1):
@@ -112,9 +122,11 @@ class Api:
             usage = piece.usage or usage
             for choice in piece.choices:
                 texts[choice.index] += text_of(choice)
+                num_scored += len(choice.logprobs.content) if choice.logprobs else 0
                 reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
             on_piece(number)
-        end = [sorted(texts.items()), sorted(reasons.items()), usage.model_dump()]
+        costs = usage.model_dump() | {"num_scored": num_scored}
+        end = [sorted(texts.items()), sorted(reasons.items()), costs]
         return end, longest_s
 
     def ask_all(self, on_piece=lambda number: None):

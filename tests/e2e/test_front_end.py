@@ -50,6 +50,10 @@ def test_answers_are_those_without_the_death_of_the_only_replica(outcome):
     assert lost["killed"] == 1
     assert lost["answers"] == lost["expected"]
     assert lost["kv_utilization"] == 0
+    texts, reasons, usage = lost["answers"][-1]
+    assert len(json.loads(texts[0][1])) == 20
+    assert reasons == [[0, "stop"]]
+    assert usage["num_scored"] == usage["completion_tokens"]
 
 
 def test_a_client_that_leaves_ends_its_requests_in_the_replica(outcome):

@@ -2,6 +2,7 @@
 
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -49,13 +50,18 @@ async def serving(config, group_bundles=None):
 
 
 async def complete(http, body):
-    """Text and usage of a completion, streamed or not."""
+    """Text, usage and the tokens that log probabilities tell of, of a completion, streamed or not.
+
+    Those of a token that is computed again may differ in their last digits.
+    """
     if not body.get("stream"):
         answer = (await http.post("/v1/completions", json=body, timeout=60)).json()
-        return answer["choices"][0]["text"], answer["usage"]
+        return answer["choices"][0]["text"], answer["usage"], []
     body = body | {"stream_options": {"include_usage": True}}
     answer = await http.post("/v1/completions", json=body, timeout=60)
     *chunks, end = sse_chunks(answer.text)
     assert end == "[DONE]"
-    text = "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
-    return text, chunks[-1]["usage"]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    scored = [choice["logprobs"]["tokens"] for choice in choices if choice["logprobs"]]
+    text = "".join(choice["text"] for choice in choices)
+    return text, chunks[-1]["usage"], list(chain.from_iterable(scored))

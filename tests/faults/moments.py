@@ -5,12 +5,25 @@ import asyncio
 from tests.faults.api import complete
 
 NUM_REQUESTS = 8
+# Long enough to be under way when something dies, and of an end.
+SCHEMA = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 100, "maximum": 999},
+    "minItems": 9,
+    "maxItems": 9,
+}
 MOMENTS = {
     # More than the KV cache has room for, so that the last ones wait.
     "queued": {"num_tokens": 800, "max_tokens": 20},
     "prefill": {"num_tokens": 300},
     "decode": {},
     "streaming": {"stream": True},
+    "structured": {
+        "stream": True,
+        "max_tokens": 120,
+        "logprobs": 2,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}},
+    },
 }
 
 
@@ -41,6 +54,6 @@ async def reach(http, moment, salt=0, load_of=load_of):
         await asyncio.sleep(0.002)
     if moment == "queued":
         assert (await load_of(http))["num_waiting_requests"]
-    if moment in ("decode", "streaming"):
+    if moment in ("decode", "streaming", "structured"):
         # It came last, and is served in turn.
         await complete(http, body_of(moment, NUM_REQUESTS, salt, max_tokens=5))

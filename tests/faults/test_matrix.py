@@ -2,12 +2,14 @@
 
 import asyncio
 import itertools
+import json
 import os
 import signal
 
+import jsonschema
 import pytest
 
-from tests.faults.moments import MOMENTS, complete_all, reach
+from tests.faults.moments import MOMENTS, SCHEMA, complete_all, reach
 from tests.faults.replicas import CAUSE, RECOVERED, logged, until
 from tests.ray.test_ray_pipeline import stage_processes
 
@@ -19,7 +21,7 @@ VICTIMS = {
 }
 IN_SHORT = {
     ("first", "prefill"),
-    ("middle", "streaming"),
+    ("middle", "structured"),
     ("last", "queued"),
     ("scheduler", "streaming"),
 }
@@ -32,6 +34,12 @@ async def kill(service, victim):
         pid = (await service.pids())[list(VICTIMS).index(victim)]
     os.kill(pid, signal.SIGKILL)
     return pid
+
+
+def check_structure(answers):
+    for text, usage, scored in answers:
+        jsonschema.validate(json.loads(text), SCHEMA)
+        assert len(scored) == usage["completion_tokens"]
 
 
 def cells():
@@ -61,6 +69,8 @@ def test_who_is_killed_costs_no_request_anything_but_time(api, loop, caplog, vic
 
     answers, expected, load = loop.run(scenario())
     assert answers == expected
+    if moment == "structured":
+        check_structure(answers)
     assert (load.num_requests, load.kv_utilization) == (0, 0)
     (cause,) = logged(caplog, CAUSE)
     assert VICTIMS[victim] in cause

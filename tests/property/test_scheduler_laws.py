@@ -20,6 +20,7 @@ from gllm_ray.messages import (
     GenerationRequest,
     MicroBatch,
     MicroBatchResult,
+    SamplingParams,
     StageTime,
     TokenEvent,
 )
@@ -65,6 +66,7 @@ class Request:
     tenant: str = ""
     expected_output_tokens: int | None = None
     queue_timeout_s: float | None = None
+    grammar: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ requests = st.builds(
     priority=st.sampled_from([0, 0, 0, -1, 5]),
     tenant=st.sampled_from("abc"),
     expected_output_tokens=st.none() | st.integers(1, 20),
+    grammar=st.sampled_from(["", "start: /[0-9]+/"]),
 )
 # An action is a request to add, the index of one to abort, a number of results to commit, seconds
 # that pass, or the loss of the stages and the requests that are then tried alone.
@@ -166,10 +169,14 @@ actions = st.lists(
 
 
 class StageModel:
-    """The KV cache of a stage: what a slot holds tells the salt and all tokens up to it."""
+    """The KV cache of a stage: what a slot holds tells the salt and all tokens up to it.
+
+    And what the last stage knows of sequences with a grammar: the output so far.
+    """
 
     def __init__(self):
         self.kv: dict[int, int] = {}
+        self.outputs: dict[int, list[int]] = {}
 
     def execute(self, batch, tokens_of):
         """Write the KV of the whole micro-batch, then read what each sequence attends to."""
@@ -188,6 +195,21 @@ class StageModel:
             chain = content_chain(*tokens_of(item))
             read = [self.kv.get(slot_of(item, position)) for position in range(item.end)]
             assert read == chain[: item.end], "a sequence reads KV that is not its own"
+
+    def follow(self, batch, result):
+        """Learn what is told of sequences with a grammar, and what they draw; yields the outputs.
+
+        Each comes with its sequence's share, before the token that is drawn.
+        """
+        for seq_id in batch.ended:
+            self.outputs.pop(seq_id, None)
+        sampled = [item for item in batch.sequences if item.sampling is not None]
+        for item, token_id in zip(sampled, result.token_ids, strict=True):
+            if item.output_token_ids is not None:
+                self.outputs[item.seq_id] = [*item.output_token_ids]
+            if item.sampling.grammar:
+                yield item, tuple(self.outputs[item.seq_id])
+                self.outputs[item.seq_id].append(token_id)
 
 
 def slot_of(item, position):
@@ -288,6 +310,7 @@ class Harness:
             tenant=action.tenant,
             expected_output_tokens=action.expected_output_tokens,
             queue_timeout_s=action.queue_timeout_s,
+            sampling=SamplingParams(grammar=action.grammar),
         )
         try:
             self.scheduler.add(request, self.now_s)
@@ -371,6 +394,7 @@ class Harness:
         self.log.append(batch)
         self.stage.execute(batch, self.salt_and_tokens)
         self.results.append(self.result_of(batch))
+        self.check_outputs(batch, self.results[-1])
         self.check_blocks()
 
     def commit(self):
@@ -389,6 +413,11 @@ class Harness:
         return MicroBatchResult(
             batch_id=batch.batch_id,
             token_ids=tuple(100 + content % 50 for content in last),
+            failures=tuple(
+                (index, "no token may follow")
+                for index, (item, content) in enumerate(zip(sampled, last, strict=True))
+                if item.sampling.grammar and content % 20 == 0
+            ),
             stage_times=tuple(
                 StageTime(stage_id, batch.batch_id, 0.002 + 0.001 * batch.num_tokens)
                 for stage_id in range(self.setting.num_stages)
@@ -418,6 +447,20 @@ class Harness:
             self.check_writes(item)
         self.check_copies(batch)
         self.check_budget(batch)
+
+    def check_outputs(self, batch, result):
+        # Law 11: the last stage knows the output of each sequence with a grammar, and is told of
+        # each that ended, when it is in no micro-batch any more.
+        alive = {item.seq_id for other in self.in_flight for item in other.sequences}
+        assert alive.isdisjoint(batch.ended)
+        assert {str(seq_id) for seq_id in batch.ended} <= self.ends.keys()
+        for item, output in self.stage.follow(batch, result):
+            prompt = self.requests[str(item.seq_id)].prompt_token_ids
+            assert [*prompt, *output] == self.tokens_of(item)
+            self.seen["told of output"] += bool(item.output_token_ids)
+        for item in batch.sequences:
+            if item.sampling is None or not item.sampling.grammar:
+                assert item.output_token_ids is None
 
     def check_sources(self, batch):
         # Law 3: a sequence that samples in flight is in no second micro-batch, unless that
@@ -609,6 +652,8 @@ def test_every_law_holds_under_random_workloads(setting, todo):
     # Law 8: every accepted request ended; law 7: every block came back.
     assert harness.ends.keys() == harness.requests.keys()
     assert harness.scheduler.kv_utilization == 0
+    # Law 11: nothing that ended stays where the grammars are.
+    assert harness.stage.outputs.keys() <= set(harness.scheduler._pool.take_ended())
     check_ends(harness)
 
 
@@ -623,10 +668,14 @@ def check_ends(harness):
         if reason is FinishReason.EXPIRED:
             assert not output
         assert not request.stop_token_ids.intersection(output[:-1])
-        # At most one token was sampled in vain, and only after a stop token.
+        if reason is FinishReason.BLAMED:
+            assert request.sampling.grammar
+        # At most one token was sampled in vain, and only after a stop token or one that is none.
         if reason is not FinishReason.ABORT:
             num_wasted = harness.num_sampled[request_id] - len(output)
-            assert 0 <= num_wasted <= (reason is FinishReason.STOP and harness.setting.ring)
+            num_wasted -= reason is FinishReason.BLAMED
+            is_surprise = reason in (FinishReason.STOP, FinishReason.BLAMED)
+            assert 0 <= num_wasted <= (is_surprise and harness.setting.ring)
 
 
 @settings(max_examples=50, deadline=None)
@@ -727,5 +776,5 @@ def test_random_workloads_reach_every_kind_of_hit():
         seen.update(harness.seen)
 
     explore()
-    assert len(seen) == 10
+    assert len(seen) == 11
     assert min(seen.values()) >= 2, seen

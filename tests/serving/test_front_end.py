@@ -2,13 +2,14 @@
 
 import asyncio
 from collections import deque
+from itertools import chain
 
 import pytest
 
 from gllm_ray.config import FrontEndConfig
 from gllm_ray.engine.resumption import ResumingClient
 from gllm_ray.errors import PipelineError
-from gllm_ray.messages import MicroBatchResult
+from gllm_ray.messages import MicroBatchResult, TokenLogprobs
 from tests.replica_set import Fault, Replicas
 from tests.serving.local_api import BODIES, http_client, sse_chunks
 
@@ -35,7 +36,8 @@ class RecitingPipeline:
             for item in batch.sequences
             if item.sampling is not None
         )
-        return MicroBatchResult(batch_id=batch.batch_id, token_ids=token_ids)
+        logprobs = tuple(TokenLogprobs(-float(token_id), ()) for token_id in token_ids)
+        return MicroBatchResult(batch_id=batch.batch_id, token_ids=token_ids, logprobs=logprobs)
 
     async def close(self):
         pass
@@ -91,17 +93,21 @@ def test_a_stream_is_the_same_wherever_its_replica_was_lost(tokenizer, change, n
         tokenizer, [Fault(after=num_steps)], {**change, "stream": None, "stream_options": None}
     )
     (choice,) = whole.json()["choices"]
-    assert (choice["text"], choice["finish_reason"], whole.json()["usage"]) == expected
+    told = choice["text"], choice["finish_reason"], whole.json()["usage"]
+    assert (*told, choice["logprobs"]["token_logprobs"]) == expected
+    assert len(expected[-1]) == told[-1]["completion_tokens"]
 
 
 def join(answer):
-    """Text, finish reason and usage of a stream."""
+    """Text, finish reason, usage and log probabilities of a stream."""
     *chunks, done = sse_chunks(answer.text)
     assert done == "[DONE]"
     choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
     reasons = [choice["finish_reason"] for choice in choices]
     assert reasons[:-1] == [None] * (len(reasons) - 1)
-    return "".join(choice["text"] for choice in choices), reasons[-1], chunks[-1]["usage"]
+    scored = [choice["logprobs"]["token_logprobs"] for choice in choices if choice["logprobs"]]
+    text = "".join(choice["text"] for choice in choices)
+    return text, reasons[-1], chunks[-1]["usage"], list(chain.from_iterable(scored))
 
 
 def test_each_request_goes_to_its_model_and_an_unknown_one_is_told_which_there_are(tokenizer):

@@ -22,15 +22,17 @@ JSON = {"Content-Type": "application/json"}
 COMMON = {"model", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "user"}
 COMMON |= {"stream", "stream_options"}
 HONOURED = {
-    CHAT_PATH: COMMON | {"messages", "max_completion_tokens"},
-    COMPLETION_PATH: COMMON | {"prompt"},
+    CHAT_PATH: COMMON
+    | {"messages", "max_completion_tokens", "logprobs", "top_logprobs", "response_format"},
+    COMPLETION_PATH: COMMON | {"prompt", "logprobs"},
 }
 OFFICIAL = {
     CHAT_PATH: set(typing.get_type_hints(ChatParams)),
     COMPLETION_PATH: set(typing.get_type_hints(CompletionParams)),
 }
 OWN = {"top_k", "min_p", "ignore_eos", "cache_salt"}
-OWN |= {"priority", "expected_output_tokens", "queue_timeout_s"}
+OWN |= {"priority", "expected_output_tokens", "queue_timeout_s", "structured_outputs"}
+OWN |= {"response_format"}  # of a completion
 
 # What a client that asks for the feature would send, and what one sends that does not.
 REQUESTS_FOR_MORE = {
@@ -41,7 +43,6 @@ REQUESTS_FOR_MORE = {
     "function_call": {"name": "f"},
     "functions": [{"name": "f"}],
     "logit_bias": {"50": -100},
-    "logprobs": True,
     "metadata": {"key": "value"},
     "modalities": ["text", "audio"],
     "moderation": {"model": "m"},
@@ -52,14 +53,12 @@ REQUESTS_FOR_MORE = {
     "prompt_cache_options": {"ttl": "1h"},
     "prompt_cache_retention": "24h",
     "reasoning_effort": "high",
-    "response_format": {"type": "json_object"},
     "safety_identifier": "me",
     "service_tier": "priority",
     "store": True,
     "suffix": "end",
     "tool_choice": "required",
     "tools": [{"type": "function", "function": {"name": "f"}}],
-    "top_logprobs": 3,
     "verbosity": "low",
     "web_search_options": {"search_context_size": "low"},
 }
@@ -192,6 +191,11 @@ def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
         ({"stop": [1]}, "stop[0]"),
         ({"stop": ["\ud800"]}, "stop[0]"),
         ({"stream": "yes"}, "stream"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"usage": 1}}, "stream_options.usage"),
         (
@@ -220,6 +224,29 @@ def test_a_value_out_of_range_is_refused_by_name(tokenizer, change, param):
     status, body, requests = post(tokenizer, CHAT_PATH, change)
     assert (status, body["error"]["param"]) == (400, param)
     assert requests == []
+
+
+@pytest.mark.parametrize("num", [-1, 21, True, 1.5])
+def test_a_completion_tells_of_at_most_20_likely_tokens(tokenizer, num):
+    status, body, requests = post(tokenizer, COMPLETION_PATH, {"logprobs": num})
+    assert (status, body["error"]["param"]) == (400, "logprobs")
+    assert requests == []
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "num"),
+    [
+        (CHAT_PATH, {}, None),
+        (CHAT_PATH, {"logprobs": False, "top_logprobs": 0}, None),
+        (CHAT_PATH, {"logprobs": True}, 0),
+        (CHAT_PATH, {"logprobs": True, "top_logprobs": 20}, 20),
+        (COMPLETION_PATH, {}, None),
+        (COMPLETION_PATH, {"logprobs": 0}, 0),
+        (COMPLETION_PATH, {"logprobs": 20}, 20),
+    ],
+)
+def test_how_many_likely_tokens_to_tell_reaches_the_engine(tokenizer, path, change, num):
+    assert request_for(tokenizer, path, change).sampling.num_logprobs == num
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,20 @@ def test_a_decode_of_a_long_context_tells_its_new_block_alone() -> None:
     assert longer - again < 20
 
 
+def test_a_grammar_is_told_once_and_not_with_every_token() -> None:
+    encoder, decoder = MetadataEncoder(), MetadataDecoder()
+    sampling = SamplingParams(grammar="x" * 10_000)
+    sizes = []
+    for batch_id in range(10):
+        told = sequence(0, (1,), sampling)._replace(output_token_ids=None if batch_id else (7, 8))
+        batch = MicroBatch(batch_id=batch_id, sequences=(told,), ended=(3,))
+        metadata = encoder.encode(batch)
+        assert decoder.decode(metadata) == batch
+        sizes.append(len(metadata))
+    assert sizes[0] > 10_000
+    assert max(sizes[1:]) < 500
+
+
 def test_sequences_that_ended_are_forgotten_at_both_ends() -> None:
     encoder, decoder = MetadataEncoder(), MetadataDecoder()
     sizes = []

@@ -150,7 +150,7 @@ def test_only_sequences_with_a_sampling_rule_are_drawn_from(stages):
         for workers in stages
     ]
     assert results[0] == results[1]
-    assert len(results[1]) == 1
+    assert len(results[1].token_ids) == 1
 
 
 def test_chunks_copies_and_larger_micro_batches_are_left_to_the_plain_forward_pass(stages):

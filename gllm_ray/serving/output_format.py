@@ -1,0 +1,126 @@
+"""What an output has to look like: OpenAI's `response_format` and vLLM's `structured_outputs`."""
+
+import json
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from llguidance import LLMatcher, grammar_from
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from gllm_ray.errors import InvalidRequestError
+from gllm_ray.serving.request_schema import RequestSchema
+
+_MAX_NAME_CHARS = 1024
+_MAX_GRAMMAR_CHARS = 2**18
+# As JSON is mostly written: one space, or a new line and its indentation. Without a bound, a model
+# that likes white space goes on with it until its limit of tokens.
+_WHITE_SPACE = r" |\r?\n[ \t]{0,32}"
+_ANY_OBJECT = {"type": "object"}
+
+
+class JsonSchema(RequestSchema):
+    """A named JSON schema. Outputs match it whether or not it is `strict`."""
+
+    name: str = Field(max_length=_MAX_NAME_CHARS)
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(RequestSchema):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError(
+                "json_schema", "must have a json_schema if its type is json_schema, and only then"
+            )
+        return self
+
+    @property
+    def grammar(self) -> str:
+        """What llguidance makes of it; empty: any text will do."""
+        if self.type == "text":
+            return ""
+        return _json_grammar(self.json_schema.schema_ if self.json_schema else _ANY_OBJECT)
+
+
+class StructuredOutputs(RequestSchema):
+    """vLLM's way to ask for JSON and more; exactly one of its fields."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = Field(default=None, description="In Lark's syntax, or GBNF.")
+
+    @model_validator(mode="after")
+    def _check_is_one(self) -> Self:
+        fields = (self.json_, self.regex, self.choice, self.grammar)
+        if sum(field is not None for field in fields) != 1:
+            raise PydanticCustomError(
+                "not_one", "must have exactly one of json, regex, choice and grammar"
+            )
+        return self
+
+    @property
+    def llguidance_grammar(self) -> str:
+        """What llguidance makes of it.
+
+        Raises:
+            ValueError: It is neither JSON, where it should be, nor a grammar.
+        """
+        if self.json_ is not None:
+            return _json_grammar(self.json_)
+        if self.regex is not None:
+            return grammar_from("regex", self.regex)
+        if self.choice is not None:
+            texts = (json.dumps(text, ensure_ascii=False) for text in self.choice)
+            return grammar_from("lark", f"start: {' | '.join(texts)}")
+        return grammar_from("grammar", self.grammar or "")
+
+
+class OutputGrammar(NamedTuple):
+    """A grammar that nobody has compiled yet, and the parameter it is from."""
+
+    grammar: str
+    param: str
+
+
+def output_grammar(
+    response_format: ResponseFormat | None, structured_outputs: StructuredOutputs | None
+) -> OutputGrammar | None:
+    """The grammar of a body, if an output has to match one.
+
+    Raises:
+        InvalidRequestError: There are two, or it is none, or too long.
+    """
+    has_format = response_format is not None and response_format.type != "text"
+    if has_format and structured_outputs is not None:
+        raise InvalidRequestError(
+            "response_format and structured_outputs both constrain the output; give one of them",
+            param="structured_outputs",
+        )
+    param = "response_format" if has_format else "structured_outputs"
+    try:
+        if structured_outputs is not None:
+            grammar = structured_outputs.llguidance_grammar
+        elif response_format is not None:
+            grammar = response_format.grammar
+        else:
+            return None
+    except ValueError as error:
+        raise InvalidRequestError(f"{param}: {error}", param=param) from error
+    if len(grammar) > _MAX_GRAMMAR_CHARS:
+        raise InvalidRequestError(
+            f"{param} comes to {len(grammar)} characters; the limit is {_MAX_GRAMMAR_CHARS}",
+            param=param,
+        )
+    return OutputGrammar(grammar, param) if grammar else None
+
+
+def _json_grammar(schema: dict[str, Any] | str) -> str:
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITE_SPACE})

@@ -1,0 +1,226 @@
+"""Which tokens may come next, by the grammar of an output and the tokens it has."""
+
+import json
+import math
+
+import jsonschema
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llguidance import LLMatcher, grammar_from
+
+from gllm_ray.errors import ConfigError, InvalidRequestError
+from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
+from gllm_ray.model.constraints import RunningGrammars
+from gllm_ray.model.grammar import GrammarCompiler
+from gllm_ray.model.next_tokens import draw_tokens
+from gllm_ray.model.tokenizer import Tokenizer
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "ages": {"type": "array", "items": {"type": "integer"}, "maxItems": 2},
+        "kind": {"enum": ["cat", "dög"]},
+    },
+    "required": ["name", "ages", "kind"],
+    "additionalProperties": False,
+}
+GRAMMARS = [
+    LLMatcher.grammar_from_json_schema(SCHEMA, defaults={"whitespace_flexible": False}),
+    grammar_from("regex", r"[a-c]{2,5}(é|€)?"),
+    grammar_from("choice", json.dumps(["yes", "no", "yes, but"])),
+    grammar_from("lark", 'start: "(" start ")" | "x"'),
+]
+MORE_ROWS = 37  # as embeddings are padded
+TOKENIZER = Tokenizer.load("package://gllm_ray/demo/model")
+VOCAB_SIZE = TOKENIZER.vocab_size + MORE_ROWS
+(END,) = TOKENIZER.stop_token_ids
+
+
+def running():
+    return RunningGrammars(lambda: TOKENIZER.grammars)
+
+
+def sequence(seq_id, grammar, output=None, **sampling):
+    """What a micro-batch tells; an output only where a prompt ends."""
+    return ScheduledSequence(
+        seq_id=seq_id,
+        epoch=0,
+        start=0,
+        token_ids=(5,),
+        block_table=(0,),
+        sampling=SamplingParams(grammar=grammar, **sampling),
+        output_token_ids=output,
+    )
+
+
+def batch_of(*sequences, ended=()):
+    return MicroBatch(batch_id=0, sequences=sequences, ended=ended)
+
+
+def allowed(grammars, item):
+    """The ids that may come next."""
+    logits, failures = grammars.restrict(torch.zeros(1, VOCAB_SIZE), {0: item})
+    assert failures == {}
+    return logits[0].isfinite().nonzero().flatten().tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(GRAMMARS), st.randoms(use_true_random=False), st.integers(0, 3))
+def test_a_matcher_made_anew_from_the_output_allows_what_one_that_advanced_does(
+    grammar, random, num_others
+):
+    grammars, anew, output = running(), running(), []
+    item = sequence(0, grammar, ())
+    for seq_id in range(1, num_others + 1):  # that stand elsewhere in the same grammar
+        grammars.restrict(torch.zeros(1, VOCAB_SIZE), {0: sequence(seq_id, grammar, ())})
+    while not output or (output[-1] != END and len(output) < 60):
+        ids = allowed(grammars, item)
+        assert ids == allowed(anew, sequence(0, grammar, tuple(output)))
+        assert max(ids) < TOKENIZER.vocab_size
+        output.append(END if END in ids and random.random() < 0.5 else random.choice(ids))
+        assert grammars.advance({0: item}, output[-1:]) == {}
+        item = sequence(0, grammar)
+    if output[-1] != END:
+        return
+    # What comes after the end, as in the ring, is nobody's, and changes nothing.
+    assert len(allowed(grammars, item)) == VOCAB_SIZE
+    assert grammars.advance({0: item}, [7]) == {}
+    text = TOKENIZER._decode(output)
+    if grammar == GRAMMARS[0]:
+        jsonschema.validate(json.loads(text), SCHEMA)
+    if grammar == GRAMMARS[2]:
+        assert text in ("yes", "no", "yes, but")
+
+
+def test_only_an_end_token_may_follow_a_complete_output():
+    grammars = running()
+    output = tuple(TOKENIZER.encode("yes, but"))
+    assert allowed(grammars, sequence(0, GRAMMARS[2], output)) == [END]
+    assert END in allowed(grammars, sequence(0, GRAMMARS[2], tuple(TOKENIZER.encode("yes"))))
+    assert END not in allowed(grammars, sequence(0, GRAMMARS[2], tuple(TOKENIZER.encode("y"))))
+
+
+def test_the_end_tokens_are_those_of_the_model():
+    compiler = GrammarCompiler(TOKENIZER._backend.to_str(), frozenset({3, 7}))
+    grammars = RunningGrammars(lambda: compiler)
+    item = sequence(0, GRAMMARS[2], tuple(TOKENIZER.encode("no")))
+    assert allowed(grammars, item) == [3, 7]
+    assert grammars.advance({0: item}, [7]) == {}
+    assert len(allowed(grammars, sequence(0, GRAMMARS[2]))) == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 2.0, "top_k": 50}])
+def test_rows_without_a_grammar_draw_as_if_they_were_alone(options):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, VOCAB_SIZE, generator=generator) * 3
+    before = logits.clone()
+    plain = [sequence(i, "", num_logprobs=3, seed=i, **options) for i in (0, 2, 4)]
+    bound = [sequence(i, GRAMMARS[1], (), num_logprobs=3, seed=i, **options) for i in (1, 3, 5)]
+    mixed = [item for pair in zip(plain, bound, strict=True) for item in pair]
+    together = draw_tokens(logits, batch_of(*mixed), running())
+    assert torch.equal(logits, before)
+    alone = draw_tokens(logits[::2], batch_of(*plain), running())
+    assert together.token_ids[::2] == alone.token_ids
+    assert together.logprobs[::2] == alone.logprobs
+    for row in (1, 3, 5):
+        assert TOKENIZER.token_bytes(together.token_ids[row])[:1] in b"abc"
+        # Log probabilities are the model's, whatever the grammar rules out.
+        expected = logits[row].log_softmax(-1)
+        assert together.logprobs[row].logprob == pytest.approx(
+            expected[together.token_ids[row]].item(), abs=1e-5
+        )
+        assert together.logprobs[row].top[0][0] == expected.argmax().item()
+
+
+def test_greedy_takes_the_likeliest_token_that_may_come():
+    logits = torch.zeros(1, VOCAB_SIZE)
+    (no,) = TOKENIZER.encode("no")
+    logits[0, 99], logits[0, no] = 9.0, 1.0
+    drawn = draw_tokens(logits, batch_of(sequence(0, GRAMMARS[2], ())), running())
+    assert drawn.token_ids == (no,)
+
+
+def test_what_ended_is_forgotten_and_what_is_not_known_breaks():
+    grammars = running()
+    items = [sequence(seq_id, GRAMMARS[2], ()) for seq_id in range(4)]
+    logits = torch.zeros(4, VOCAB_SIZE)
+    draw_tokens(logits, batch_of(*items), grammars)
+    assert len(grammars) == 4
+    draw_tokens(logits[:1], batch_of(sequence(3, GRAMMARS[2]), ended=(0, 2, 99)), grammars)
+    assert len(grammars) == 2
+    with pytest.raises(KeyError):
+        draw_tokens(logits[:1], batch_of(sequence(0, GRAMMARS[2])), grammars)
+    grammars.clear()
+    assert len(grammars) == 0
+
+
+def test_a_sequence_whose_grammar_cannot_go_on_fails_alone():
+    grammars = running()
+    items = [sequence(seq_id, GRAMMARS[2], (), temperature=1.0) for seq_id in range(3)]
+    logits = torch.zeros(3, VOCAB_SIZE)
+    logits[1] = math.nan  # so that a token is drawn which may not come
+    drawn = draw_tokens(logits, batch_of(*items), grammars)
+    ((row, reason),) = drawn.failures
+    assert row == 1
+    assert "doesn't satisfy the grammar" in reason
+    after = [sequence(seq_id, GRAMMARS[2]) for seq_id in range(3)]
+    drawn = draw_tokens(torch.zeros(3, VOCAB_SIZE), batch_of(*after), grammars)
+    assert drawn.failures == ()
+
+
+def test_a_stage_that_finds_no_tokenizer_fails_the_sequence_and_goes_on():
+    def load():
+        raise ConfigError("no usable tokenizer")
+
+    grammars = RunningGrammars(load)
+    items = sequence(0, GRAMMARS[2], ()), sequence(1, "")
+    drawn = draw_tokens(torch.zeros(2, VOCAB_SIZE), batch_of(*items), grammars)
+    assert drawn.failures == ((0, "no usable tokenizer"),)
+    after = sequence(0, GRAMMARS[2]), sequence(1, "")
+    assert draw_tokens(torch.zeros(2, VOCAB_SIZE), batch_of(*after), grammars).failures == ()
+
+
+def test_the_compiler_is_loaded_for_the_first_grammar_and_not_before():
+    calls = []
+
+    def load():
+        calls.append(1)
+        return TOKENIZER.grammars
+
+    grammars = RunningGrammars(load)
+    logits = torch.zeros(1, VOCAB_SIZE)
+    draw_tokens(logits, batch_of(sequence(0, "")), grammars)
+    assert calls == []
+    for seq_id in (1, 2):
+        draw_tokens(logits, batch_of(sequence(seq_id, GRAMMARS[1], ())), grammars)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        (grammar_from("regex", "(a"), "unclosed group"),
+        (grammar_from("lark", "start: y"), 'unknown name: "y"'),
+        (grammar_from("json_schema", '{"type": "objct"}'), "Invalid type: objct"),
+        (grammar_from("json_schema", "false"), "Unsatisfiable schema"),
+    ],
+)
+def test_a_grammar_with_a_mistake_is_refused_with_the_reason(grammar, reason):
+    with pytest.raises(InvalidRequestError, match=reason):
+        TOKENIZER.grammars.compile(grammar)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_json", "end_token_ids", "reason"),
+    [
+        (TOKENIZER._backend.to_str(), frozenset(), "no token that ends an output"),
+        (TOKENIZER._backend.to_str(), frozenset({10**6}), "out of range"),
+        ("{}", frozenset({1}), "not with this model's tokenizer"),
+    ],
+)
+def test_a_model_whose_tokens_cannot_follow_grammars_says_so(tokenizer_json, end_token_ids, reason):
+    with pytest.raises(InvalidRequestError, match=reason):
+        GrammarCompiler(tokenizer_json, end_token_ids)
