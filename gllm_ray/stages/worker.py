@@ -1,18 +1,16 @@
 """One stage without a cluster: a shard of the model and the KV cache of its layers."""
 
 import logging
-import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from gllm_ray.config import ServiceConfig, kv_cache_of
-from gllm_ray.errors import ConfigError
 from gllm_ray.messages import (
     MicroBatch,
     SampledTokens,
@@ -49,10 +47,10 @@ from gllm_ray.model.kv_cache import (
 from gllm_ray.model.linear import speed_up_linears
 from gllm_ray.model.next_tokens import draw_tokens
 from gllm_ray.model.operators.build import OperatorsUnavailableError
-from gllm_ray.model.shard import Shard, count_parameters
+from gllm_ray.model.shard import Shard
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.model.weights import SafetensorsReader, dummy_tensors
-from gllm_ray.partition import explicit_layers, split_layers
+from gllm_ray.stages.shard_settings import choose_dtype, choose_layers, prepare_device
 from gllm_ray.stages.timeline import PhaseClock
 
 logger = logging.getLogger(__name__)
@@ -112,10 +110,12 @@ class StageWorker:
         clock = PhaseClock()
         checkpoint = open_checkpoint(self._config.model)
         clock.end("checkpoint")
-        self._prepare_device()
+        transformers_logging.disable_progress_bar()
+        self._device = prepare_device(self._config)
         model_config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
-        layers = self._layer_range(model_config)
-        shard = Shard(model_config, layers, self._choose_dtype(model_config), self._device)
+        layers = choose_layers(self._config, model_config, self._stage_id)
+        dtype = choose_dtype(self._config, model_config, self._device)
+        shard = Shard(model_config, layers, dtype, self._device)
         clock.end("model")
         self._load_weights(shard, range(*layers))
         num_parameters = shard.num_parameters
@@ -228,37 +228,6 @@ class StageWorker:
             device=self._device,
         )
         return DecodeGraphs(self._forward, capture, setting)
-
-    def _prepare_device(self) -> None:
-        transformers_logging.disable_progress_bar()
-        if self._device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise ConfigError("pipeline.device='cuda': torch finds no GPU here; use cpu")
-            torch.cuda.set_device(0)
-            self._device = torch.device("cuda", 0)
-        else:
-            cores = len(os.sched_getaffinity(0))
-            share = max(1, cores // self._config.pipeline.num_stages)
-            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
-
-    def _layer_range(self, model_config: PreTrainedConfig) -> tuple[int, int]:
-        pipeline = self._config.pipeline
-        if pipeline.layers == "auto":
-            counts = count_parameters(model_config)
-            ranges = split_layers(counts.layers, counts.head, pipeline.num_stages)
-        else:
-            ranges = explicit_layers(pipeline.layers, model_config.num_hidden_layers)
-        return ranges[self._stage_id]
-
-    def _choose_dtype(self, model_config: PreTrainedConfig) -> torch.dtype:
-        name = self._config.model.dtype
-        if name != "auto":
-            return getattr(torch, name)
-        stored = model_config.dtype
-        if self._device.type == "cpu":
-            # float16 has no operators there; every float16 is a float32.
-            return torch.float32 if stored in (None, torch.float16) else stored
-        return torch.bfloat16 if stored is None else stored
 
     def _probe(self) -> int:
         """Learn what the attention modules cache, and how many bytes their cache may take."""
