@@ -72,6 +72,23 @@ def test_a_killed_stage_is_noticed_at_once_and_meanwhile_the_service_is_healthy(
 
 
 @pytest.mark.chaos
+def test_a_stage_that_ends_by_itself_is_replaced_as_one_that_is_killed(
+    pipeline, undisturbed, loop, caplog
+):
+    async def scenario():
+        before = await pipeline.pids()
+        tasks = await start_requests(pipeline)
+        pipeline.replica.group.stages[1].__ray_call__.remote(lambda _: os._exit(1))
+        answers = await asyncio.gather(*tasks)
+        check_replaced(before, await pipeline.pids(), 1)
+        return answers
+
+    assert by_request(loop.run(scenario())) == undisturbed
+    (cause,) = logged(caplog, CAUSE)
+    assert "stage 1 (layers" in cause
+
+
+@pytest.mark.chaos
 def test_a_stage_that_dies_while_another_is_being_replaced_is_replaced_too(
     pipeline, undisturbed, loop, caplog
 ):

@@ -1,0 +1,69 @@
+"""A stage takes more memory than the node may use, and Ray kills it.
+
+Prints what came of it. A process of its own, because it needs a Ray that watches its memory.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+
+import psutil
+import ray
+
+from tests.faults.api import serving
+from tests.faults.moments import complete_all, reach
+from tests.faults.replicas import check_nothing_is_left_behind, make_config
+
+MOMENT = "streaming"
+LIMIT_BYTES, HOARD_BYTES = 2 * 2**30, 4 * 2**30  # beyond what is in use now
+
+
+def hoard(stage_actor) -> None:
+    """Take memory, page by page, until somebody ends it."""
+    stage_actor.hoard = bytearray(os.urandom(4096)) * (HOARD_BYTES // 4096)
+
+
+async def scenario() -> dict:
+    async with serving(make_config(2, calm_s=0.01)) as (service, http):
+        before = await service.pids()
+        answers = asyncio.create_task(complete_all(http, MOMENT))
+        await reach(http, MOMENT)
+        service.replica.group.stages[1].__ray_call__.remote(hoard)
+        answers = await answers
+        load = await service.replica.load()
+        after = await service.pids()
+        return {
+            "answers": answers,
+            "expected": await complete_all(http, MOMENT),
+            "open": [load.num_requests, load.kv_utilization],
+            "is_replaced": [one != other for one, other in zip(before, after, strict=True)],
+        }
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    memory = psutil.virtual_memory()
+    in_use = 1 - memory.available / memory.total
+    os.environ |= {
+        "RAY_memory_monitor_refresh_ms": "100",
+        "RAY_memory_usage_threshold": str(in_use + LIMIT_BYTES / memory.total),
+    }
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
+    )
+    try:
+        outcome = asyncio.run(scenario())
+        check_nothing_is_left_behind()
+        print(json.dumps(outcome))  # noqa: T201
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
