@@ -16,10 +16,10 @@ demo: $(INSTALLED) ## Serve the embedded model until Ctrl-C; ONCE=1 ends after o
 test: $(INSTALLED) ## Run the whole test suite.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-chaos: $(INSTALLED) ## Run the slow tests of faults, upgrades and scaling, which `make test` leaves out.
+chaos: $(INSTALLED) ## Run the slow tests of faults, which `make test` leaves out.
 	$(BIN)/python -m pytest -m chaos --session-timeout=1200
 
-slow: $(INSTALLED) ## Run the other slow tests: a local cluster, jobs, Ray Data, benchmarks.
+slow: $(INSTALLED) ## Run the other slow tests: scaling, upgrades, local clusters, batches.
 	$(BIN)/python -m pytest -m slow
 
 check: $(INSTALLED) ## Lint, check the format, the types and the layers.

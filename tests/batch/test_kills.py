@@ -68,7 +68,7 @@ def test_no_row_is_lost_or_doubled_by_kills(tmp_path, tokenizer):
     check_kills(3, 80, tmp_path, tokenizer)
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_no_row_is_lost_or_doubled_by_twenty_kills(tmp_path, tokenizer):
     check_kills(20, 800, tmp_path, tokenizer)

@@ -11,7 +11,7 @@ from tests.deploy.local_cluster import LocalCluster, skip_unless_the_port_is_fre
 NUM_CLIENTS = 3
 DRAIN_S = 90
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class Clients:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.deploy.local_cluster import LocalCluster, skip_unless_the_port_is_free
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def stages(cluster):

@@ -21,7 +21,7 @@ def outcome_of(name, directory, *, haproxy, timeout_s):
     return outcome
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("haproxy", [False, True])
 def test_replicas_come_and_go_with_the_load_and_no_request_fails(haproxy, directory):
@@ -32,7 +32,7 @@ def test_replicas_come_and_go_with_the_load_and_no_request_fails(haproxy, direct
     assert min(starts_s) < first_replica_s, "requests came before there was a replica"
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_no_request_fails_while_one_replica_becomes_three_then_one_then_another(directory):
     outcome = outcome_of("with_redeploy", directory, haproxy=True, timeout_s=390)

@@ -9,7 +9,7 @@ from gllm_ray.demo.serve_process import haproxy_environment
 from tests.scenario import outcome_of
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("proxy", ["default", "haproxy"])
 def test_no_request_fails_or_waits_for_the_new_replica(proxy, directory):
