@@ -86,7 +86,7 @@ def test_a_front_end_that_dies_ends_its_streams_and_who_comes_then_waits_for_the
     assert lost["kv_utilization"] == 0
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_a_request_waits_at_the_front_end_for_the_first_replica(directory):
     first = outcomes(directory, "first_request", min_replicas=0)["first_request"]
     assert first["before"] == [], "nothing that was asked before needs a replica"
@@ -96,7 +96,7 @@ def test_a_request_waits_at_the_front_end_for_the_first_replica(directory):
     assert first["after"] == [1, 0]
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_no_answer_changes_while_all_is_redeployed(directory):
     redeployed = outcomes(directory, "redeployment", graceful_shutdown_timeout_s=0)["redeployment"]
     assert len(redeployed["rounds"]) > 1

@@ -36,7 +36,7 @@ def hops_s(outcome):
     return median(times_s[-NUM_PROMPTS:]), median(times_s[:-NUM_PROMPTS])
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_tokens_are_the_same_on_two_nodes(tmp_path):
     done = subprocess.run(
