@@ -10,7 +10,6 @@ then turns out to have ended has decoded once in vain.
 """
 
 from collections.abc import Set as AbstractSet
-from itertools import repeat
 
 from gllm_ray.errors import InvalidRequestError
 from gllm_ray.messages import (
@@ -237,22 +236,17 @@ class Scheduler:
         step, is_anticipated = self._flights.land(result)
         self._stage_times.add(result.stage_times)
         ready = self._pool.ready
-        events: list[TokenEvent] = []
+        events = self._fail_sampled(step, result)
         for sequence in step.others:
             sequence.num_in_flight -= 1
             if sequence.is_aborted:
                 events += self._drop(sequence)
         num_tokens = 0
-        failures, logprobs = dict(result.failures), result.logprobs or repeat(None)
-        for index, (sequence, token_id, told) in enumerate(
-            zip(step.sampling, result.token_ids, logprobs, strict=False)
-        ):
+        logprobs = result.logprobs or (None,) * len(step.sampling)
+        for sequence, token_id, told in zip(step.sampling, result.token_ids, logprobs, strict=True):
             sequence.num_in_flight -= 1
             if sequence.is_aborted or sequence.has_ended:
                 events += self._drop(sequence)
-                continue
-            if index in failures:
-                events.append(self._finish(sequence, FinishReason.BLAMED, error=failures[index]))
                 continue
             if is_anticipated:
                 self._pool.confirm(sequence, token_id)
@@ -271,6 +265,15 @@ class Scheduler:
                 events.append(tuple.__new__(TokenEvent, fields))
         self._pool.count_output(num_tokens)
         return events
+
+    def _fail_sampled(self, step: Step, result: MicroBatchResult) -> list[TokenEvent]:
+        """End the requests that no token may follow."""
+        failed = [(step.sampling[index], why) for index, why in result.failures]
+        return [
+            self._finish(sequence, FinishReason.BLAMED, error=why)
+            for sequence, why in failed
+            if not sequence.is_aborted and not sequence.has_ended
+        ]
 
     def fail_all(self, message: str) -> list[TokenEvent]:
         """End every request with an error, because the pipeline is gone.
