@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +22,10 @@ import yaml
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_CHILD_SUBREAPER = 36
+# Above those of Ray's workers, and below what systems give to whoever asks for any: so nobody else
+# gets a port between the moment that it is found free and that it is used.
+_PORTS = cycle(random.sample(range(20_000, 32_768), 32_768 - 20_000))
+_NUM_TRIED_PORTS = 1000
 _STOP_TIMEOUT_S = 30.0
 _KILL_TIMEOUT_S = 5.0
 
@@ -106,13 +112,12 @@ def free_port(wanted: int = 0) -> int:
     Raises:
         OSError: No port is free.
     """
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", wanted))
-        except OSError:
-            listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    for port in chain([wanted] if wanted else [], islice(_PORTS, _NUM_TRIED_PORTS)):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"none of {_NUM_TRIED_PORTS} ports is free")
 
 
 @contextlib.contextmanager
