@@ -47,6 +47,10 @@ class PassThroughWorker(StageWorker):
 class TransportStage(Stage):
     """A `Stage` of the service, with the same edges and the same steps, that computes nothing."""
 
+    def __init__(self, config: ServiceConfig, stage_id: int) -> None:
+        super().__init__(config, stage_id)
+        self.resize(4)
+
     def resize(self, num_bytes: int) -> None:
         """Send hidden states of so many bytes from now on."""
         self._worker = PassThroughWorker(self._config, self._stage_id, num_bytes)

@@ -26,7 +26,7 @@ def outcome():
     with tempfile.TemporaryDirectory(
         prefix="gllm-", dir="/tmp", ignore_cleanup_errors=True
     ) as path:
-        yield outcomes(path, "models", "lost_replica", "leaving_client")
+        yield outcomes(path, "models", "lost_replica")
 
 
 def test_both_models_are_served_at_one_address_and_an_unknown_one_names_them(outcome):
@@ -56,8 +56,9 @@ def test_answers_are_those_without_the_death_of_the_only_replica(outcome):
     assert usage["num_scored"] == usage["completion_tokens"]
 
 
-def test_a_client_that_leaves_ends_its_requests_in_the_replica(outcome):
-    leaving = outcome["leaving_client"]
+@pytest.mark.slow
+def test_a_client_that_leaves_ends_its_requests_in_the_replica(directory):
+    leaving = outcomes(directory, "leaving_client")["leaving_client"]
     assert leaving["left"] == "ReadTimeout"
     assert all(leaving["open"])
     for seconds, load in leaving["idle"]:
