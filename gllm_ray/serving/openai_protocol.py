@@ -5,6 +5,7 @@ clients send their defaults.
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -142,9 +143,9 @@ class GenerationParams(RequestSchema):
         return self.n or 1
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """See `SamplingParams.num_logprobs`."""
-        raise NotImplementedError
 
 
 class CompletionRequest(GenerationParams):
