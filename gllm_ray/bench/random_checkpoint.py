@@ -1,8 +1,7 @@
 """Checkpoints of random weights that any engine can serve, to compare their speed."""
 
 import json
-import shutil
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ _EOS_TOKEN_ID = 1  # of the demo model's tokenizer
 
 
 def write_random_checkpoint(shape: str, directory: Path, *, dtype: str, seed: int = 0) -> None:
-    """Write a model, the demo model's tokenizer, and `serve.yaml`: two stages of it on CPU.
+    """Write a model, a tokenizer, and `serve.yaml`: two stages of it on CPU.
 
     Args:
         shape: Of the model, one of `SHAPES`.
@@ -75,14 +74,22 @@ def write_random_checkpoint(shape: str, directory: Path, *, dtype: str, seed: in
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
     model.save_pretrained(directory)
-    _write_tokenizer(directory)
+    _write_tokenizer(directory, config.vocab_size)
     serve_file = yaml.safe_dump(_serve_file(shape, directory.resolve()), sort_keys=False)
     (directory / "serve.yaml").write_text(serve_file, encoding="utf-8")
 
 
-def _write_tokenizer(directory: Path) -> None:
-    with as_file(files("gllm_ray") / "demo" / "model" / "tokenizer.json") as path:
-        shutil.copy(path, directory)
+def _write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """The demo model's, with a word for each token that the model has and it has not.
+
+    A token without text could not be seen in a stream, and its latency not be measured.
+    """
+    demo = files("gllm_ray") / "demo" / "model" / "tokenizer.json"
+    tokenizer = json.loads(demo.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    words = range(len(vocabulary), vocab_size)
+    vocabulary |= {f"\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}{word}": word for word in words}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     # The class that all versions of transformers know.
     options = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(options), encoding="utf-8")

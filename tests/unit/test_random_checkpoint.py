@@ -27,6 +27,8 @@ def test_the_command_writes_a_checkpoint_that_transformers_reads_and_its_serve_f
     assert model.dtype == torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer.decode(tokenizer("def f(").input_ids) == "def f("
+    assert len(tokenizer) == model.config.vocab_size
+    assert tokenizer.decode([7000, 16383]) == " 7000 16383"
     assert tokenizer.eos_token_id == model.config.eos_token_id
     service = load_only_service(directory / "serve.yaml")
     assert service.model.path == str(directory)
