@@ -9,14 +9,13 @@ import sys
 import threading
 import time
 
-import ray
 from ray import serve
 
 from gllm_ray.demo.chat import get_json
-from gllm_ray.demo.serve_process import free_port
 from gllm_ray.serving.app import build_app
 from tests.e2e.redeploy import MODEL, Clients, count_stages
 from tests.e2e.two_replicas import count_placement_groups
+from tests.local_ray import local_serve
 
 LIMIT_S = 80
 
@@ -137,22 +136,10 @@ SCENARIOS = {"from_zero": from_zero, "with_redeploy": with_redeploy}
 
 def main():
     logging.disable(logging.INFO)
-    port = free_port()
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-    )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        outcome = SCENARIOS[sys.argv[1]](f"http://127.0.0.1:{port}")
+    with local_serve(num_cpus=8) as base_url:
+        outcome = SCENARIOS[sys.argv[1]](base_url)
         wait_until_freed(num_replicas=outcome["changes"][-1][1])
         print(json.dumps(outcome))  # noqa: T201
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 if __name__ == "__main__":

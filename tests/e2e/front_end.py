@@ -19,13 +19,12 @@ from pathlib import Path
 import httpx
 import openai
 import psutil
-import ray
 import yaml
 from ray import serve
 
 from gllm_ray.config import FRONT_END_NAME
-from gllm_ray.demo.serve_process import free_port
 from gllm_ray.serving.app import build_app
+from tests.local_ray import local_serve
 
 CONFIG = Path(__file__).parents[2] / "configs" / "two_models.yaml"
 NAME, MODEL, OTHER = "two-models", "demo", "demo-bfloat16"
@@ -296,22 +295,10 @@ SCENARIOS = {
 def main():
     deployment, *names = sys.argv[1:]
     logging.disable(logging.INFO)
-    port = free_port()
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-    )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+    with local_serve(num_cpus=4) as base_url:
         deploy(**json.loads(deployment))
-        api = Api(f"http://127.0.0.1:{port}")
+        api = Api(base_url)
         print(json.dumps({name: SCENARIOS[name](api) for name in names}))  # noqa: T201
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 if __name__ == "__main__":

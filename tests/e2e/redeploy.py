@@ -11,12 +11,11 @@ import time
 
 import openai
 import psutil
-import ray
 from ray import serve
 
 from gllm_ray.demo.chat import get_json
-from gllm_ray.demo.serve_process import free_port
 from gllm_ray.serving.app import build_app
+from tests.local_ray import local_serve
 
 NUM_STAGES = 1
 NUM_CLIENTS = 4
@@ -99,18 +98,8 @@ class Clients:
 def main():
     deployment = json.loads(sys.argv[1])
     logging.disable(logging.INFO)
-    port = free_port()
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-    )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+    with local_serve(num_cpus=8) as base_url:
         deploy(512, **deployment)
-        base_url = f"http://127.0.0.1:{port}"
         clients = Clients(base_url)
         clients.wait_for_outcomes()
         begun_s = time.monotonic()
@@ -126,9 +115,6 @@ def main():
             "requests": clients.outcomes,
         }
         print(json.dumps(outcome))  # noqa: T201
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ import time
 
 import httpx
 import psutil
-import ray
 from ray import serve
 from ray.util.placement_group import placement_group_table
 
-from gllm_ray.demo.serve_process import free_port
 from gllm_ray.messages import GenerationRequest
 from gllm_ray.serving.app import build_app
+from tests.local_ray import local_serve
 
 MODEL = "demo"
 # Odd numbers, so that no two replicas have counted the same.
@@ -105,20 +104,12 @@ def count_placement_groups():
 
 def main():
     logging.disable(logging.INFO)
-    port = free_port()
-    ray.init(
-        address="local",
-        num_cpus=1,  # all of it is reserved by two replicas
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-    )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+    # All CPUs are reserved by the two replicas.
+    with local_serve(num_cpus=1) as base_url:
         handle = deploy(sys.argv[1])
         call(handle.options(stream=True))
         called = count_hits(handle)
-        post(f"http://127.0.0.1:{port}")
+        post(base_url)
         posted = count_hits(handle)
         restart_s = lose_a_replica()
         outcome = {
@@ -128,9 +119,6 @@ def main():
             "num_placement_groups": count_placement_groups(),
         }
         print(json.dumps(outcome))  # noqa: T201
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ import ray
 from ray import serve
 
 from gllm_ray.config import FRONT_END_NAME
-from gllm_ray.demo.serve_process import free_port
 from gllm_ray.serving.app import build_app
 from tests.e2e.front_end import MODEL, NAME, kill, pids
 from tests.faults.moments import MOMENTS, complete_all, reach
 from tests.faults.replicas import DEMO_MODEL, check_nothing_is_left_behind
+from tests.local_ray import local_ray, started_serve
 
 LIMIT_S = 60
 
@@ -85,25 +85,12 @@ async def scenario(base_url: str) -> dict:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    port = free_port()
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-    )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        try:
+    with local_ray(num_cpus=4):
+        with started_serve() as base_url:
             deploy()
-            outcomes = asyncio.run(scenario(f"http://127.0.0.1:{port}"))
-        finally:
-            serve.shutdown()
+            outcomes = asyncio.run(scenario(base_url))
         check_nothing_is_left_behind()
         print(json.dumps(outcomes))  # noqa: T201
-    finally:
-        ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from gllm_ray.demo.serve_process import free_port
 from gllm_ray.serving.app import build_app
 from tests.faults.moments import MOMENTS, complete_all, load_of, reach
 from tests.faults.replicas import DEMO_MODEL, check_nothing_is_left_behind
+from tests.local_ray import started_serve
 from tests.ray.test_ray_pipeline import stage_processes
 
 NUM_STAGES = 2
@@ -98,15 +98,11 @@ def main() -> None:
             "redis_password": sys.argv[1],
         },
     )
-    port = free_port()
     try:
         ray.init(address=cluster.address, log_to_driver=False)
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        try:
+        with started_serve() as base_url:
             deploy()
-            outcomes = asyncio.run(scenario(cluster.head_node, f"http://127.0.0.1:{port}"))
-        finally:
-            serve.shutdown()
+            outcomes = asyncio.run(scenario(cluster.head_node, base_url))
         check_nothing_is_left_behind()
         print(json.dumps(outcomes))  # noqa: T201
     finally:

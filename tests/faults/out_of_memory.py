@@ -10,11 +10,11 @@ import os
 import sys
 
 import psutil
-import ray
 
 from tests.faults.api import serving
 from tests.faults.moments import complete_all, reach
 from tests.faults.replicas import check_nothing_is_left_behind, make_config
+from tests.local_ray import local_ray
 
 MOMENT = "streaming"
 LIMIT_BYTES, HOARD_BYTES = 2 * 2**30, 4 * 2**30  # beyond what is in use now
@@ -50,19 +50,10 @@ def main() -> None:
         "RAY_memory_monitor_refresh_ms": "100",
         "RAY_memory_usage_threshold": str(in_use + LIMIT_BYTES / memory.total),
     }
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-    )
-    try:
+    with local_ray(num_cpus=4):
         outcome = asyncio.run(scenario())
         check_nothing_is_left_behind()
         print(json.dumps(outcome))  # noqa: T201
-    finally:
-        ray.shutdown()
 
 
 if __name__ == "__main__":
