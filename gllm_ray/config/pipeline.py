@@ -7,6 +7,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from gllm_ray.config.byte_size import ByteSize
 from gllm_ray.strict_schema import StrictModel
 
+_MAX_AHEAD = 1  # micro-batches that a policy may want beside one for each stage
+
 
 def _list_to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
@@ -80,9 +82,11 @@ class PipelineConfig(StrictModel):
     placement_strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = Field(
         default="PACK", description="How Ray lays the replica's bundles over nodes."
     )
-    activation_transport: Literal["auto", "nccl", "gloo", "object_store"] = Field(
+    activation_transport: Literal["auto", "nccl", "cuda_ipc", "gloo", "object_store"] = Field(
         default="auto",
-        description="How hidden states travel; auto: nccl between whole GPUs, else gloo.",
+        description="How hidden states travel; cuda_ipc: within a GPU that neighbours share, gloo "
+        "between others. auto: nccl between whole GPUs, cuda_ipc where stages may share one, gloo "
+        "on cpu.",
     )
     max_in_flight: int | None = Field(
         default=None,
@@ -109,15 +113,6 @@ class PipelineConfig(StrictModel):
                 f"stages={{...}}: must list num_stages={self.num_stages} stages, not "
                 f"{len(self.stages)}"
             )
-        if self.activation_transport == "nccl" and self.device == "cpu":
-            raise ValueError(
-                "activation_transport='nccl': must be auto, gloo or object_store when device is cpu"
-            )
-        if self.activation_transport == "nccl" and self.gpus_per_stage < 1:
-            raise ValueError(
-                "activation_transport='nccl': must be auto, gloo or object_store when "
-                f"gpus_per_stage={self.gpus_per_stage} lets stages share a GPU"
-            )
         for key in ("accelerator_type", "gpus_per_stage"):
             value = getattr(self, key)
             if self.device == "cpu" and key in self.model_fields_set and value is not None:
@@ -130,6 +125,31 @@ class PipelineConfig(StrictModel):
                         f"stages[{index}].{key}={value!r}: must be left out when device is cpu"
                     )
         return self
+
+    @model_validator(mode="after")
+    def _check_transport(self) -> Self:
+        name, gpus = self.activation_transport, self.gpus_per_stage
+        if name in ("nccl", "cuda_ipc") and self.device == "cpu":
+            raise ValueError(
+                f"activation_transport={name!r}: must be auto, gloo or object_store when device is "
+                "cpu"
+            )
+        if name == "nccl" and gpus < 1:
+            raise ValueError(
+                "activation_transport='nccl': must be auto, cuda_ipc, gloo or object_store when "
+                f"gpus_per_stage={gpus} lets stages share a GPU"
+            )
+        if name == "cuda_ipc" and gpus == 1:
+            raise ValueError(
+                "activation_transport='cuda_ipc': must be auto, nccl, gloo or object_store when "
+                f"gpus_per_stage={gpus:g} gives each stage a GPU of its own"
+            )
+        return self
+
+    @property
+    def most_in_flight(self) -> int:
+        """Micro-batches in flight at most, whatever the policy."""
+        return (self.max_in_flight or self.num_stages + _MAX_AHEAD) + self.ring
 
     def stage(self, stage_id: int) -> StageConfig:
         """What a stage has, of its own or like all of them."""

@@ -110,11 +110,9 @@ class Stage:
                 self._inbound = self._outbound = ObjectStoreChannel()
             else:
                 if previous is not None:
-                    self._inbound = join_edge(
-                        self._transport, find_edge(previous), DOWNSTREAM, self._host
-                    )
+                    self._inbound = self._join(find_edge(previous), DOWNSTREAM)
                 if self._store is not None:
-                    self._outbound = join_edge(self._transport, self._store, UPSTREAM, self._host)
+                    self._outbound = self._join(self._store, UPSTREAM)
             self._last_batch_id = -1
             self._decoder = MetadataDecoder()
             self._stopwatch = self._new_stopwatch()
@@ -184,6 +182,10 @@ class Stage:
     def intervals(self) -> tuple[StepInterval, ...]:
         """When this stage computed its latest micro-batches, oldest first."""
         return self._stopwatch.intervals()
+
+    def _join(self, store: torch.distributed.TCPStore, end: int) -> ActivationChannel:
+        max_in_flight = self._config.pipeline.most_in_flight
+        return join_edge(self._transport, store, end, self._host, max_in_flight)
 
     def _new_stopwatch(self) -> Stopwatch:
         return Stopwatch(self._stage_id, event_type(self._config.pipeline.device))

@@ -14,8 +14,9 @@ from torch.distributed import ProcessGroupGloo, TCPStore
 
 from gllm_ray.config import PipelineConfig
 from gllm_ray.messages import EdgeAddress
+from gllm_ray.stages.shared_card import CudaCard, meet_on_card
 
-Transport = Literal["nccl", "gloo", "object_store"]
+Transport = Literal["nccl", "cuda_ipc", "gloo", "object_store"]
 
 UPSTREAM, DOWNSTREAM = 0, 1  # ranks of the two ends of an edge
 
@@ -175,8 +176,9 @@ def resolve_transport(pipeline: PipelineConfig) -> Transport:
     """The transport in force: `auto` never puts two ranks of NCCL on one GPU."""
     if pipeline.activation_transport != "auto":
         return pipeline.activation_transport
-    is_alone = pipeline.device == "cuda" and pipeline.gpus_per_stage == 1
-    return "nccl" if is_alone else "gloo"
+    if pipeline.device == "cpu":
+        return "gloo"
+    return "nccl" if pipeline.gpus_per_stage == 1 else "cuda_ipc"
 
 
 def host_edge(host: str) -> TCPStore:
@@ -190,19 +192,30 @@ def find_edge(address: EdgeAddress) -> TCPStore:
 
 
 def join_edge(
-    transport: Literal["nccl", "gloo"], store: TCPStore, end: int, host: str
+    transport: Literal["nccl", "cuda_ipc", "gloo"],
+    store: TCPStore,
+    end: int,
+    host: str,
+    max_in_flight: int,
 ) -> ActivationChannel:
     """Become one end of an edge; returns once data can pass.
 
     Args:
-        transport: What carries the hidden states.
+        transport: What carries the hidden states; with `cuda_ipc` gloo does where the two ends are
+            on different cards.
         store: The edge's rendezvous.
         end: `UPSTREAM` or `DOWNSTREAM`.
         host: Address of this node in the cluster.
+        max_in_flight: Micro-batches that the pipeline may hold.
 
     Raises:
         RuntimeError: The other end did not join in time.
     """
+    if transport == "cuda_ipc":
+        shared = meet_on_card(CudaCard(), store, end, max_in_flight)
+        if shared is not None:
+            return shared
+        transport = "gloo"
     device_type = "cuda" if transport == "nccl" else "cpu"
     channel = ProcessGroupChannel(_open_group(transport, store, end, host), end, device_type)
     # NCCL connects at its first transfer, which the first request must not wait for.

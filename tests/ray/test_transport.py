@@ -28,9 +28,9 @@ Edge = tuple[ActivationChannel, ActivationChannel]
 def join_gloo() -> Edge:
     store = host_edge(LOOPBACK)
     with ThreadPoolExecutor() as threads:
-        upstream = threads.submit(join_edge, "gloo", store, UPSTREAM, LOOPBACK)
-        address = EdgeAddress(LOOPBACK, store.port)
-        return join_edge("gloo", find_edge(address), DOWNSTREAM, LOOPBACK), upstream.result()
+        upstream = threads.submit(join_edge, "gloo", store, UPSTREAM, LOOPBACK, 1)
+        found = find_edge(EdgeAddress(LOOPBACK, store.port))
+        return join_edge("gloo", found, DOWNSTREAM, LOOPBACK, 1), upstream.result()
 
 
 @pytest.fixture(params=["gloo", "object_store"])
@@ -54,9 +54,10 @@ def make_large() -> torch.Tensor:
     ("given", "expected"),
     [
         ({}, "nccl"),
-        ({"gpus_per_stage": 0.5}, "gloo"),
+        ({"gpus_per_stage": 0.5}, "cuda_ipc"),
         ({"device": "cpu"}, "gloo"),
         ({"activation_transport": "gloo"}, "gloo"),
+        ({"gpus_per_stage": 0.5, "activation_transport": "gloo"}, "gloo"),
         ({"activation_transport": "object_store"}, "object_store"),
     ],
 )

@@ -96,6 +96,11 @@ MISTAKES = [
         "nccl",
         "='nccl': must be auto, gloo or object_store when device is cpu",
     ),
+    (
+        "pipeline.activation_transport",
+        "cuda_ipc",
+        "='cuda_ipc': must be auto, gloo or object_store when device is cpu",
+    ),
     ("pipeline", None, "=null: must be a mapping"),
     ("pipeline", [2], "=[2]: must be a mapping"),
     ("model.path", "", "='': must be text that is not empty"),
@@ -381,8 +386,18 @@ def test_nccl_needs_a_whole_gpu_for_each_stage():
     assert find_mistakes(ServiceConfig, args) == []
     pipeline["gpus_per_stage"] = 0.5
     (line,) = find_mistakes(ServiceConfig, args)
-    assert line.startswith("pipeline.activation_transport='nccl': must be auto, gloo or object_")
+    assert line.startswith("pipeline.activation_transport='nccl': must be auto, cuda_ipc, gloo or")
     assert "gpus_per_stage=0.5" in line
+
+
+def test_cuda_ipc_needs_a_gpu_that_stages_may_share():
+    pipeline = {"activation_transport": "cuda_ipc", "gpus_per_stage": 0.5}
+    args = {"model": {"path": "org/model"}, "pipeline": pipeline}
+    assert find_mistakes(ServiceConfig, args) == []
+    pipeline["gpus_per_stage"] = 1
+    (line,) = find_mistakes(ServiceConfig, args)
+    assert line.startswith("pipeline.activation_transport='cuda_ipc': must be auto, nccl, gloo or")
+    assert "gpus_per_stage=1" in line
 
 
 @pytest.mark.parametrize("option", ["enforce_eager", "compile"])

@@ -1,0 +1,195 @@
+"""Hidden states between two processes on one card: a copy within its memory, and no host's."""
+
+import logging
+from ast import literal_eval
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.distributed import TCPStore
+
+logger = logging.getLogger(__name__)
+
+# Plain numbers and bytes: what carries them need not pickle.
+SlotHandle = list[int | bytes | bool | str]
+
+_UPSTREAM = 0
+_PROBE = range(256)
+
+
+class Slot(Protocol):
+    """Memory that both ends of an edge hold, for one micro-batch.
+
+    Attributes:
+        memory: Its bytes.
+    """
+
+    memory: torch.Tensor
+
+    def note_written(self) -> None:
+        """Mark the end of what the upstream end has begun to write."""
+
+    def wait_until_written(self) -> None:
+        """Let what the downstream end does next begin after the latest mark."""
+
+
+class Card(Protocol):
+    """What two processes share.
+
+    Attributes:
+        device: How this process calls it.
+        identity: The same for processes that share it, and for no others.
+    """
+
+    device: torch.device
+    identity: str
+
+    def new_slot(self, num_bytes: int) -> tuple[Slot, SlotHandle]:
+        """Take memory, and tell how another process comes to hold it, too."""
+
+    def open_slot(self, handle: SlotHandle) -> Slot:
+        """Hold what another process has taken.
+
+        Raises:
+            RuntimeError: The card's driver refuses.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class _CudaSlot:
+    memory: torch.Tensor
+    written: torch.cuda.Event
+
+    def note_written(self) -> None:
+        self.written.record()
+
+    def wait_until_written(self) -> None:
+        self.written.wait()
+
+
+class CudaCard:
+    """The current GPU, by CUDA IPC."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.identity = str(torch.cuda.get_device_properties(self.device).uuid)
+
+    def new_slot(self, num_bytes: int) -> tuple[Slot, SlotHandle]:
+        """See `Card`."""
+        memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        written = torch.cuda.Event(interprocess=True)
+        # The first of the fields is this process's number of the device.
+        fields = memory.untyped_storage()._share_cuda_()[1:]
+        return _CudaSlot(memory, written), [written.ipc_handle(), *fields]
+
+    def open_slot(self, handle: SlotHandle) -> Slot:
+        """See `Card`."""
+        event_handle, *fields = handle
+        written = torch.cuda.Event.from_ipc_handle(self.device, event_handle)
+        storage = torch.UntypedStorage._new_shared_cuda(self.device.index, *fields)  # noqa: SLF001
+        memory = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
+        return _CudaSlot(memory, written)
+
+
+class SharedCardChannel:
+    """One end of an edge within a card; an `ActivationChannel`.
+
+    The upstream end writes to its slots in turn. It comes back to one when as many later
+    micro-batches were submitted as there are slots, and the scheduler submits the last of these
+    only when the pipeline is through with the first: so nothing has to tell that a slot was read.
+
+    Args:
+        card: What the two ends share.
+        num_slots: At least the number of micro-batches that can be in flight.
+    """
+
+    def __init__(self, card: Card, num_slots: int) -> None:
+        self._card = card
+        self._slots: list[Slot | None] = [None] * num_slots
+        self._next = 0
+
+    def send(self, batch_id: int, hidden: torch.Tensor) -> list[object]:
+        """Copy to the next slot; returns whose it is, which slot, and where, if that is new."""
+        index, self._next = self._next, (self._next + 1) % len(self._slots)
+        slot, handle = self._slots[index], None
+        if slot is None or slot.memory.nbytes < hidden.nbytes:
+            slot, handle = self._card.new_slot(1 << (hidden.nbytes - 1).bit_length())
+            self._slots[index] = slot
+        _view(slot, hidden).copy_(hidden)
+        slot.note_written()
+        return [batch_id, index, handle]
+
+    def receive(self, batch_id: int, carried: Sequence[object], hidden: torch.Tensor) -> None:
+        """Copy from the slot, on the current stream."""
+        sent_id, index, handle = carried
+        if sent_id != batch_id:
+            raise RuntimeError(f"the hidden states of micro-batch {sent_id} came instead")
+        if handle is not None:
+            self._slots[index] = self._card.open_slot(handle)
+        slot = self._slots[index]
+        slot.wait_until_written()
+        hidden.copy_(_view(slot, hidden))
+
+    def abort(self) -> None:
+        """Nothing waits here: what is carried was written before it was sent."""
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._slots = [None] * len(self._slots)
+
+
+def meet_on_card(card: Card, store: TCPStore, end: int, num_slots: int) -> SharedCardChannel | None:
+    """Become one end of an edge within a card, if both ends share it and it lets them.
+
+    Args:
+        card: This process's.
+        store: The edge's rendezvous.
+        end: 0 sends, 1 receives.
+        num_slots: See `SharedCardChannel`.
+
+    Returns:
+        None at both ends, if hidden states have to travel otherwise.
+    """
+    store.set(f"card of {end}", card.identity)
+    if store.get(f"card of {1 - end}").decode() != card.identity:
+        return None
+    channel = SharedCardChannel(card, num_slots)
+    expected = torch.tensor(_PROBE, dtype=torch.uint8, device=card.device)
+    why = _offer(channel, store, expected) if end == _UPSTREAM else _try(channel, store, expected)
+    if why:
+        logger.warning("stages of one card exchange hidden states over the host: %s", why)
+        return None
+    return channel
+
+
+def _offer(channel: SharedCardChannel, store: TCPStore, expected: torch.Tensor) -> str:
+    """Send the probe; returns why it does not work, if so."""
+    try:
+        carried: object = channel.send(0, expected)
+    except RuntimeError as error:
+        carried = str(error)
+    store.set("probe", repr(carried))
+    return store.get("verdict").decode()
+
+
+def _try(channel: SharedCardChannel, store: TCPStore, expected: torch.Tensor) -> str:
+    """Receive the probe; returns why it does not work, if so."""
+    carried = literal_eval(store.get("probe").decode())
+    why = carried if isinstance(carried, str) else _first_fault(channel, carried, expected)
+    store.set("verdict", why)
+    return why
+
+
+def _first_fault(channel: SharedCardChannel, carried: list[object], expected: torch.Tensor) -> str:
+    received = torch.zeros_like(expected)
+    try:
+        channel.receive(0, carried, received)
+        return "" if torch.equal(received, expected) else "other bytes came than were sent"
+    except RuntimeError as error:
+        return str(error) or type(error).__name__
+
+
+def _view(slot: Slot, hidden: torch.Tensor) -> torch.Tensor:
+    """The slot's memory as a tensor of that shape and type."""
+    return slot.memory[: hidden.nbytes].view(hidden.dtype).view(hidden.shape)
