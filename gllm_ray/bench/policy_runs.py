@@ -41,7 +41,7 @@ class Effort:
     """
 
     duration_s: float = 128.0
-    max_requests: int = 4096
+    max_requests: int = 16_384
     num_offline: int = 5000
     seeds: tuple[int, ...] = (0, 1, 2)
     capacity_ratio: float = 1.05
