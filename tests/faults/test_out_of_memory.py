@@ -17,6 +17,8 @@ def test_a_stage_that_ray_kills_for_its_memory_is_replaced_and_no_token_changes(
     assert outcome["answers"] == outcome["expected"]
     assert outcome["open"] == [0, 0]
     assert outcome["is_replaced"][1]
-    (cause,) = [line for line in log.splitlines() if CAUSE in line]
-    assert "memory" in cause
+    # Ray may kill another one before the memory of the first is free.
+    causes = [line for line in log.splitlines() if CAUSE in line]
+    assert causes
+    assert all("memory" in cause for cause in causes)
     assert RECOVERED in log
