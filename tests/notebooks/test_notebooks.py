@@ -1,7 +1,7 @@
 """The notebooks: each runs, stores no output, and defines nothing."""
 
 import ast
-import time
+import resource
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,7 +14,8 @@ from nbclient import NotebookClient
 
 REPOSITORY = Path(__file__).parents[2]
 NOTEBOOKS = sorted(REPOSITORY.glob("notebooks/*.ipynb"))
-TIMEOUT_S = 120
+PROCESSOR_LIMIT_S = 120  # of processor time, which does not depend on what else runs here
+HANGING_S = 600
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -53,18 +54,24 @@ def run(path):
     NotebookClient(
         nbformat.read(path, as_version=4),
         km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels),
-        timeout=TIMEOUT_S,
+        timeout=HANGING_S,
         resources={"metadata": {"path": str(path.parent)}},
     ).execute(cleanup_kc=True)
 
 
-@pytest.mark.timeout(TIMEOUT_S + 60)
+def processor_time_s():
+    """Of the children that have ended, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.timeout(HANGING_S + 60)
 @every_notebook
 def test_a_notebook_runs_in_its_time_and_leaves_no_process(path, mark, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    start_s = time.monotonic()
+    before_s = processor_time_s()
     run(path)
-    assert time.monotonic() - start_s < TIMEOUT_S
+    assert processor_time_s() - before_s < PROCESSOR_LIMIT_S
     _, alive = psutil.wait_procs(processes_marked(mark), timeout=10)
     assert not alive
 
