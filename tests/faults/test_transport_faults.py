@@ -55,7 +55,7 @@ def pipeline(ray_cluster, loop, faults):
     """One replica for all tests here: each leaves it repaired."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "StageActor", faulty_stage_actor(faults))
-        context = running(make_config(2, scheduler=SCHEDULER, step_timeout_s=2, calm_s=0.01))
+        context = running(make_config(2, scheduler=SCHEDULER, step_timeout_s=5, calm_s=0.01))
         yield loop.run(context.__aenter__())
         loop.run(context.__aexit__(None, None, None))
 
