@@ -168,7 +168,7 @@ def _offer(channel: SharedCardChannel, store: TCPStore, expected: torch.Tensor) 
     try:
         carried: object = channel.send(0, expected)
     except RuntimeError as error:
-        carried = str(error)
+        carried = _spell(error)
     store.set("probe", repr(carried))
     return store.get("verdict").decode()
 
@@ -187,7 +187,12 @@ def _first_fault(channel: SharedCardChannel, carried: list[object], expected: to
         channel.receive(0, carried, received)
         return "" if torch.equal(received, expected) else "other bytes came than were sent"
     except RuntimeError as error:
-        return str(error) or type(error).__name__
+        return _spell(error)
+
+
+def _spell(error: RuntimeError) -> str:
+    """Never empty, which would mean that all is well."""
+    return str(error) or type(error).__name__
 
 
 def _view(slot: Slot, hidden: torch.Tensor) -> torch.Tensor:

@@ -163,6 +163,15 @@ def test_neither_end_uses_a_card_whose_driver_refuses(
     }
 
 
+class FullCard(HostCard):
+    def new_slot(self, num_bytes: int) -> tuple[Slot, SlotHandle]:
+        raise RuntimeError
+
+
+def test_neither_end_uses_a_card_that_has_no_memory_left_and_does_not_say_so() -> None:
+    assert meet(FullCard(), HostCard()) == [None, None]
+
+
 def receive_elsewhere(port: int, num_batches: int) -> list[float]:
     """The downstream end, in another process; what it got, summed."""
     store = find_edge(EdgeAddress(LOOPBACK, port))
