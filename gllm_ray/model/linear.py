@@ -14,7 +14,8 @@ from gllm_ray.model.operators.build import cpu_description, load_operators
 # float32, 32 rows 0.9 to 1.0, 512 rows 1.1. Packed, they take 0.7, 0.7 and 1.0.
 _MAX_ROWS = 16
 _DTYPES = (torch.float32, torch.bfloat16)
-_BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "svebf16"}
+# Of CPUs with instructions for bfloat16 that torch uses and the operator does not.
+_BFLOAT16_FEATURES = {"amx_bf16", "bf16", "sve_bf16", "svebf16"}
 _INT8_MAX = 127
 _MIN_QUANTIZED_SHARE = 0.5
 # Weights are converted so many rows at a time, to need next to no memory beside them; a multiple
@@ -52,8 +53,8 @@ def speed_up_linears(model: nn.Module) -> None:
     """Let a model's linear layers use the C++ operator where it wins.
 
     It wins most with weights that are packed for it. Those stay as they are which another module
-    shares, or which packing would enlarge, and bfloat16 where the CPU has instructions for it:
-    torch multiplies many rows of these.
+    shares, or which packing would enlarge, and bfloat16 where the CPU has instructions for it that
+    only torch uses: torch multiplies many rows of these.
 
     Raises:
         OperatorsUnavailableError: The operator is not there.
@@ -65,7 +66,7 @@ def speed_up_linears(model: nn.Module) -> None:
         for module in model.modules()
         for parameter in module.parameters(recurse=False)
     )
-    has_bfloat16 = not _BFLOAT16_FEATURES.isdisjoint(cpu_description().split())
+    is_bfloat16_for_torch = _torch_multiplies_bfloat16_faster()
     for module in model.modules():
         if type(module) is Int8Linear:
             module.operator = operator
@@ -78,10 +79,11 @@ def speed_up_linears(model: nn.Module) -> None:
         ):
             module.operator = operator
             is_bfloat16 = module.weight.dtype is torch.bfloat16
-            is_left_alone = holders[id(module.weight)] > 1 or (is_bfloat16 and has_bfloat16)
+            is_for_torch = is_bfloat16 and is_bfloat16_for_torch
+            is_left_alone = holders[id(module.weight)] > 1 or is_for_torch
             panels = module.weight if is_left_alone else _pack(module.weight)
             if panels is module.weight:
-                module.max_rows = None if is_bfloat16 and not has_bfloat16 else _MAX_ROWS
+                module.max_rows = None if is_bfloat16 and not is_for_torch else _MAX_ROWS
                 module.__class__ = OperatorLinear
             else:
                 del module.weight
@@ -103,7 +105,8 @@ class PackedLinear(nn.Linear):
     """A linear layer whose weight lies in memory as the C++ operator reads it.
 
     Attributes:
-        panels: `[out_features / panel_size, in_features, panel_size]`.
+        panels: `[out_features / panel_size, in_features / n, panel_size, n]`, where `n` values of
+            a row, one or two, are multiplied at once.
     """
 
     @property
@@ -154,20 +157,26 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
     mapped file, whose pages are not held twice.
     """
     pack = load_operators().pack_linear
-    panel_size = pack(weight[:1]).shape[-1]
-    if len(weight) % panel_size:
+    shape = pack(weight[:1]).shape[1:]
+    if len(weight) % shape[1]:
         return weight
     if weight.data_ptr() % _ALIGNMENT_BYTES:
         return pack(weight)
     weight = weight.detach()
     for rows in weight.split(_CONVERTED_ROWS):
         rows.copy_(pack(rows).view_as(rows))
-    return weight.view(-1, weight.shape[1], panel_size)
+    return weight.view(-1, *shape)
 
 
 def _unpack(weight: torch.Tensor) -> torch.Tensor:
     """The weight `[out_features, in_features]`, whether it is in panels or not."""
-    return weight.mT.flatten(0, 1) if weight.dim() == 3 else weight
+    return weight.transpose(1, 2).flatten(2).flatten(0, 1) if weight.dim() == 4 else weight
+
+
+def _torch_multiplies_bfloat16_faster() -> bool:
+    features = set(cpu_description().split())
+    in_pairs = load_operators().pack_linear(torch.zeros(1, 2, dtype=torch.bfloat16)).shape[-1] == 2
+    return not features.isdisjoint(_BFLOAT16_FEATURES | (set() if in_pairs else {"avx512_bf16"}))
 
 
 def _quantize(module: nn.Linear) -> None:

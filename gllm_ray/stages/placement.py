@@ -85,4 +85,6 @@ def stage_environment(pipeline: PipelineConfig) -> dict[str, str]:
         "OMP_NUM_THREADS": str(num_cpu_threads(pipeline)),
         # Idle threads of one stage must not spin on the cores of another.
         "OMP_WAIT_POLICY": "PASSIVE",
+        # Weights and KV cache in large pages: reading them is not held up by address translation.
+        "THP_MEM_ALLOC_ENABLE": "1",
     }

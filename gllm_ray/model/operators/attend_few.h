@@ -9,37 +9,43 @@
 
 namespace {
 
+// Of a chunk's keys and values, so that two of them leave room in the first cache.
+constexpr int64_t kChunkBytes = 8192;
+
 // scores[row][key] = query[row] . keys[key], for `Rows` rows.
-template <int64_t Rows, typename T>
-void score_few(const float* query, const T* const* keys, int64_t count, int64_t width,
-               float* scores) {
+template <int64_t Rows, typename K, typename N>
+void score_few(const float* query, const K* const* keys, int64_t count, int64_t width,
+               const Upcoming<N>& upcoming, float* scores) {
   int64_t j = 0;
   for (; j + kTile <= count; j += kTile) {
+    for (int64_t i = 0; i < kTile; ++i) upcoming.fetch(j + i);
     Vec sums[Rows][kTile] = {};
     for (int64_t d = 0; d < width; d += kLanes) {
       Vec key[kTile];
       for (int64_t i = 0; i < kTile; ++i) key[i] = load(keys[j + i] + d);
       for (int64_t row = 0; row < Rows; ++row) {
         const Vec q = load(query + row * width + d);
-        for (int64_t i = 0; i < kTile; ++i) sums[row][i] += q * key[i];
+        for (int64_t i = 0; i < kTile; ++i) sums[row][i] = multiply_add<K>(q, key[i], sums[row][i]);
       }
     }
     for (int64_t row = 0; row < Rows; ++row) add_lanes<kTile>(sums[row], scores + row * kChunk + j);
   }
   for (; j < count; ++j) {
+    upcoming.fetch(j);
     Vec sums[Rows] = {};
     for (int64_t d = 0; d < width; d += kLanes) {
       const Vec key = load(keys[j] + d);
-      for (int64_t row = 0; row < Rows; ++row) sums[row] += load(query + row * width + d) * key;
+      for (int64_t row = 0; row < Rows; ++row)
+        sums[row] = multiply_add<K>(load(query + row * width + d), key, sums[row]);
     }
     for (int64_t row = 0; row < Rows; ++row) scores[row * kChunk + j] = sum(sums[row]);
   }
 }
 
 // output[row] = output[row] * decay[row] + weights[row] @ values, for `Rows` rows.
-template <int64_t Rows, typename T>
+template <int64_t Rows, typename T, typename N>
 void accumulate_few(const float* weights, const T* const* values, int64_t count, int64_t width,
-                    const float* decay, float* output) {
+                    const float* decay, const Upcoming<N>& upcoming, float* output) {
   auto columns = [&](auto vectors, int64_t d) {
     constexpr int64_t kVectors = decltype(vectors)::value;
     Vec sums[Rows][kVectors];
@@ -47,6 +53,7 @@ void accumulate_few(const float* weights, const T* const* values, int64_t count,
       for (int64_t v = 0; v < kVectors; ++v)
         sums[row][v] = load(output + row * width + d + v * kLanes) * decay[row];
     for (int64_t j = 0; j < count; ++j) {
+      if (d == 0) upcoming.fetch(j);
       Vec value[kVectors];
       for (int64_t v = 0; v < kVectors; ++v) value[v] = load(values[j] + d + v * kLanes);
       for (int64_t row = 0; row < Rows; ++row)
@@ -76,14 +83,15 @@ void for_row_pieces(int64_t num_rows, const Body& body) {
   }
 }
 
-// Turns a row's scores into weights; returns by how much earlier sums shrink.
-inline float soften(float* scores, int64_t count, float softcap, float& highest, float& total) {
+// Turns a row's products into weights; returns by how much earlier sums shrink.
+inline float soften(float* scores, int64_t count, const Problem& problem, float& highest,
+                    float& total) {
   const int64_t padded = round_up(count, kLanes);
   std::fill(scores + count, scores + padded, kNegInf);
   Vec most = fill(highest);
   for (int64_t j = 0; j < padded; j += kLanes) {
-    Vec score = load(scores + j);
-    if (softcap != 0) score = score > kLowest ? soft_cap(score, softcap) : score;
+    Vec score = load(scores + j) * problem.scale;
+    if (problem.softcap != 0) score = score > kLowest ? soft_cap(score, problem.softcap) : score;
     store(scores + j, score);
     most = larger(most, score);
   }
@@ -101,10 +109,37 @@ inline float soften(float* scores, int64_t count, float softcap, float& highest,
   return decay;
 }
 
-template <typename T>
-void attend_few(const Problem& problem, const Task& task, int64_t kv_head, Workspace& workspace) {
-  const int64_t rows = task.num_rows;
-  const int64_t key_width = round_up(problem.key_width, kLanes);
+// The queries as the keys are multiplied, in the memory of floats.
+template <typename K, typename T>
+void load_query(const Problem& problem, const T* from, int64_t width, float* query) {
+  if constexpr (std::is_same_v<K, Pair>)
+    std::memcpy(query, from, width * sizeof(float));
+  else
+    copy_rows(&from, 1, problem.key_width, width, query);
+}
+
+// Rows that do not fill whole vectors are copied, because reading past them is not safe.
+template <typename T, typename Body>
+void in_whole_vectors(const T* const* rows, int64_t count, int64_t width,
+                      std::vector<float>& buffer, const Body& body) {
+  const int64_t padded = round_up(width, kLanes);
+  if (width == padded) return body(rows);
+  if constexpr (!std::is_same_v<T, Pair>) {
+    const float* copies[kChunk];
+    float* copied = aligned(buffer, kChunk * padded);
+    copy_rows(rows, count, width, padded, copied);
+    for (int64_t j = 0; j < count; ++j) copies[j] = copied + j * padded;
+    body(static_cast<const float* const*>(copies));
+  }
+}
+
+// Attention of a task, while the first keys and values of the next one come to the cache.
+template <typename K, typename T>
+void attend_few_as(const Problem& problem, HeadTask current, const HeadTask* next,
+                   Workspace& workspace) {
+  const auto& [task, kv_head] = current;
+  const int64_t rows = task->num_rows, keys_width = problem.key_width * sizeof(T) / sizeof(K);
+  const int64_t key_width = round_up(keys_width, kLanes);
   const int64_t value_width = round_up(problem.value_width, kLanes);
   float* query = aligned(workspace.query, rows * key_width);
   float* scores = aligned(workspace.scores, rows * kChunk);
@@ -112,57 +147,70 @@ void attend_few(const Problem& problem, const Task& task, int64_t kv_head, Works
   float highest[kFewRows], total[kFewRows], decay[kFewRows];
   std::fill_n(output, rows * value_width, 0.0f);
   for (int64_t row = 0; row < rows; ++row) {
-    const T* from = query_row<T>(problem, task, kv_head, row);
-    copy_rows(&from, 1, problem.key_width, key_width, query + row * key_width);
-    for (int64_t d = 0; d < key_width; ++d) query[row * key_width + d] *= problem.scale;
-    const int64_t head = kv_head * problem.group + (task.first_row + row) % problem.group;
+    load_query<K>(problem, query_row<T>(problem, *task, kv_head, row), key_width,
+                  query + row * key_width);
+    const int64_t head = kv_head * problem.group + (task->first_row + row) % problem.group;
     highest[row] = problem.sinks ? problem.sinks[head] : kLowest;
     total[row] = problem.sinks ? 1 : 0;
   }
-  const int64_t end = position_of(problem, task, rows - 1) + 1;
-  Chunk<T> chunk;
-  int64_t first = first_seen(problem, position_of(problem, task, 0));
-  for (; first < end; first += kChunk) {
-    const int64_t count = std::min(kChunk, end - first);
-    find_chunk(problem, task, kv_head, first, count, chunk);
-    // Rows that do not fill whole vectors are copied, because reading past them is not safe.
-    auto in_whole_vectors = [&](const T* const* from, int64_t width, std::vector<float>& buffer,
-                                const auto& body) {
-      const int64_t padded = round_up(width, kLanes);
-      if (width == padded) return body(from);
-      const float* copies[kChunk];
-      float* copied = aligned(buffer, kChunk * padded);
-      copy_rows(from, count, width, padded, copied);
-      for (int64_t j = 0; j < count; ++j) copies[j] = copied + j * padded;
-      body(static_cast<const float* const*>(copies));
-    };
-    in_whole_vectors(chunk.keys, problem.key_width, workspace.keys, [&](auto keys) {
+  const int64_t row_bytes = (problem.key_width + problem.value_width) * sizeof(T);
+  const int64_t most = std::clamp(kChunkBytes / row_bytes / kLanes * kLanes, kLanes, kChunk);
+  const int64_t end = end_of(problem, *task);
+  int64_t first = begin_of(problem, *task);
+  Chunk<K, T> chunks[2];
+  Chunk<K, T>*chunk = &chunks[0], *upcoming = &chunks[1];
+  find_chunk(problem, *task, kv_head, first, end, most, *chunk);
+  for (; first < end; first += most, std::swap(chunk, upcoming)) {
+    upcoming->count = 0;
+    if (first + most < end)
+      find_chunk(problem, *task, kv_head, first + most, end, most, *upcoming);
+    else if (next)
+      find_chunk(problem, *next->task, next->kv_head, begin_of(problem, *next->task),
+                 end_of(problem, *next->task), most, *upcoming);
+    const int64_t count = chunk->count;
+    const Upcoming<K> next_keys{upcoming->keys, upcoming->count, keys_width};
+    const Upcoming<T> next_values{upcoming->values, upcoming->count, problem.value_width};
+    in_whole_vectors(chunk->keys, count, keys_width, workspace.keys, [&](auto keys) {
       for_row_pieces(rows, [&](auto piece, int64_t row) {
         score_few<piece.value>(query + row * key_width, keys, count, key_width,
-                               scores + row * kChunk);
+                               row == 0 ? next_keys : Upcoming<K>{}, scores + row * kChunk);
       });
     });
     for (int64_t row = 0; row < rows; ++row) {
       float* of_row = scores + row * kChunk;
-      const int64_t position = position_of(problem, task, row);
+      const int64_t position = position_of(problem, *task, row);
       const int64_t seen_from = std::clamp<int64_t>(first_seen(problem, position) - first, 0, count);
       const int64_t seen_to = std::clamp<int64_t>(position + 1 - first, 0, count);
       std::fill(of_row, of_row + seen_from, kNegInf);
       std::fill(of_row + seen_to, of_row + count, kNegInf);
-      decay[row] = soften(of_row, count, problem.softcap, highest[row], total[row]);
+      decay[row] = soften(of_row, count, problem, highest[row], total[row]);
     }
-    in_whole_vectors(chunk.values, problem.value_width, workspace.values, [&](auto values) {
+    in_whole_vectors(chunk->values, count, problem.value_width, workspace.values, [&](auto values) {
       for_row_pieces(rows, [&](auto piece, int64_t row) {
         accumulate_few<piece.value>(scores + row * kChunk, values, count, value_width, decay + row,
+                                    row == 0 ? next_values : Upcoming<T>{},
                                     output + row * value_width);
       });
     });
+    for (int64_t j = count; j < upcoming->count; ++j) {
+      next_keys.fetch(j);
+      next_values.fetch(j);
+    }
   }
   for (int64_t row = 0; row < rows; ++row) {
-    T* to = output_row<T>(problem, task, kv_head, row);
+    T* to = output_row<T>(problem, *task, kv_head, row);
     for (int64_t d = 0; d < problem.value_width; ++d)
       to[d] = static_cast<T>(output[row * value_width + d] / total[row]);
   }
+}
+
+template <typename T>
+void attend_few(const Problem& problem, HeadTask current, const HeadTask* next,
+                Workspace& workspace) {
+  if constexpr (kHasPairs && std::is_same_v<T, BFloat16>)
+    if (problem.key_width % (2 * kLanes) == 0)
+      return attend_few_as<Pair, T>(problem, current, next, workspace);
+  attend_few_as<T, T>(problem, current, next, workspace);
 }
 
 }  // namespace

@@ -94,11 +94,10 @@ void attend_many(const Problem& problem, const Task& task, int64_t kv_head, Work
     total[v] = load(start_total + v * kLanes);
   }
   const int64_t last = task.num_rows - 1;
-  Chunk<T> chunk;
+  Chunk<T, T> chunk;
   for (int64_t first = seen_from[0]; first < seen_to[last]; first += kChunk) {
-    const int64_t count = std::min<int64_t>(kChunk, seen_to[last] - first);
-    const int64_t padded = round_up(count, kTile);
-    find_chunk(problem, task, kv_head, first, count, chunk);
+    find_chunk(problem, task, kv_head, first, seen_to[last], kChunk, chunk);
+    const int64_t count = chunk.count, padded = round_up(count, kTile);
     copy_rows(chunk.keys, count, key_width, key_width, keys);
     copy_rows(chunk.values, count, problem.value_width, value_width, values);
     std::fill(keys + count * key_width, keys + padded * key_width, 0.0f);

@@ -11,8 +11,9 @@ namespace {
 
 constexpr int64_t kMaxVectors = kNumRegisters / 8;  // of rows; so kTile times as many sums fit
 constexpr int64_t kTile = 4;       // keys, value columns or rows whose sums are in registers
-constexpr int64_t kChunk = 64;     // keys between two updates of the softmax
+constexpr int64_t kChunk = 64;     // keys between two updates of the softmax, at most
 constexpr int64_t kFewRows = 12;   // up to which the lanes hold a head's width
+constexpr int64_t kCacheLine = 64;
 constexpr float kNegInf = -__builtin_inff();
 constexpr float kLowest = -1e30f;  // a running maximum before the first key
 
@@ -41,38 +42,57 @@ struct Task {
   int64_t num_rows;
 };
 
+// A task for one KV head.
+struct HeadTask {
+  const Task* task;
+  int64_t kv_head;
+};
+
 // What a thread computes with; sized by the largest task it has seen.
 struct Workspace {
   std::vector<float> query, keys, values, scores, output;
 };
 
-// The keys and values of up to `kChunk` positions, wherever their blocks lie, on their way to the
-// cache.
-template <typename T>
+// The keys and values of up to `kChunk` positions, wherever their blocks lie. Where the keys are
+// multiplied in pairs, `K` is `Pair`, else both are what the caches hold.
+template <typename K, typename T>
 struct Chunk {
-  const T* keys[kChunk];
+  const K* keys[kChunk];
   const T* values[kChunk];
+  int64_t count = 0;
 };
 
-template <typename T>
+template <typename K, typename T>
 void find_chunk(const Problem& problem, const Task& task, int64_t kv_head, int64_t first,
-                int64_t count, Chunk<T>& chunk) {
+                int64_t end, int64_t most, Chunk<K, T>& chunk) {
   const int64_t base = kv_head * problem.num_slots;
-  const T* keys = static_cast<const T*>(problem.keys) + base * problem.key_width;
+  const int64_t key_width = problem.key_width * sizeof(T) / sizeof(K);
+  const K* keys = static_cast<const K*>(problem.keys) + base * key_width;
   const T* values = static_cast<const T*>(problem.values) + base * problem.value_width;
   int64_t block = first / problem.block_size, offset = first % problem.block_size;
-  for (int64_t j = 0; j < count; ++block, offset = 0) {
+  chunk.count = std::min(most, end - first);
+  for (int64_t j = 0; j < chunk.count; ++block, offset = 0) {
     const int64_t slots = task.block_table[block] * problem.block_size;
-    for (; offset < problem.block_size && j < count; ++offset, ++j) {
-      chunk.keys[j] = keys + (slots + offset) * problem.key_width;
+    for (; offset < problem.block_size && j < chunk.count; ++offset, ++j) {
+      chunk.keys[j] = keys + (slots + offset) * key_width;
       chunk.values[j] = values + (slots + offset) * problem.value_width;
-      for (int64_t d = 0; d < problem.key_width; d += 64 / sizeof(T))
-        __builtin_prefetch(chunk.keys[j] + d);
-      for (int64_t d = 0; d < problem.value_width; d += 64 / sizeof(T))
-        __builtin_prefetch(chunk.values[j] + d);
     }
   }
 }
+
+// Rows that are brought to the cache while others are read, one with each of them: all at once
+// would wait for each other.
+template <typename T>
+struct Upcoming {
+  const T* const* rows;
+  int64_t count, width;
+
+  void fetch(int64_t j) const {
+    if (j >= count) return;
+    for (int64_t d = 0; d < width; d += kCacheLine / sizeof(T)) __builtin_prefetch(rows[j] + d);
+    asm volatile("");  // GCC removes calls of functions that only prefetch
+  }
+};
 
 // Copies rows as floats into a matrix of zeros that is `stride` wide.
 template <typename T>
@@ -107,6 +127,15 @@ inline int64_t position_of(const Problem& problem, const Task& task, int64_t row
 
 inline int64_t first_seen(const Problem& problem, int64_t position) {
   return problem.window == 0 ? 0 : std::max<int64_t>(0, position - problem.window + 1);
+}
+
+// The positions that the rows of a task see: from the first one's first to the last one's own.
+inline int64_t begin_of(const Problem& problem, const Task& task) {
+  return first_seen(problem, position_of(problem, task, 0));
+}
+
+inline int64_t end_of(const Problem& problem, const Task& task) {
+  return position_of(problem, task, task.num_rows - 1) + 1;
 }
 
 }  // namespace

@@ -20,19 +20,23 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <typename T, typename W>
+bool is_in_pairs(const Tensor& weight, int64_t depth) {
+  return kHasPairs && weight.scalar_type() == ScalarType::BFloat16 && depth % 2 == 0;
+}
+
+template <typename T, typename V, typename W>
 void run_as(Tensor& output, const Tensor& input, const Tensor& weight,
             const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, bool is_gated) {
-  const Problem<T, W> problem{
-      static_cast<const T*>(input.const_data_ptr()),
+  const Problem<T, V, W> problem{
+      static_cast<const V*>(input.const_data_ptr()),
       static_cast<const W*>(weight.const_data_ptr()),
       scales ? static_cast<const float*>(scales->const_data_ptr()) : nullptr,
       bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr,
       static_cast<T*>(output.mutable_data_ptr()),
       input.size(0),
-      input.size(1),
+      input.size(1) / static_cast<int64_t>(sizeof(V) / sizeof(T)),
       output.size(1),
-      weight.dim() == 3,
+      weight.dim() > 2,
       is_gated};
   run(problem);
 }
@@ -42,19 +46,24 @@ void run_as(Tensor& output, const Tensor& input, const Tensor& weight,
             const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, bool is_gated) {
   if (weight.scalar_type() == input.scalar_type()) {
     STD_TORCH_CHECK(!scales, "only int8 weights have scales");
-    return run_as<T, T>(output, input, weight, scales, bias, is_gated);
+    if constexpr (kHasPairs && std::is_same_v<T, BFloat16>)
+      if (is_in_pairs(weight, input.size(1)))
+        return run_as<T, Pair, Pair>(output, input, weight, scales, bias, is_gated);
+    return run_as<T, T, T>(output, input, weight, scales, bias, is_gated);
   }
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && scales &&
                       scales->scalar_type() == ScalarType::Float && scales->is_contiguous() &&
                       scales->numel() == output.size(1),
                   "weight must have the input's type, or be int8 with a scale for each column");
-  run_as<T, int8_t>(output, input, weight, scales, bias, is_gated);
+  run_as<T, T, int8_t>(output, input, weight, scales, bias, is_gated);
 }
 
 bool fits(const Tensor& weight, int64_t columns, int64_t depth) {
   if (weight.dim() == 2) return weight.size(0) == columns && weight.size(1) == depth;
-  return weight.dim() == 3 && weight.size(0) == round_up(columns, kPanel) / kPanel &&
-         weight.size(1) == depth && weight.size(2) == kPanel;
+  const int64_t together = is_in_pairs(weight, depth) ? 2 : 1;
+  return weight.dim() == 4 && weight.size(0) == round_up(columns, kPanel) / kPanel &&
+         weight.size(1) == depth / together && weight.size(2) == kPanel &&
+         weight.size(3) == together;
 }
 
 void linear(Tensor output, const Tensor& input, const Tensor& weight, std::optional<Tensor> scales,
@@ -78,18 +87,22 @@ void linear(Tensor output, const Tensor& input, const Tensor& weight, std::optio
 
 template <typename W>
 void pack_as(const Tensor& weight, Tensor& panels) {
-  pack_panels(static_cast<const W*>(weight.const_data_ptr()), weight.size(0), weight.size(1),
+  pack_panels(static_cast<const W*>(weight.const_data_ptr()), weight.size(0), panels.size(1),
               static_cast<W*>(panels.mutable_data_ptr()));
 }
 
+// [columns, depth] as [panels, steps, kPanel, values of a step].
 Tensor pack_linear(const Tensor& weight) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(),
                   "weight must be [columns, depth] and contiguous");
+  const int64_t depth = weight.size(1), together = is_in_pairs(weight, depth) ? 2 : 1;
   Tensor panels = torch::stable::new_empty(
-      weight, {round_up(weight.size(0), kPanel) / kPanel, weight.size(1), kPanel});
+      weight, {round_up(weight.size(0), kPanel) / kPanel, depth / together, kPanel, together});
   switch (weight.scalar_type()) {
     case ScalarType::Float: pack_as<float>(weight, panels); break;
-    case ScalarType::BFloat16: pack_as<BFloat16>(weight, panels); break;
+    case ScalarType::BFloat16:
+      together == 2 ? pack_as<Pair>(weight, panels) : pack_as<BFloat16>(weight, panels);
+      break;
     case ScalarType::Char: pack_as<int8_t>(weight, panels); break;
     default: STD_TORCH_CHECK(false, "weight must be float32, bfloat16 or int8");
   }

@@ -39,9 +39,10 @@ void transpose(Vec* rows) {
   }
 }
 
-// packed[k][i] = from[i][k] for `count` rows of `depth` values; zeros up to `Vectors` vectors.
+// packed[k][i] = from[i][k] for `count` rows of `depth` values; zeros up to `Vectors` vectors. Pairs
+// stay pairs, in the memory of a float each; the rest become floats.
 template <int64_t Vectors, typename V>
-void pack_as_floats(const V* from, int64_t count, int64_t depth, float* packed) {
+void pack_rows(const V* from, int64_t count, int64_t depth, float* packed) {
   for (int64_t first = 0; first < Vectors * kLanes; first += kLanes) {
     const V* rows = from + first * depth;
     const int64_t num_rows = std::clamp<int64_t>(count - first, 0, kLanes);
@@ -58,7 +59,7 @@ void pack_as_floats(const V* from, int64_t count, int64_t depth, float* packed) 
     }
     for (; k < depth; ++k)
       for (int64_t i = 0; i < kLanes; ++i)
-        to[k * Vectors * kLanes + i] = i < num_rows ? static_cast<float>(rows[i * depth + k]) : 0;
+        to[k * Vectors * kLanes + i] = i < num_rows ? to_lane(rows[i * depth + k]) : 0;
   }
 }
 
@@ -70,7 +71,7 @@ void pack_panels(const W* weight, int64_t columns, int64_t depth, W* panels) {
     const int64_t first = panel * kPanel, count = std::min(kPanel, columns - first);
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t j = 0; j < kPanel; ++j)
-        panels[k * kPanel + j] = j < count ? weight[(first + j) * depth + k] : W(0);
+        panels[k * kPanel + j] = j < count ? weight[(first + j) * depth + k] : W{};
   }
 }
 

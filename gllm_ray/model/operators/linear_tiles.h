@@ -20,9 +20,10 @@ constexpr int64_t kMinTaskSize = 16384;   // products
 constexpr int64_t kCacheLine = 64;
 static_assert(kTileRows <= kLanes);
 
-template <typename T, typename W>
+// `V` and `W` are both `Pair`, two bfloat16 a step, or neither is.
+template <typename T, typename V, typename W>
 struct Problem {
-  const T* input;       // [rows, depth]
+  const V* input;       // [rows, depth]
   const W* weight;      // [columns, depth], or panels of it
   const float* scales;  // [columns] by which the weight's rows are multiplied, or null
   const T* bias;        // [columns], or null
@@ -38,22 +39,24 @@ struct Fetch {
   int64_t step;
 };
 
-// sums[i][j] = sum_k tile[k][i] * panel[k][j]; keeps the panel as floats where `floats` is given.
-template <int64_t Rows, typename V>
-void multiply_tile(const float* tile, const V* panel, int64_t depth, Fetch fetch, float* floats,
+// sums[i][j] = sum_k tile[k][i] * panel[k][j]; keeps the panel as it is multiplied in `kept`, if
+// that is given and the panel is of another type.
+template <int64_t Rows, typename V, typename W>
+void multiply_tile(const float* tile, const W* panel, int64_t depth, Fetch fetch, float* kept,
                    float* sums) {
-  constexpr int64_t kStepLines = std::max<int64_t>(1, kPanel * sizeof(V) / kCacheLine);
+  constexpr int64_t kStepLines = std::max<int64_t>(1, kPanel * sizeof(W) / kCacheLine);
   Vec totals[Rows][kPanelVectors] = {};
   for (int64_t k = 0; k < depth; ++k, fetch.at += fetch.step) {
     Vec weight[kPanelVectors];
     for (int64_t v = 0; v < kPanelVectors; ++v) weight[v] = load(panel + k * kPanel + v * kLanes);
-    if (!std::is_same_v<V, float> && floats)
-      for (int64_t v = 0; v < kPanelVectors; ++v) store(floats + k * kPanel + v * kLanes, weight[v]);
+    if (!kIsMultiplied<W> && kept)
+      for (int64_t v = 0; v < kPanelVectors; ++v) store(kept + k * kPanel + v * kLanes, weight[v]);
     for (int64_t line = 0; line < kStepLines; ++line)
       __builtin_prefetch(fetch.at + line * kCacheLine, 0, 2);
     for (int64_t i = 0; i < Rows; ++i) {
-      const float value = tile[k * kLanes + i];
-      for (int64_t v = 0; v < kPanelVectors; ++v) totals[i][v] += value * weight[v];
+      const Vec value = fill(tile[k * kLanes + i]);
+      for (int64_t v = 0; v < kPanelVectors; ++v)
+        totals[i][v] = multiply_add<V>(value, weight[v], totals[i][v]);
     }
   }
   for (int64_t i = 0; i < Rows; ++i)
@@ -61,16 +64,16 @@ void multiply_tile(const float* tile, const V* panel, int64_t depth, Fetch fetch
 }
 
 // Calls `multiply_tile` with the number of rows, which the compiler must know.
-template <int64_t Rows, typename V>
-void multiply_rows(int64_t rows, const float* tile, const V* panel, int64_t depth, Fetch fetch,
-                   float* floats, float* sums) {
+template <int64_t Rows, typename V, typename W>
+void multiply_rows(int64_t rows, const float* tile, const W* panel, int64_t depth, Fetch fetch,
+                   float* kept, float* sums) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return multiply_rows<Rows - 1>(rows, tile, panel, depth, fetch, floats, sums);
-  multiply_tile<Rows>(tile, panel, depth, fetch, floats, sums);
+    if (rows < Rows) return multiply_rows<Rows - 1, V>(rows, tile, panel, depth, fetch, kept, sums);
+  multiply_tile<Rows, V>(tile, panel, depth, fetch, kept, sums);
 }
 
-template <typename T, typename W>
-void finish(const Problem<T, W>& problem, const float* sums, int64_t row, int64_t num_rows,
+template <typename T, typename V, typename W>
+void finish(const Problem<T, V, W>& problem, const float* sums, int64_t row, int64_t num_rows,
             int64_t column) {
   const int64_t count = std::min(kPanel, problem.columns - column);
   alignas(64) float scales[kPanel], bias[kPanel];
@@ -94,32 +97,33 @@ void finish(const Problem<T, W>& problem, const float* sums, int64_t row, int64_
 }
 
 // A panel of the weight by all rows, which are packed in `tiles`.
-template <typename T, typename W>
-void multiply_panel(const Problem<T, W>& problem, const float* tiles, int64_t num_tiles,
-                    int64_t index, float* floats) {
+template <typename T, typename V, typename W>
+void multiply_panel(const Problem<T, V, W>& problem, const float* tiles, int64_t num_tiles,
+                    int64_t index, float* kept) {
   alignas(64) float sums[kTileRows * kPanel];
   const int64_t depth = problem.depth, column = index * kPanel;
   const W* panel = problem.weight + column * depth;
   const auto* next = reinterpret_cast<const char*>(panel + kPanel * depth);
   const int64_t step = problem.is_packed ? (kPanel * sizeof(W) + num_tiles - 1) / num_tiles : 0;
   if (!problem.is_packed)
-    pack_as_floats<kPanelVectors>(panel, std::min(kPanel, problem.columns - column), depth, floats);
+    pack_rows<kPanelVectors>(panel, std::min(kPanel, problem.columns - column), depth, kept);
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     const int64_t row = tile * problem.rows / num_tiles;
     const int64_t num_rows = (tile + 1) * problem.rows / num_tiles - row;
     const Fetch fetch{next + tile * step * depth, step};
     const float* rows = tiles + tile * depth * kLanes;
-    if (problem.is_packed && (std::is_same_v<W, float> || tile == 0))
-      multiply_rows<kTileRows>(num_rows, rows, panel, depth, fetch,
-                               num_tiles > 1 ? floats : nullptr, sums);
+    if (problem.is_packed && (kIsMultiplied<W> || tile == 0))
+      multiply_rows<kTileRows, V>(num_rows, rows, panel, depth, fetch,
+                                  num_tiles > 1 ? kept : nullptr, sums);
     else
-      multiply_rows<kTileRows, float>(num_rows, rows, floats, depth, fetch, nullptr, sums);
+      multiply_rows<kTileRows, V>(num_rows, rows, static_cast<const float*>(kept), depth, fetch,
+                                  nullptr, sums);
     finish(problem, sums, row, num_rows, column);
   }
 }
 
-template <typename T, typename W>
-void run_group(const Problem<T, W>& problem) {
+template <typename T, typename V, typename W>
+void run_group(const Problem<T, V, W>& problem) {
   const int64_t depth = problem.depth;
   const int64_t num_tiles = round_up(problem.rows, kTileRows) / kTileRows;
   static thread_local std::vector<float> input_buffer;
@@ -127,8 +131,8 @@ void run_group(const Problem<T, W>& problem) {
   torch::stable::parallel_for(0, num_tiles, 4, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t row = tile * problem.rows / num_tiles;
-      pack_as_floats<1>(problem.input + row * depth, (tile + 1) * problem.rows / num_tiles - row,
-                        depth, tiles + tile * depth * kLanes);
+      pack_rows<1>(problem.input + row * depth, (tile + 1) * problem.rows / num_tiles - row,
+                   depth, tiles + tile * depth * kLanes);
     }
   });
   const int64_t num_panels = round_up(problem.columns, kPanel) / kPanel;
@@ -136,20 +140,20 @@ void run_group(const Problem<T, W>& problem) {
   const int64_t grain = std::max<int64_t>(1, kMinTaskSize / panel_products);
   torch::stable::parallel_for(0, num_panels, grain, [&](int64_t begin, int64_t end) {
     static thread_local std::vector<float> weight_buffer;
-    float* floats = aligned(weight_buffer, kPanel * depth);
+    float* kept = aligned(weight_buffer, kPanel * depth);
     for (int64_t index = begin; index < end; ++index)
-      multiply_panel(problem, tiles, num_tiles, index, floats);
+      multiply_panel(problem, tiles, num_tiles, index, kept);
   });
 }
 
-template <typename T, typename W>
-void run(const Problem<T, W>& problem) {
+template <typename T, typename V, typename W>
+void run(const Problem<T, V, W>& problem) {
   const int64_t tile_bytes = std::max<int64_t>(1, problem.depth * kLanes * sizeof(float));
   const int64_t most_rows = std::max<int64_t>(1, kGroupBytes / tile_bytes) * kTileRows;
   const int64_t num_groups = round_up(problem.rows, most_rows) / most_rows;
   for (int64_t group = 0; group < num_groups; ++group) {
     const int64_t row = group * problem.rows / num_groups;
-    Problem<T, W> part = problem;
+    Problem<T, V, W> part = problem;
     part.input += row * problem.depth;
     part.output += row * problem.columns;
     part.rows = (group + 1) * problem.rows / num_groups - row;

@@ -23,8 +23,10 @@ namespace {
 using torch::stable::Tensor;
 
 template <typename T>
-void attend(const Problem& problem, const Task& task, int64_t kv_head, Workspace& workspace) {
-  if (task.num_rows <= kFewRows) return attend_few<T>(problem, task, kv_head, workspace);
+void attend(const Problem& problem, HeadTask current, const HeadTask* next, Workspace& workspace) {
+  const auto& [of_heads, kv_head] = current;
+  const Task& task = *of_heads;
+  if (task.num_rows <= kFewRows) return attend_few<T>(problem, current, next, workspace);
   switch ((task.num_rows + kLanes - 1) / kLanes) {
     case 1: return attend_many<1, T>(problem, task, kv_head, workspace);
     case 2: return attend_many<2, T>(problem, task, kv_head, workspace);
@@ -57,8 +59,13 @@ void run(const Problem& problem, const std::vector<Task>& tasks, int64_t num_kv_
   const int64_t num_tasks = static_cast<int64_t>(tasks.size()) * num_kv_heads;
   torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
     static thread_local Workspace workspace;
-    for (int64_t index = begin; index < end; ++index)
-      attend<T>(problem, tasks[index / num_kv_heads], index % num_kv_heads, workspace);
+    auto at = [&](int64_t index) {
+      return HeadTask{&tasks[index / num_kv_heads], index % num_kv_heads};
+    };
+    for (int64_t index = begin; index < end; ++index) {
+      const HeadTask next = at(std::min(index + 1, end - 1));
+      attend<T>(problem, at(index), index + 1 < end ? &next : nullptr, workspace);
+    }
   });
 }
 

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -45,6 +46,18 @@ inline Vec load(const BFloat16* from) {
   return vec;
 }
 
+// Two values whose products with two others are added as one, where the CPU has an instruction for
+// that. Vectors of pairs have the type of those of floats.
+struct Pair {
+  BFloat16 first, second;
+};
+
+inline Vec load(const Pair* from) {
+  Vec vec;
+  std::memcpy(&vec, from, sizeof vec);
+  return vec;
+}
+
 inline Vec load(const int8_t* from) {
 #ifdef __AVX512F__
   return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
@@ -65,6 +78,42 @@ inline void store(BFloat16* to, Vec vec) {
   bits = vec == vec ? bits : UintVec{} + 0x7fc0;
   const HalfVec half = __builtin_convertvector(bits, HalfVec);
   std::memcpy(to, &half, sizeof half);
+}
+
+template <typename V>
+float to_lane(V value) {
+  return static_cast<float>(value);
+}
+
+template <>
+inline float to_lane(Pair value) {
+  float lane;
+  std::memcpy(&lane, &value, sizeof lane);
+  return lane;
+}
+
+#ifdef __AVX512BF16__
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+// Of types whose vectors are multiplied as they are loaded.
+template <typename V>
+constexpr bool kIsMultiplied = std::is_same_v<V, float> || std::is_same_v<V, Pair>;
+
+// sum + a * b, of floats or, if `V` is that, of pairs.
+template <typename V>
+Vec multiply_add(Vec a, Vec b, Vec sum) {
+  if constexpr (std::is_same_v<V, Pair>) {
+#ifdef __AVX512BF16__
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    static_assert(!kHasPairs);
+#endif
+  } else {
+    return sum + a * b;
+  }
 }
 
 inline Vec fill(float value) { return value - Vec{}; }  // costs nothing, as adding 0 would

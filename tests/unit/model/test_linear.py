@@ -48,7 +48,7 @@ def make_linear(depth, columns, *, bias, dtype, seed=0):
 @settings(deadline=None, max_examples=200)
 def test_outputs_are_those_of_torch(rows, depth, columns, bias, dtype, emulated, seed):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "cpu_description", lambda: "" if emulated else "avx512_bf16")
+        patch.setattr(linear, "cpu_description", lambda: "" if emulated else "amx_bf16")
         layer, plain = make_linear(depth, columns, bias=bias, dtype=dtype, seed=seed)
         inputs = torch.randn(1, rows, depth).to(dtype)
         output, expected = layer(inputs), plain.double()(inputs.double())
@@ -111,7 +111,7 @@ def test_a_weight_that_an_embedding_reads_too_stays_as_it_is(dtype):
     ("dtype", "features", "num_by_operator"),
     [
         (torch.float32, "avx2", 2),
-        (torch.bfloat16, "avx512f avx512_bf16", 2),
+        (torch.bfloat16, "avx512f amx_bf16", 2),
         (torch.bfloat16, "avx512f", 4),
     ],
 )
@@ -129,7 +129,7 @@ def test_torch_multiplies_many_rows_by_weights_that_are_not_packed_and_of_types_
 
 
 def test_weights_are_packed_unless_torch_multiplies_many_rows_faster(monkeypatch):
-    for features, dtypes in (("avx512_bf16", {torch.float32}), ("avx512f", set(linear._DTYPES))):
+    for features, dtypes in (("amx_bf16", {torch.float32}), ("avx512f", set(linear._DTYPES))):
         monkeypatch.setattr(linear, "cpu_description", lambda features=features: features)
         layers = [make_linear(16, 64, bias=False, dtype=dtype)[0] for dtype in linear._DTYPES]
         packed = {layer.panels.dtype for layer in layers if type(layer) is PackedLinear}
