@@ -109,15 +109,6 @@ inline float soften(float* scores, int64_t count, const Problem& problem, float&
   return decay;
 }
 
-// The queries as the keys are multiplied, in the memory of floats.
-template <typename K, typename T>
-void load_query(const Problem& problem, const T* from, int64_t width, float* query) {
-  if constexpr (std::is_same_v<K, Pair>)
-    std::memcpy(query, from, width * sizeof(float));
-  else
-    copy_rows(&from, 1, problem.key_width, width, query);
-}
-
 // Rows that do not fill whole vectors are copied, because reading past them is not safe.
 template <typename T, typename Body>
 void in_whole_vectors(const T* const* rows, int64_t count, int64_t width,
@@ -147,8 +138,8 @@ void attend_few_as(const Problem& problem, HeadTask current, const HeadTask* nex
   float highest[kFewRows], total[kFewRows], decay[kFewRows];
   std::fill_n(output, rows * value_width, 0.0f);
   for (int64_t row = 0; row < rows; ++row) {
-    load_query<K>(problem, query_row<T>(problem, *task, kv_head, row), key_width,
-                  query + row * key_width);
+    const auto* from = reinterpret_cast<const K*>(query_row<T>(problem, *task, kv_head, row));
+    copy_rows(&from, 1, keys_width, key_width, query + row * key_width);
     const int64_t head = kv_head * problem.group + (task->first_row + row) % problem.group;
     highest[row] = problem.sinks ? problem.sinks[head] : kLowest;
     total[row] = problem.sinks ? 1 : 0;

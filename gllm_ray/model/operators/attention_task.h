@@ -94,13 +94,13 @@ struct Upcoming {
   }
 };
 
-// Copies rows as floats into a matrix of zeros that is `stride` wide.
+// Copies rows, as floats if they are not of pairs, into a matrix of zeros that is `stride` wide.
 template <typename T>
 void copy_rows(const T* const* rows, int64_t count, int64_t width, int64_t stride, float* to) {
   for (int64_t j = 0; j < count; ++j, to += stride) {
     int64_t d = 0;
     for (; d + kLanes <= width; d += kLanes) store(to + d, load(rows[j] + d));
-    for (; d < width; ++d) to[d] = static_cast<float>(rows[j][d]);
+    for (; d < width; ++d) to[d] = to_lane(rows[j][d]);
     for (; d < stride; ++d) to[d] = 0;
   }
 }

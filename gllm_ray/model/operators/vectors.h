@@ -70,14 +70,30 @@ inline Vec load(const int8_t* from) {
 
 inline void store(float* to, Vec vec) { std::memcpy(to, &vec, sizeof vec); }
 
-// Rounds to the nearest, to even between two.
-inline void store(BFloat16* to, Vec vec) {
+// Rounds to the nearest bfloat16, to even between two.
+inline HalfVec to_half(Vec vec) {
+#ifdef __AVX512BF16__
+  return (HalfVec)_mm512_cvtneps_pbh((__m512)vec);
+#else
   UintVec bits;
   std::memcpy(&bits, &vec, sizeof bits);
   bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   bits = vec == vec ? bits : UintVec{} + 0x7fc0;
-  const HalfVec half = __builtin_convertvector(bits, HalfVec);
+  return __builtin_convertvector(bits, HalfVec);
+#endif
+}
+
+inline void store(BFloat16* to, Vec vec) {
+  const HalfVec half = to_half(vec);
   std::memcpy(to, &half, sizeof half);
+}
+
+inline Vec to_pairs(HalfVec first, HalfVec second) {
+  const UintVec bits =
+      __builtin_convertvector(first, UintVec) | __builtin_convertvector(second, UintVec) << 16;
+  Vec vec;
+  std::memcpy(&vec, &bits, sizeof vec);
+  return vec;
 }
 
 template <typename V>
