@@ -20,20 +20,30 @@ def comparisons(results: Sequence[Result], latencies: Sequence[str]) -> str:
     if len(results) == 1:
         return _comparison(results[0], latencies)
     names = list(dict.fromkeys(name for each in results for name in _ratio_names(each, latencies)))
-    services = list(dict.fromkeys(map(_services, results)))
+    settings = _settings(results)
+    services = list(dict.fromkeys(settings))
     rows = [
         [
-            str(services.index(_services(result)) + 1),
+            str(services.index(setting) + 1),
             load_text(result["load"]),
             str(len(result["pairs"])),
             *(_median_and_span(result["ratios"].get(name)) for name in names),
         ]
-        for result in results
+        for result, setting in zip(results, settings, strict=True)
     ]
     table = markdown_table(
         ["services", "load", "pairs", *(f"{_title(each, '')} A/B" for each in names)], rows
     )
     return "\n\n".join([*(f"{i}. {each}" for i, each in enumerate(services, 1)), table])
+
+
+def _settings(results: Sequence[Result]) -> list[str]:
+    """The services of each, and on what hardware they ran if not all on the same."""
+    hardware = [result["machine"]["hardware"] for result in results]
+    names = (
+        [""] * len(results) if len(set(hardware)) == 1 else [f"; on {each}" for each in hardware]
+    )
+    return [_services(result) + name for result, name in zip(results, names, strict=True)]
 
 
 def _ratio_names(result: Result, latencies: Sequence[str]) -> list[str]:

@@ -183,6 +183,20 @@ def test_of_several_comparisons_each_is_a_row_of_its_ratios(tmp_path, capsys):
     ]
 
 
+def test_comparisons_on_different_hardware_tell_which(tmp_path, capsys):
+    pairs = [Pair(run(1.0), run(2.0))]
+    files = [
+        write_comparison(
+            tmp_path / f"{name}.json", pairs, machine=COMMON["machine"] | {"hardware": name}
+        )
+        for name in ("one CPU", "another")
+    ]
+    rows, lines = table_of(capsys, *files, "--percentile-metrics", "e2el")
+    assert lines[0] == "1. A: `ours`; B: `peer`; on one CPU"
+    assert "2. A: `ours`; B: `peer`; on another" in lines
+    assert [row[0] for row in rows[1:]] == ["1", "2"]
+
+
 @pytest.mark.parametrize("text", ["{}", "no JSON", '{"format": "gllm_ray.bench.v0"}'])
 def test_what_is_no_result_has_no_table(tmp_path, capsys, text):
     file = tmp_path / "other.json"

@@ -9,8 +9,7 @@
 
 namespace {
 
-// Of a chunk's keys and values, so that two of them leave room in the first cache.
-constexpr int64_t kChunkBytes = 8192;
+constexpr int64_t kChunkBytes = 8192;  // of keys and values, so that two chunks fit the first cache
 
 // scores[row][key] = query[row] . keys[key], for `Rows` rows.
 template <int64_t Rows, typename K, typename N>
@@ -124,26 +123,75 @@ void in_whole_vectors(const T* const* rows, int64_t count, int64_t width,
   }
 }
 
+// The rows of a task, and what the chunks so far made of them.
+struct FewRows {
+  int64_t count, key_width, value_width;  // widths in whole vectors
+  float *query, *scores, *output;
+  float highest[kFewRows], total[kFewRows], decay[kFewRows];
+};
+
+template <typename K, typename T>
+void start_rows(const Problem& problem, HeadTask current, Workspace& workspace, FewRows& rows) {
+  const auto& [task, kv_head] = current;
+  const int64_t key_width = problem.key_width * sizeof(T) / sizeof(K);
+  rows.count = task->num_rows;
+  rows.key_width = round_up(key_width, kLanes);
+  rows.value_width = round_up(problem.value_width, kLanes);
+  rows.query = aligned(workspace.query, rows.count * rows.key_width);
+  rows.scores = aligned(workspace.scores, rows.count * kChunk);
+  rows.output = aligned(workspace.output, rows.count * rows.value_width);
+  std::fill_n(rows.output, rows.count * rows.value_width, 0.0f);
+  for (int64_t row = 0; row < rows.count; ++row) {
+    const auto* from = reinterpret_cast<const K*>(query_row<T>(problem, *task, kv_head, row));
+    copy_rows(&from, 1, key_width, rows.key_width, rows.query + row * rows.key_width);
+    const int64_t head = kv_head * problem.group + (task->first_row + row) % problem.group;
+    rows.highest[row] = problem.sinks ? problem.sinks[head] : kLowest;
+    rows.total[row] = problem.sinks ? 1 : 0;
+  }
+}
+
+// What the rows see of a chunk from position `first` on, while another comes to the cache.
+template <typename K, typename T>
+void attend_chunk(const Problem& problem, const Task& task, int64_t first, const Chunk<K, T>& chunk,
+                  const Chunk<K, T>& upcoming, Workspace& workspace, FewRows& rows) {
+  const int64_t count = chunk.count, key_width = problem.key_width * sizeof(T) / sizeof(K);
+  const Upcoming<K> next_keys{upcoming.keys, upcoming.count, key_width};
+  const Upcoming<T> next_values{upcoming.values, upcoming.count, problem.value_width};
+  in_whole_vectors(chunk.keys, count, key_width, workspace.keys, [&](auto keys) {
+    for_row_pieces(rows.count, [&](auto piece, int64_t row) {
+      score_few<piece.value>(rows.query + row * rows.key_width, keys, count, rows.key_width,
+                             row == 0 ? next_keys : Upcoming<K>{}, rows.scores + row * kChunk);
+    });
+  });
+  for (int64_t row = 0; row < rows.count; ++row) {
+    float* scores = rows.scores + row * kChunk;
+    const int64_t position = position_of(problem, task, row);
+    const int64_t seen_from = std::clamp<int64_t>(first_seen(problem, position) - first, 0, count);
+    const int64_t seen_to = std::clamp<int64_t>(position + 1 - first, 0, count);
+    std::fill(scores, scores + seen_from, kNegInf);
+    std::fill(scores + seen_to, scores + count, kNegInf);
+    rows.decay[row] = soften(scores, count, problem, rows.highest[row], rows.total[row]);
+  }
+  in_whole_vectors(chunk.values, count, problem.value_width, workspace.values, [&](auto values) {
+    for_row_pieces(rows.count, [&](auto piece, int64_t row) {
+      accumulate_few<piece.value>(rows.scores + row * kChunk, values, count, rows.value_width,
+                                  rows.decay + row, row == 0 ? next_values : Upcoming<T>{},
+                                  rows.output + row * rows.value_width);
+    });
+  });
+  for (int64_t j = count; j < upcoming.count; ++j) {
+    next_keys.fetch(j);
+    next_values.fetch(j);
+  }
+}
+
 // Attention of a task, while the first keys and values of the next one come to the cache.
 template <typename K, typename T>
 void attend_few_as(const Problem& problem, HeadTask current, const HeadTask* next,
                    Workspace& workspace) {
   const auto& [task, kv_head] = current;
-  const int64_t rows = task->num_rows, keys_width = problem.key_width * sizeof(T) / sizeof(K);
-  const int64_t key_width = round_up(keys_width, kLanes);
-  const int64_t value_width = round_up(problem.value_width, kLanes);
-  float* query = aligned(workspace.query, rows * key_width);
-  float* scores = aligned(workspace.scores, rows * kChunk);
-  float* output = aligned(workspace.output, rows * value_width);
-  float highest[kFewRows], total[kFewRows], decay[kFewRows];
-  std::fill_n(output, rows * value_width, 0.0f);
-  for (int64_t row = 0; row < rows; ++row) {
-    const auto* from = reinterpret_cast<const K*>(query_row<T>(problem, *task, kv_head, row));
-    copy_rows(&from, 1, keys_width, key_width, query + row * key_width);
-    const int64_t head = kv_head * problem.group + (task->first_row + row) % problem.group;
-    highest[row] = problem.sinks ? problem.sinks[head] : kLowest;
-    total[row] = problem.sinks ? 1 : 0;
-  }
+  FewRows rows;
+  start_rows<K, T>(problem, current, workspace, rows);
   const int64_t row_bytes = (problem.key_width + problem.value_width) * sizeof(T);
   const int64_t most = std::clamp(kChunkBytes / row_bytes / kLanes * kLanes, kLanes, kChunk);
   const int64_t end = end_of(problem, *task);
@@ -158,40 +206,12 @@ void attend_few_as(const Problem& problem, HeadTask current, const HeadTask* nex
     else if (next)
       find_chunk(problem, *next->task, next->kv_head, begin_of(problem, *next->task),
                  end_of(problem, *next->task), most, *upcoming);
-    const int64_t count = chunk->count;
-    const Upcoming<K> next_keys{upcoming->keys, upcoming->count, keys_width};
-    const Upcoming<T> next_values{upcoming->values, upcoming->count, problem.value_width};
-    in_whole_vectors(chunk->keys, count, keys_width, workspace.keys, [&](auto keys) {
-      for_row_pieces(rows, [&](auto piece, int64_t row) {
-        score_few<piece.value>(query + row * key_width, keys, count, key_width,
-                               row == 0 ? next_keys : Upcoming<K>{}, scores + row * kChunk);
-      });
-    });
-    for (int64_t row = 0; row < rows; ++row) {
-      float* of_row = scores + row * kChunk;
-      const int64_t position = position_of(problem, *task, row);
-      const int64_t seen_from = std::clamp<int64_t>(first_seen(problem, position) - first, 0, count);
-      const int64_t seen_to = std::clamp<int64_t>(position + 1 - first, 0, count);
-      std::fill(of_row, of_row + seen_from, kNegInf);
-      std::fill(of_row + seen_to, of_row + count, kNegInf);
-      decay[row] = soften(of_row, count, problem, highest[row], total[row]);
-    }
-    in_whole_vectors(chunk->values, count, problem.value_width, workspace.values, [&](auto values) {
-      for_row_pieces(rows, [&](auto piece, int64_t row) {
-        accumulate_few<piece.value>(scores + row * kChunk, values, count, value_width, decay + row,
-                                    row == 0 ? next_values : Upcoming<T>{},
-                                    output + row * value_width);
-      });
-    });
-    for (int64_t j = count; j < upcoming->count; ++j) {
-      next_keys.fetch(j);
-      next_values.fetch(j);
-    }
+    attend_chunk(problem, *task, first, *chunk, *upcoming, workspace, rows);
   }
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = 0; row < rows.count; ++row) {
     T* to = output_row<T>(problem, *task, kv_head, row);
     for (int64_t d = 0; d < problem.value_width; ++d)
-      to[d] = static_cast<T>(output[row * value_width + d] / total[row]);
+      to[d] = static_cast<T>(rows.output[row * rows.value_width + d] / rows.total[row]);
   }
 }
 

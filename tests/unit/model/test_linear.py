@@ -1,5 +1,7 @@
 """Linear layers by the C++ operator compute what torch's compute."""
 
+from unittest.mock import ANY
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,11 @@ from gllm_ray.model.linear import (
     quantize_linears,
     speed_up_linears,
 )
-from gllm_ray.model.operators.build import OperatorsUnavailableError, load_operators
+from gllm_ray.model.operators.build import (
+    OperatorsUnavailableError,
+    cpu_description,
+    load_operators,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,6 +140,17 @@ def test_weights_are_packed_unless_torch_multiplies_many_rows_faster(monkeypatch
         layers = [make_linear(16, 64, bias=False, dtype=dtype)[0] for dtype in linear._DTYPES]
         packed = {layer.panels.dtype for layer in layers if type(layer) is PackedLinear}
         assert packed == dtypes
+
+
+@pytest.mark.skipif(
+    "avx512_bf16" not in cpu_description() or "amx_bf16" in cpu_description(),
+    reason="this CPU cannot multiply pairs of bfloat16, or torch does it faster",
+)
+def test_bfloat16_is_packed_in_pairs_where_the_cpu_multiplies_them():
+    for dtype, together in ((torch.bfloat16, 2), (torch.float32, 1)):
+        layer, _ = make_linear(16, 64, bias=False, dtype=dtype)
+        assert layer.panels.shape == (64 / layer.panels.shape[2], 16 / together, ANY, together)
+    assert make_linear(15, 64, bias=False, dtype=torch.bfloat16)[0].panels.shape[-1] == 1
 
 
 def test_only_plain_linears_of_known_types_change():
