@@ -3,7 +3,8 @@
 // The query heads that share a KV head are rows of one problem, so keys and values are read once
 // for all of them. Softmax is online (Milakov and Gimelshein, 2018), over chunks of keys, in
 // float. A task is one KV head and some rows of one sequence. Few rows (a decode) put the width of
-// a head into the lanes of a vector; many rows (a prefill chunk) put the rows there.
+// a head into the lanes of a vector; many rows (a prefill chunk) put the rows there, and round
+// their probabilities to bfloat16 where that is the caches' type and the CPU multiplies pairs.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

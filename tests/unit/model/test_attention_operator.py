@@ -67,10 +67,19 @@ def test_operator_equals_reference_in_bfloat16(case, operator):
     compare(Problem(case, torch.bfloat16, scale=case.key_width**-0.5), operator, 6e-2)
 
 
-def test_operator_is_nearer_to_the_definition_than_bfloat16_can_tell(operator):
-    problem = Problem(MIXED, torch.bfloat16, scale=0.125)
+def test_decodes_are_nearer_to_the_definition_than_bfloat16_can_tell(operator):
+    decodes = [(start, count) for start, count in MIXED.sequences if count == 1]
+    problem = Problem(replace(MIXED, sequences=decodes), torch.bfloat16, scale=0.125)
     error = (problem.paged(operator.attend).double() - problem.dense()).abs()
     assert (error <= 2**-8 * problem.dense().abs() + 1e-6).all()
+
+
+def test_chunks_err_by_no_more_than_the_rounding_of_probabilities_and_outputs(operator):
+    problem = Problem(MIXED, torch.bfloat16, scale=0.125)
+    output, exact = problem.paged(operator.attend).double(), problem.dense()
+    problem.values = [values.abs() for values in problem.values]
+    rounding = 2**-8 * (exact.abs() + problem.dense())
+    assert ((output - exact).abs() <= rounding + 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
