@@ -116,12 +116,12 @@ def test_a_weight_that_an_embedding_reads_too_stays_as_it_is(dtype):
 @pytest.mark.parametrize(
     ("dtype", "features", "num_by_operator"),
     [
-        (torch.float32, "avx2", 2),
+        (torch.float32, "avx2 amx_bf16", 4),
         (torch.bfloat16, "avx512f amx_bf16", 2),
         (torch.bfloat16, "avx512f", 4),
     ],
 )
-def test_torch_multiplies_many_rows_by_weights_that_are_not_packed_and_of_types_the_cpu_knows(
+def test_torch_multiplies_many_rows_of_a_type_that_the_cpu_knows_and_the_operator_does_not(
     dtype, features, num_by_operator, monkeypatch
 ):
     monkeypatch.setattr(linear, "cpu_description", lambda: f"x86_64\nflags\t: fpu {features}")
