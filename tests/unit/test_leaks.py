@@ -6,6 +6,7 @@ from collections import Counter
 
 import psutil
 import torch
+from torch import nn
 
 from gllm_ray.assembly.engines import build_engine
 from gllm_ray.engine.client import EngineClient
@@ -33,7 +34,10 @@ class Snapshot:
         kinds = (type(item) for item in objects)
         self.by_type = Counter(kind for kind in kinds if str(kind.__module__).startswith(MODULES))
         del self.by_type[StepInterval]  # the stages keep a window of the latest
-        self.tensor_bytes = sum(t.nbytes for t in objects if isinstance(t, torch.Tensor))
+        # Tensors of subclasses are those of other tests, and some have no size.
+        self.tensor_bytes = sum(
+            item.nbytes for item in objects if type(item) in (torch.Tensor, nn.Parameter)
+        )
         self.rss_bytes = psutil.Process().memory_info().rss
 
 
