@@ -311,3 +311,17 @@ class EdgeAddress(NamedTuple):
 
     host: str
     port: int
+
+
+class InboxAddress(NamedTuple):
+    """Where messages to a process of the pipeline go; see `stages.inbox.Inbox`.
+
+    Attributes:
+        host: Of its node.
+        port: There.
+        public_key: Whoever knows it may write.
+    """
+
+    host: str
+    port: int
+    public_key: bytes

@@ -16,8 +16,8 @@ from gllm_ray.config import ServiceConfig, parse_service_config
 from gllm_ray.interfaces import Pipeline
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
 from gllm_ray.stages.placement import start_stage
-from gllm_ray.stages.ray_pipeline import (
-    RayPipeline,
+from gllm_ray.stages.ray_pipeline import RayPipeline
+from gllm_ray.stages.stage_group import (
     StageGroup,
     connect_stages,
     start_stage_group,
@@ -123,9 +123,8 @@ class RayStages:
             self.group = await start_stage_group(self.config, self._placement_group)
         else:
             stages = await asyncio.gather(*map(self._revive, range(len(self.group.stages))))
-            epoch = self.group.epoch + 1
-            await connect_stages(stages, epoch)
-            self.group = replace(self.group, stages=tuple(stages), epoch=epoch)
+            group = replace(self.group, stages=tuple(stages), epoch=self.group.epoch + 1)
+            self.group = await connect_stages(group)
         return RayPipeline(self.group)
 
     def stop(self) -> None:

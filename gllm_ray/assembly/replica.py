@@ -16,8 +16,8 @@ from gllm_ray.engine.journal import JournaledEndpoint
 from gllm_ray.engine.recovery import CrashLoop
 from gllm_ray.errors import GllmRayError, PipelineError, SchedulerLostError
 from gllm_ray.messages import EngineLoad, GenerationRequest, OpenRequest, TokenEvent
-from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group, stop_stages
 from gllm_ray.stages.repair import RepairTimes, StageKeeper
+from gllm_ray.stages.stage_group import StageGroup, start_stage_group, stop_stages
 from gllm_ray.stages.supervised_pipeline import Fault
 from gllm_ray.stages.timeline import PhaseClock
 

@@ -10,7 +10,7 @@ from gllm_ray.engine.garbage import relax_garbage_collector
 from gllm_ray.engine.supervisor import Supervisor
 from gllm_ray.errors import PipelineError
 from gllm_ray.messages import EngineLoad, GenerationRequest, OpenRequest
-from gllm_ray.stages.ray_pipeline import StageGroup
+from gllm_ray.stages.stage_group import StageGroup
 from gllm_ray.stages.supervised_pipeline import Fault, SupervisedPipeline
 
 

@@ -22,7 +22,7 @@ from gllm_ray.engine.client import EngineClient
 from gllm_ray.errors import PipelineError
 from gllm_ray.messages import MicroBatch
 from gllm_ray.stages.ray_errors import ask
-from gllm_ray.stages.ray_pipeline import StageGroup, start_stage_group, stop_stages
+from gllm_ray.stages.stage_group import StageGroup, start_stage_group, stop_stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

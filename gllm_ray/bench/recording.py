@@ -12,7 +12,8 @@ from gllm_ray.engine.garbage import relax_garbage_collector
 from gllm_ray.interfaces import Pipeline
 from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult, TokenEvent
 from gllm_ray.scheduling.load import StepLoad
-from gllm_ray.stages.ray_pipeline import RayPipeline, StageGroup
+from gllm_ray.stages.ray_pipeline import RayPipeline
+from gllm_ray.stages.stage_group import StageGroup
 
 
 class RecordedStep(NamedTuple):

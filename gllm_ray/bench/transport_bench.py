@@ -19,7 +19,8 @@ from gllm_ray.config import ServiceConfig, parse_service_config
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence, StepInterval
 from gllm_ray.simulation.report import Summary
 from gllm_ray.stages.placement import stage_environment
-from gllm_ray.stages.ray_pipeline import RayPipeline, StageGroup, connect_stages, stop_stages
+from gllm_ray.stages.ray_pipeline import RayPipeline
+from gllm_ray.stages.stage_group import StageGroup, connect_stages, stop_stages
 
 TRANSPORTS = ("gloo", "object_store")
 _NUM_WARMUPS = 5

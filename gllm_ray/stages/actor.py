@@ -1,12 +1,13 @@
 """A `Stage` as a Ray actor."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import ray
 
 from gllm_ray.config import ServiceConfig
-from gllm_ray.messages import EdgeAddress, StageInfo, StepInterval, StepUnderWay
+from gllm_ray.messages import EdgeAddress, InboxAddress, StageInfo, StepInterval, StepUnderWay
 from gllm_ray.stages.timeline import PhaseClock
 
 
@@ -47,13 +48,17 @@ class StageActor:
         """See `Stage.open_edge`."""
         return self._stage.open_edge()
 
-    def connect(self, epoch: int, previous: EdgeAddress | None) -> None:
+    def connect(self, epoch: int, previous: EdgeAddress | None) -> InboxAddress | None:
         """See `Stage.connect`."""
-        self._stage.connect(epoch, previous)
+        return self._stage.connect(epoch, previous)
 
     def step(self, epoch: int, metadata: bytes, previous: object) -> object:
         """See `Stage.step`."""
         return self._stage.step(epoch, metadata, previous)
+
+    def run(self, epoch: int, onward: Sequence[InboxAddress]) -> None:
+        """See `Stage.run`."""
+        self._stage.run(epoch, onward)
 
     @ray.method(concurrency_group="ctl")
     def leave_edges(self) -> None:
@@ -69,6 +74,11 @@ class StageActor:
     def step_under_way(self) -> StepUnderWay | None:
         """See `Stage.step_under_way`."""
         return self._stage.step_under_way()
+
+    @ray.method(concurrency_group="ctl")
+    def latest_computed(self) -> int:
+        """See `Stage.latest_computed`."""
+        return self._stage.latest_computed()
 
     @ray.method(concurrency_group="ctl")
     def intervals(self) -> tuple[StepInterval, ...]:

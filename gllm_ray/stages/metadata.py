@@ -4,15 +4,23 @@ The block ids of a long context would otherwise be spelled anew at every token, 
 more than 100 KB takes Ray's slow way, through the object store.
 """
 
-import pickle
-from dataclasses import replace
+from dataclasses import fields
+from operator import attrgetter
 from typing import NamedTuple
+
+import msgpack
 
 from gllm_ray.errors import PipelineError
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
 
 # A running sequence comes back long before; one that ended is forgotten after twice as many.
 _BATCHES_PER_GENERATION = 256
+
+_SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
+_sampling_values = attrgetter(*_SAMPLING_FIELDS)
+# All of a micro-batch but its sequences.
+_BATCH_FIELDS = ("batch_id", "block_copies", "continues", "ended")
+_batch_values = attrgetter(*_BATCH_FIELDS)
 
 
 class _Known(NamedTuple):
@@ -55,9 +63,9 @@ class MetadataEncoder:
         """Spell the next micro-batch."""
         rows = [self._row(sequence) for sequence in batch.sequences]
         self._memory.end_batch()
-        return pickle.dumps((replace(batch, sequences=()), rows), pickle.HIGHEST_PROTOCOL)
+        return msgpack.packb((_batch_values(batch), rows))
 
-    def _row(self, sequence: ScheduledSequence) -> tuple[ScheduledSequence, int, bool]:
+    def _row(self, sequence: ScheduledSequence) -> tuple[object, ...]:
         """A sequence without what is known, its number of known blocks, and is sampling known."""
         known = self._memory.recall(sequence.seq_id)
         self._memory.note(sequence)
@@ -65,9 +73,10 @@ class MetadataEncoder:
         if sequence.block_table[:num_known] != known.block_table:
             num_known = 0
         is_sampling_known = sequence.sampling is known.sampling
+        sampling = None if is_sampling_known else sequence.sampling
         news = sequence._replace(
             block_table=sequence.block_table[num_known:],
-            sampling=None if is_sampling_known else sequence.sampling,
+            sampling=sampling and _sampling_values(sampling),
         )
         return news, num_known, is_sampling_known
 
@@ -84,23 +93,29 @@ class MetadataDecoder:
         Raises:
             PipelineError: An earlier one, to which this one refers, did not come here.
         """
-        batch, rows = pickle.loads(metadata)
+        values, rows = msgpack.unpackb(metadata, use_list=False)
         sequences = tuple(self._sequence(*row) for row in rows)
         self._memory.end_batch()
-        return replace(batch, sequences=sequences)
+        return MicroBatch(sequences=sequences, **dict(zip(_BATCH_FIELDS, values, strict=True)))
 
     def _sequence(
-        self, news: ScheduledSequence, num_known: int, is_sampling_known: bool
+        self, values: tuple[object, ...], num_known: int, is_sampling_known: bool
     ) -> ScheduledSequence:
+        news = ScheduledSequence(*values)
         known = self._memory.recall(news.seq_id)
         if num_known not in (0, len(known.block_table)):
             raise PipelineError(
                 f"sequence {news.seq_id} is told from block {num_known} on, but "
                 f"{len(known.block_table)} are known here: micro-batches were left out"
             )
+        if is_sampling_known:
+            sampling = known.sampling
+        elif news.sampling is None:
+            sampling = None
+        else:
+            sampling = SamplingParams(**dict(zip(_SAMPLING_FIELDS, news.sampling, strict=True)))
         sequence = news._replace(
-            block_table=known.block_table[:num_known] + news.block_table,
-            sampling=known.sampling if is_sampling_known else news.sampling,
+            block_table=known.block_table[:num_known] + news.block_table, sampling=sampling
         )
         self._memory.note(sequence)
         return sequence

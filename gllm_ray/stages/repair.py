@@ -18,7 +18,7 @@ from gllm_ray.partition import size_kv_cache
 from gllm_ray.stages.heartbeat import first_fault, name_stage, ping
 from gllm_ray.stages.placement import start_stage
 from gllm_ray.stages.ray_errors import ask
-from gllm_ray.stages.ray_pipeline import StageGroup, connect_stages, stop_stages
+from gllm_ray.stages.stage_group import StageGroup, connect_stages, stop_stages
 from gllm_ray.stages.supervised_pipeline import Fault
 
 T = TypeVar("T")
@@ -186,7 +186,7 @@ class StageKeeper:
 
     async def _connect(self) -> None:
         self.group = replace(self.group, epoch=self.group.epoch + 1)
-        connecting = asyncio.create_task(connect_stages(self.group.stages, self.group.epoch))
+        connecting = asyncio.create_task(connect_stages(self.group))
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 fault = await self._fault_before_end([connecting])
@@ -199,7 +199,7 @@ class StageKeeper:
                 await _cancel(connecting)
         if fault is not None:
             raise fault
-        await connecting
+        self.group = await connecting
 
     async def _fault_before_end(self, tasks: Sequence[asyncio.Task[Any]]) -> PipelineError | None:
         """Wait until one of some tasks ends, or until another stage breaks.

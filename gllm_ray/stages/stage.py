@@ -2,17 +2,27 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import ray
 import torch
 
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError, GllmRayError, PipelineError
-from gllm_ray.messages import EdgeAddress, MicroBatch, StageInfo, StepInterval, StepUnderWay
+from gllm_ray.messages import (
+    EdgeAddress,
+    InboxAddress,
+    MicroBatch,
+    StageInfo,
+    StepInterval,
+    StepUnderWay,
+)
+from gllm_ray.stages.inbox import Inbox, Outbox
 from gllm_ray.stages.metadata import MetadataDecoder
+from gllm_ray.stages.step_messages import STOP, StepQueue, run_steps
 from gllm_ray.stages.stopwatch import Stopwatch, event_type
 from gllm_ray.stages.transport import (
     DOWNSTREAM,
@@ -48,6 +58,7 @@ class Stage:
         self._store: torch.distributed.TCPStore | None = None
         self._inbound: ActivationChannel | None = None
         self._outbound: ActivationChannel | None = None
+        self._inbox: Inbox | None = None
         self._epoch: int | None = None
         self._last_batch_id = -1
         self._decoder = MetadataDecoder()
@@ -84,15 +95,19 @@ class Stage:
     def leave_edges(self) -> None:
         """Refuse steps, and end the one that waits for a neighbour which may be gone.
 
-        Called while another thread runs that step.
+        Called while another thread runs that step, or waits for one in `run`.
         """
         self._epoch = None
+        if (inbox := self._inbox) is not None:
+            outbox = Outbox(inbox.address)
+            outbox.write([STOP])
+            outbox.close()
         edges = [edge for edge in (self._inbound, self._outbound) if edge is not None]
         # At once, because the abort of one communicator may wait for the kernels of the other.
         with ThreadPoolExecutor(max_workers=2) as threads:
             list(threads.map(lambda edge: edge.abort(), edges))
 
-    def connect(self, epoch: int, previous: EdgeAddress | None) -> None:
+    def connect(self, epoch: int, previous: EdgeAddress | None) -> InboxAddress | None:
         """Join this stage's edges and accept the steps of `epoch`, and of no other.
 
         Both ends of an edge wait for each other, so all stages connect at once.
@@ -100,6 +115,9 @@ class Stage:
         Args:
             epoch: Raised by the owner each time the pipeline is put together anew.
             previous: What the previous stage's `open_edge` returned; None for the first stage.
+
+        Returns:
+            Where `run` is going to read; None: steps come as calls.
         """
         with self._outermost("connect to its neighbours"):
             self._close_inbound()
@@ -117,7 +135,30 @@ class Stage:
             self._decoder = MetadataDecoder()
             self._stopwatch = self._new_stopwatch()
             self._worker.forget_sequences()
+            if self._inbox is not None:
+                self._inbox.close()
+            is_direct = self._config.pipeline.control_plane == "direct"
+            self._inbox = Inbox(self._host) if is_direct else None
             self._epoch = epoch
+            return None if self._inbox is None else self._inbox.address
+
+    def run(self, epoch: int, onward: Sequence[InboxAddress]) -> None:
+        """Take steps from the inbox until one fails or someone says stop.
+
+        Args:
+            epoch: As for `step`.
+            onward: Who is told what came of each step; see `StepOutcomes`.
+
+        Raises:
+            PipelineError: The epoch is not the connected one, or ended; a step that fails is told
+                onward instead.
+        """
+        if epoch == self._epoch:
+            steps = StepQueue(self._inbox, is_first=self._worker.is_first)
+            if run_steps(self._stage_id, steps, partial(self.step, epoch), onward):
+                return
+        if epoch != self._epoch:
+            raise self._refusal(epoch)
 
     def step(self, epoch: int, metadata: bytes, previous: StepAnswer | None) -> StepAnswer:
         """Run one micro-batch through this stage.
@@ -138,10 +179,7 @@ class Stage:
                 every step is refused until the stage is connected again.
         """
         if epoch != self._epoch:
-            raise PipelineError(
-                f"stage {self._stage_id} refuses a micro-batch of epoch {epoch}: it is connected "
-                f"for epoch {self._epoch}"
-            )
+            raise self._refusal(epoch)
         with self._outermost("read a micro-batch"):
             batch = self._decoder.decode(metadata)
         with self._outermost(f"run micro-batch {batch.batch_id}"):
@@ -179,9 +217,19 @@ class Stage:
             elapsed_s=time.monotonic() - start_s,
         )
 
+    def latest_computed(self) -> int:
+        """Id of the latest micro-batch that this stage has computed in this epoch; -1: none."""
+        return self._last_batch_id - (self._under_way is not None)
+
     def intervals(self) -> tuple[StepInterval, ...]:
         """When this stage computed its latest micro-batches, oldest first."""
         return self._stopwatch.intervals()
+
+    def _refusal(self, epoch: int) -> PipelineError:
+        return PipelineError(
+            f"stage {self._stage_id} refuses a micro-batch of epoch {epoch}: it is connected for "
+            f"epoch {self._epoch}"
+        )
 
     def _join(self, store: torch.distributed.TCPStore, end: int) -> ActivationChannel:
         max_in_flight = self._config.pipeline.most_in_flight

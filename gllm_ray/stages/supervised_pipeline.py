@@ -2,19 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import ray
-from ray.exceptions import RayError
 
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import PipelineError, SchedulerLostError, StageTimeoutError
 from gllm_ray.stages.heartbeat import max_step_s, name_stage
-from gllm_ray.stages.metadata import MetadataEncoder
-from gllm_ray.stages.ray_pipeline import RayPipeline, StageGroup
-
-_LOOK_S = 0.1  # until an answer that is there has come
+from gllm_ray.stages.ray_pipeline import RayPipeline, open_control_plane
+from gllm_ray.stages.stage_group import StageGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +69,11 @@ class SupervisedPipeline(RayPipeline):
         oldest, since_s = None, 0.0
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            flight, now_s = next(iter(self._in_flight), None), time.monotonic()
-            if flight is not oldest:
-                oldest, since_s = flight, now_s
-            elif flight is not None and now_s - since_s > self._result_timeout_s:
-                batch_id, refs = flight
-                stage_id = await _first_unanswered(refs)
+            batch_id, now_s = self._control.oldest, time.monotonic()
+            if batch_id != oldest:
+                oldest, since_s = batch_id, now_s
+            elif batch_id is not None and now_s - since_s > self._result_timeout_s:
+                stage_id = await self._control.first_silent()
                 return stage_id, StageTimeoutError(
                     f"{name_stage(self._group.infos[stage_id])} does not compute micro-batch "
                     f"{batch_id}, which has been under way for {now_s - since_s:.1f} s"
@@ -92,7 +85,7 @@ class SupervisedPipeline(RayPipeline):
 
     async def repair(self) -> None:
         """See `RepairablePipeline.repair`."""
-        await self._drain()
+        await self._control.end()
         self._repaired = asyncio.get_running_loop().create_future()
         cause = str(self._failure or "a result was not the one due")
         self._faults.put_nowait(Fault(cause=cause, broken=self._broken, detect_s=self._detect_s))
@@ -102,7 +95,7 @@ class SupervisedPipeline(RayPipeline):
             self._failure, self._broken = error, frozenset()  # the owner knows
             raise
         self._failure, self._broken = None, frozenset()
-        self._encoder = MetadataEncoder()  # the stages forgot what they were told
+        self._control = open_control_plane(self._group)
         while not self._reports.empty():  # of the stages that were
             self._reports.get_nowait()
 
@@ -130,13 +123,3 @@ class SupervisedPipeline(RayPipeline):
         start_s = time.monotonic()
         await super()._fail(error, broken)
         self._detect_s = time.monotonic() - start_s
-
-
-async def _first_unanswered(refs: Sequence[ray.ObjectRef]) -> int:
-    for stage_id, ref in enumerate(refs[:-1]):
-        try:
-            async with asyncio.timeout(_LOOK_S):
-                await ref
-        except (TimeoutError, RayError):
-            return stage_id
-    return len(refs) - 1

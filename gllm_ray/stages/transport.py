@@ -73,12 +73,13 @@ class ObjectStoreChannel:
         return [batch_id, hidden.cpu().contiguous().view(torch.uint8).numpy()]
 
     def receive(self, batch_id: int, carried: list[object], hidden: torch.Tensor) -> None:
-        """Copy out of the object store, whose memory is read-only."""
+        """Copy out of memory that is read-only: an array in the object store, or bytes."""
         sent_id, content = carried
         if sent_id != batch_id:
             raise RuntimeError(f"the hidden states of micro-batch {sent_id} came instead")
         staged = _staging(hidden, "cpu")
-        np.copyto(staged.view(torch.uint8).numpy(), content)
+        target = staged.view(torch.uint8).numpy()
+        np.copyto(target, np.frombuffer(content, np.uint8).reshape(target.shape))
         hidden.copy_(staged)
 
     def abort(self) -> None:

@@ -33,17 +33,19 @@ Stages = LocalStages | RayStages
 @pytest.fixture(
     scope="module",
     params=[
-        (LocalStages, 1, "auto"),
-        (LocalStages, 2, "auto"),
-        (RayStages, 1, "auto"),
-        (RayStages, 2, "auto"),
-        (RayStages, 2, "object_store"),
+        (LocalStages, 1, {}),
+        (LocalStages, 2, {}),
+        (RayStages, 1, {}),
+        (RayStages, 2, {}),
+        (RayStages, 2, {"activation_transport": "object_store"}),
+        (RayStages, 1, {"control_plane": "direct", "ring": True}),
+        (RayStages, 2, {"control_plane": "direct", "ring": True}),
     ],
-    ids=lambda param: f"{param[0].__name__}-{param[1]}-{param[2]}",
+    ids=lambda param: "-".join(map(str, (param[0].__name__, param[1], *param[2].values()))),
 )
 def stages(request: pytest.FixtureRequest, tiny_llama: Path, ray_cluster: None) -> Iterator[Stages]:
-    kind, num_stages, transport = request.param
-    config = make_service_config(tiny_llama, num_stages=num_stages, activation_transport=transport)
+    kind, num_stages, settings = request.param
+    config = make_service_config(tiny_llama, num_stages=num_stages, **settings)
     stages = kind(config)
     yield stages
     stages.stop()

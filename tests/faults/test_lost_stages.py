@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from gllm_ray.stages import repair
-from gllm_ray.stages.ray_pipeline import connect_stages
+from gllm_ray.stages.stage_group import connect_stages
 from tests.faults.replicas import (
     CAUSE,
     HEARTBEAT_TIMEOUT_S,
@@ -117,12 +117,12 @@ def test_a_new_stage_is_kept_when_connecting_fails_because_of_another(
 ):
     connected = []
 
-    async def kill_stage_0_and_connect(stages, epoch):
-        pids = await asyncio.gather(*(stage.ping.remote() for stage in stages))
+    async def kill_stage_0_and_connect(group):
+        pids = await asyncio.gather(*(stage.ping.remote() for stage in group.stages))
         connected.append(pids)
         if len(connected) == 1:
             os.kill(pids[0], signal.SIGKILL)
-        await connect_stages(stages, epoch)
+        return await connect_stages(group)
 
     monkeypatch.setattr(repair, "connect_stages", kill_stage_0_and_connect)
 

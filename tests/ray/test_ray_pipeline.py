@@ -21,7 +21,8 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError, PipelineError, StageLostError
 from gllm_ray.messages import SamplingParams, StepInterval
 from gllm_ray.stages.metadata import MetadataEncoder
-from gllm_ray.stages.ray_pipeline import RayPipeline, start_stage_group
+from gllm_ray.stages.ray_pipeline import RayPipeline
+from gllm_ray.stages.stage_group import start_stage_group
 from tests.pipelines import (
     RayStages,
     Reference,
@@ -34,9 +35,11 @@ NUM_STAGES = 3
 LONG_CHUNK = range(88)  # tokens that keep a stage busy for some milliseconds
 
 
-@pytest.fixture(scope="module")
-def config(tiny_llama: Path) -> ServiceConfig:
-    return make_service_config(tiny_llama, num_stages=NUM_STAGES, cpus_per_stage=2.5)
+@pytest.fixture(scope="module", params=["refs", "direct"])
+def config(tiny_llama: Path, request: pytest.FixtureRequest) -> ServiceConfig:
+    return make_service_config(
+        tiny_llama, num_stages=NUM_STAGES, cpus_per_stage=2.5, control_plane=request.param
+    )
 
 
 @pytest.fixture(scope="module")

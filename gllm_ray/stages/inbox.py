@@ -1,0 +1,95 @@
+"""Messages between the processes of a pipeline: many may write to an inbox, and one reads it.
+
+Who writes has to know the inbox's public key, which travels by Ray alone. What is written is
+encrypted (CurveZMQ) and spelled in MessagePack, so nobody else can write, and nothing that is read
+can run.
+"""
+
+from collections.abc import Sequence
+
+import msgpack
+import numpy as np
+import zmq
+
+from gllm_ray.messages import InboxAddress
+
+Message = list[object]
+
+# What a writer that goes has still to send is sent for so long.
+_LINGER_MS = 1000
+
+
+class Inbox:
+    """The end that reads, over TCP; all methods but `address` belong to one thread at a time.
+
+    Args:
+        host: Address of this node in the cluster.
+
+    Attributes:
+        address: What a writer needs.
+    """
+
+    def __init__(self, host: str) -> None:
+        self._socket = _new_socket(zmq.PULL)
+        public_key, self._socket.curve_secretkey = zmq.curve_keypair()
+        self._socket.curve_server = True
+        self._socket.bind(f"tcp://{_spell(host)}:*")
+        port = int(self._socket.last_endpoint.rpartition(b":")[2])
+        self.address = InboxAddress(host, port, public_key)
+
+    def fileno(self) -> int:
+        """Becomes readable when messages come, after all of those before were read."""
+        return self._socket.fileno()
+
+    def read(self) -> Message:
+        """Wait for a message."""
+        return msgpack.unpackb(self._socket.recv())
+
+    def read_if_any(self) -> Message | None:
+        """A message, if one has come."""
+        try:
+            return msgpack.unpackb(self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+    def close(self) -> None:
+        """Drop what was not read."""
+        self._socket.close()
+
+
+class Outbox:
+    """The end that writes; it belongs to one thread at a time.
+
+    Args:
+        address: Of the inbox.
+    """
+
+    def __init__(self, address: InboxAddress) -> None:
+        self._socket = _new_socket(zmq.PUSH)
+        self._socket.sndhwm = 0  # a write never waits; what is in flight is bounded
+        self._socket.curve_publickey, self._socket.curve_secretkey = zmq.curve_keypair()
+        self._socket.curve_serverkey = address.public_key
+        self._socket.connect(f"tcp://{_spell(address.host)}:{address.port}")
+
+    def write(self, message: Sequence[object]) -> None:
+        """Send a message of numbers, texts, bytes, arrays, and lists of those."""
+        self._socket.send(msgpack.packb(message, default=_bytes_of))
+
+    def close(self) -> None:
+        """Send what was written, in the background, and leave."""
+        self._socket.close(linger=_LINGER_MS)
+
+
+def _new_socket(kind: int) -> zmq.Socket[bytes]:
+    socket = zmq.Context.instance().socket(kind)
+    socket.ipv6 = True
+    return socket
+
+
+def _spell(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _bytes_of(array: np.ndarray) -> bytes:
+    """Of an array the bytes alone: its reader knows type and shape."""
+    return array.tobytes()
