@@ -108,9 +108,9 @@ def _add_transport(benchmarks: Any) -> None:  # noqa: ANN401
     parser.add_argument(
         "--transports",
         nargs="+",
-        choices=["gloo", "object_store"],
-        default=["gloo", "object_store"],
-        help="as `pipeline.activation_transport` names them",
+        choices=["gloo", "object_store", "direct"],
+        default=["gloo", "object_store", "direct"],
+        help="as `pipeline.activation_transport` names them; direct: gloo, with that control plane",
     )
     parser.add_argument("--stages", type=_depth, nargs="+", default=[2, 4], help="of the pipeline")
     parser.add_argument(

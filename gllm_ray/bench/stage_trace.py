@@ -8,7 +8,7 @@ from pathlib import Path
 from gllm_ray.messages import StepInterval
 from gllm_ray.simulation.chrome_trace import HopInterval, write_chrome_trace
 from gllm_ray.simulation.metrics import StageInterval
-from gllm_ray.stages.ray_pipeline import StageGroup
+from gllm_ray.stages.stage_group import StageGroup
 
 
 async def write_stage_trace(group: StageGroup, path: Path) -> None:

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 
-from ray.actor import ActorHandle
-
 from gllm_ray.bench.conditions import tree_cpu_s, watch_conditions
 from gllm_ray.bench.request_figures import summarize
 from gllm_ray.bench.result_file import Result, make_result
@@ -22,7 +20,12 @@ from gllm_ray.stages.placement import stage_environment
 from gllm_ray.stages.ray_pipeline import RayPipeline
 from gllm_ray.stages.stage_group import StageGroup, connect_stages, stop_stages
 
-TRANSPORTS = ("gloo", "object_store")
+# What carries hidden states, and what tells of micro-batches: the settings of a pipeline.
+TRANSPORTS = {
+    "gloo": {"activation_transport": "gloo"},
+    "object_store": {"activation_transport": "object_store"},
+    "direct": {"activation_transport": "gloo", "control_plane": "direct"},
+}
 _NUM_WARMUPS = 5
 _ONE_TOKEN = ScheduledSequence(
     seq_id=0, epoch=0, start=0, token_ids=(0,), block_table=(0,), sampling=SamplingParams()
@@ -34,7 +37,7 @@ class HopCost:
     """What a hop costs.
 
     Attributes:
-        transport: As `pipeline.activation_transport` names it.
+        transport: One of `TRANSPORTS`.
         num_stages: Depth of the pipeline.
         num_bytes: Of the hidden states of a micro-batch.
         hop_s: From the end of a stage's work on a micro-batch to the beginning of the next one's.
@@ -87,10 +90,9 @@ async def bench_transport(
 class _Chain:
     """Stages that are connected by one transport."""
 
-    def __init__(self, transport: str, stages: tuple[ActorHandle, ...]) -> None:
+    def __init__(self, transport: str, group: StageGroup) -> None:
         self._transport = transport
-        self._stages = stages
-        group = StageGroup(stages=stages, infos=(), num_blocks=1, max_model_len=1, epoch=0)
+        self._stages = group.stages
         self._pipeline = RayPipeline(group)
         self._batch_ids = itertools.count()
 
@@ -135,31 +137,28 @@ class _Chain:
 @asynccontextmanager
 async def _chains(transports: Sequence[str], num_stages: int) -> AsyncIterator[dict[str, _Chain]]:
     """A chain of each transport; those that wait take no CPU."""
-    actors: dict[str, tuple[ActorHandle, ...]] = {}
+    groups = {transport: _start(_config(transport, num_stages)) for transport in transports}
     try:
-        for transport in transports:
-            config = _config(transport, num_stages)
-            actor = TransportStageActor.options(
-                num_cpus=0, runtime_env={"env_vars": stage_environment(config.pipeline)}
-            )
-            actors[transport] = tuple(actor.remote(config, index) for index in range(num_stages))
-        for stages in actors.values():
-            await connect_stages(stages, epoch=0)
-        yield {transport: _Chain(transport, stages) for transport, stages in actors.items()}
+        connected = {name: await connect_stages(group) for name, group in groups.items()}
+        yield {name: _Chain(name, group) for name, group in connected.items()}
     finally:
-        for stages in actors.values():
-            await stop_stages(stages)
+        for group in groups.values():
+            await stop_stages(group.stages)
+
+
+def _start(config: ServiceConfig) -> StageGroup:
+    actor = TransportStageActor.options(
+        num_cpus=0, runtime_env={"env_vars": stage_environment(config.pipeline)}
+    )
+    stages = tuple(actor.remote(config, index) for index in range(config.pipeline.num_stages))
+    return StageGroup(stages=stages, infos=(), num_blocks=1, max_model_len=1, epoch=0)
 
 
 def _config(transport: str, num_stages: int) -> ServiceConfig:
     return parse_service_config(
         {
             "model": {"path": "none"},
-            "pipeline": {
-                "device": "cpu",
-                "num_stages": num_stages,
-                "activation_transport": transport,
-            },
+            "pipeline": {"device": "cpu", "num_stages": num_stages, **TRANSPORTS[transport]},
             "kv_cache": {"kv_cache_bytes": 1},
         }
     )

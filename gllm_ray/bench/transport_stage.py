@@ -1,15 +1,24 @@
 """A stage that computes nothing: what is left of a step is what its messages cost."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import ray
 import torch
 
 from gllm_ray.config import ServiceConfig
-from gllm_ray.messages import MicroBatch, SampledTokens
+from gllm_ray.messages import MicroBatch, SampledTokens, StepInterval
 from gllm_ray.stages.stage import Stage
 from gllm_ray.stages.worker import StageWorker
+
+Method = TypeVar("Method", bound=Callable[..., object])
+
+
+def _beside_steps(method: Method) -> Method:
+    """Let a method of the actor answer while another thread takes steps."""
+    marked: Method = ray.method(concurrency_group="ctl")(method)
+    return marked
 
 
 class PassThroughWorker(StageWorker):
@@ -51,15 +60,27 @@ class TransportStage(Stage):
         super().__init__(config, stage_id)
         self.resize(4)
 
+    @_beside_steps
     def resize(self, num_bytes: int) -> None:
         """Send hidden states of so many bytes from now on."""
         self._worker = PassThroughWorker(self._config, self._stage_id, num_bytes)
 
+    @_beside_steps
     def ping(self) -> int:
         """Show that the process lives; returns its process id."""
         return os.getpid()
 
+    @_beside_steps
+    def leave_edges(self) -> None:
+        """See `Stage`."""
+        super().leave_edges()
 
-TransportStageActor = ray.remote(max_restarts=0, max_task_retries=0, enable_task_events=False)(
-    TransportStage
-)
+    @_beside_steps
+    def intervals(self) -> tuple[StepInterval, ...]:
+        """See `Stage`."""
+        return super().intervals()
+
+
+TransportStageActor = ray.remote(
+    max_restarts=0, max_task_retries=0, enable_task_events=False, concurrency_groups={"ctl": 1}
+)(TransportStage)

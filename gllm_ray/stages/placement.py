@@ -80,11 +80,17 @@ def stage_environment(pipeline: PipelineConfig) -> dict[str, str]:
     """What must stand in a stage's environment before torch is imported there."""
     if pipeline.device == "cuda":
         # Else torch ends this process, with its weights, when it notices that a neighbour is gone.
-        return {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+        return {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", **_NAME_LOOKUPS}
     return {
         "OMP_NUM_THREADS": str(num_cpu_threads(pipeline)),
         # Idle threads of one stage must not spin on the cores of another.
         "OMP_WAIT_POLICY": "PASSIVE",
         # Weights and KV cache in large pages: reading them is not held up by address translation.
         "THP_MEM_ALLOC_ENABLE": "1",
+        **_NAME_LOOKUPS,
     }
+
+
+# Torch looks up the name of each peer that it connects to. Where a name server loses a question,
+# that would hold up a pipeline's repair for 5 s each time.
+_NAME_LOOKUPS = {"RES_OPTIONS": "timeout:1 attempts:3"}

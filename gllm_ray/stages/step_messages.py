@@ -16,8 +16,8 @@ from gllm_ray.stages.inbox import Inbox, Message, Outbox
 # metadata; of an answer the id and what the step returned; of a failure the id, stage and reason.
 BATCH, ANSWER, FAILURE, STOP = range(4)
 
-# Kept for the steps that wait for them: more than there are micro-batches in flight.
-_NUM_ANSWERS = 512
+# Kept for what may continue them: more than there can be micro-batches in flight.
+_MAX_ANSWERS = 512
 
 
 def batch_message(batch_id: int, continues: int | None, metadata: bytes) -> Message:
@@ -76,7 +76,7 @@ class StepQueue:
                 awaited = continues if self._is_first else batch_id
                 if awaited is None or awaited in self._answers:
                     self._batches.popleft()
-                    return Step(batch_id, metadata, self._answers.get(awaited))
+                    return Step(batch_id, metadata, self._answer_to(awaited))
             kind, *content = self._inbox.read()
             if kind == STOP:
                 return None
@@ -85,8 +85,13 @@ class StepQueue:
                 continue
             batch_id, *answer = content
             self._answers[batch_id] = StepFailure(*answer) if kind == FAILURE else answer[0]
-            if len(self._answers) > _NUM_ANSWERS:
+            if len(self._answers) > _MAX_ANSWERS:
                 del self._answers[next(iter(self._answers))]
+
+    def _answer_to(self, awaited: int | None) -> object | StepFailure:
+        if self._is_first:  # several may continue the same
+            return self._answers.get(awaited)
+        return self._answers.pop(awaited)
 
 
 def run_steps(

@@ -32,10 +32,21 @@ def loop():
         yield runner
 
 
+@pytest.fixture(scope="package", params=["refs", "direct"])
+def control_plane(request):
+    """How micro-batches reach the stages."""
+    return request.param
+
+
 @pytest.fixture(scope="package")
-def api(ray_cluster, loop):
+def api(ray_cluster, loop, control_plane):
     """A replica, and a client of its routes."""
-    config = make_config(NUM_STAGES, calm_s=0.01, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S)
+    config = make_config(
+        NUM_STAGES,
+        control_plane=control_plane,
+        calm_s=0.01,
+        heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S,
+    )
     context = serving(config)
     yield loop.run(context.__aenter__())
     loop.run(context.__aexit__(None, None, None))

@@ -59,19 +59,25 @@ def faulty_stage_actor(directory: Path):
     """The actor class of stages that look into a directory for the fault to make."""
 
     class FaultyStage(StageActor.__ray_metadata__.modified_class):
+        def __init__(self, config, stage_id):
+            super().__init__(config, stage_id)
+            self._run_step = self._stage.step
+            self._stage.step = self._step
+
         def connect(self, epoch, previous):
-            super().connect(epoch, previous)
+            inbox = super().connect(epoch, previous)
             if self._stage._outbound is not None:
                 self._stage._outbound = InjectingChannel(self._stage._outbound, self._take)
+            return inbox
 
-        def step(self, epoch, metadata, previous):
+        def _step(self, epoch, metadata, previous):
             fault = self._take("call")
             if fault == "drop":
                 time.sleep(3600)  # to the caller, and to who watches, a call that did not arrive
             if fault == "delay":
                 time.sleep(DELAY_S)
-            answer = super().step(epoch, metadata, previous)
-            return super().step(epoch, metadata, previous) if fault == "duplicate" else answer
+            answer = self._run_step(epoch, metadata, previous)
+            return self._run_step(epoch, metadata, previous) if fault == "duplicate" else answer
 
         def _take(self, target):
             """The fault that is armed for this stage, which then is not any more."""

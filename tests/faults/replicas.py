@@ -22,12 +22,17 @@ NUM_STAGES = 3
 HEARTBEAT_TIMEOUT_S = 4
 
 
-def make_config(num_stages, *, scheduler=None, **recovery):
+def make_config(num_stages, *, control_plane="refs", scheduler=None, **recovery):
     return parse_service_config(
         {
             # In bfloat16 prefill may round a near tie otherwise than decode did.
             "model": {"path": DEMO_MODEL, "dtype": "float32"},
-            "pipeline": {"device": "cpu", "num_stages": num_stages, "cpus_per_stage": 0.5},
+            "pipeline": {
+                "device": "cpu",
+                "num_stages": num_stages,
+                "cpus_per_stage": 0.5,
+                "control_plane": control_plane,
+            },
             "kv_cache": {"kv_cache_bytes": "8MiB"},
             "scheduler": scheduler or {},
             "recovery": {"backoff_s": 0.05, "heartbeat_s": 0.2, **recovery},

@@ -18,7 +18,7 @@ from tests.faults.replicas import (
     make_requests,
     until,
 )
-from tests.ray.test_ray_pipeline import stage_processes
+from tests.ray.test_ray_pipeline import beside_steps, stage_processes
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_stage_that_ends_by_itself_is_replaced_as_one_that_is_killed(
     async def scenario():
         before = await pipeline.pids()
         tasks = await start_requests(pipeline)
-        pipeline.replica.group.stages[1].__ray_call__.remote(lambda _: os._exit(1))
+        beside_steps(pipeline.replica.group.stages[1].__ray_call__).remote(lambda _: os._exit(1))
         answers = await asyncio.gather(*tasks)
         check_replaced(before, await pipeline.pids(), 1)
         return answers

@@ -51,11 +51,18 @@ def faults(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipeline(ray_cluster, loop, faults):
+def pipeline(ray_cluster, loop, faults, control_plane):
     """One replica for all tests here: each leaves it repaired."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "StageActor", faulty_stage_actor(faults))
-        context = running(make_config(2, scheduler=SCHEDULER, step_timeout_s=5, calm_s=0.01))
+        config = make_config(
+            2,
+            control_plane=control_plane,
+            scheduler=SCHEDULER,
+            step_timeout_s=5,
+            calm_s=0.01,
+        )
+        context = running(config)
         yield loop.run(context.__aenter__())
         loop.run(context.__aexit__(None, None, None))
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.actor import ActorMethod
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from gllm_ray.bundles import bundles
@@ -70,6 +71,11 @@ def stage_processes(kind: str = "StageActor") -> set[int]:
     return found
 
 
+def beside_steps(method: ActorMethod) -> ActorMethod:
+    """A method of a stage that answers while the stage takes its steps in one long call."""
+    return method.options(concurrency_group="ctl")
+
+
 async def take_results_for_ever(pipeline: RayPipeline) -> None:
     while True:
         await pipeline.next_result()
@@ -102,7 +108,7 @@ def test_a_stage_on_cpu_has_the_threads_it_reserved(stages: RayStages) -> None:
 
     async def run() -> tuple[int, str, str]:
         await stages.pipeline()
-        return await stages.group.stages[0].__ray_call__.remote(threads)
+        return await beside_steps(stages.group.stages[0].__ray_call__).remote(threads)
 
     assert asyncio.run(run()) == (2, "2", "PASSIVE")
 
@@ -138,10 +144,14 @@ def test_a_step_of_another_epoch_is_refused_and_harms_nothing(
 ) -> None:
     async def run() -> list[list[int]]:
         pipeline = await stages.pipeline()
-        epoch = stages.group.epoch + epochs_off
+        epoch, stage = stages.group.epoch + epochs_off, stages.group.stages[0]
         metadata = MetadataEncoder().encode(make_batch(0, [1]))
-        with pytest.raises(PipelineError, match=f"refuses a micro-batch of epoch {epoch}"):
-            await stages.group.stages[0].step.remote(epoch, metadata, None)
+        for call in (
+            beside_steps(stage.step).remote(epoch, metadata, None),
+            beside_steps(stage.run).remote(epoch, []),
+        ):
+            with pytest.raises(PipelineError, match=f"refuses a micro-batch of epoch {epoch}"):
+                await call
         return await generate_greedily(pipeline, reference)
 
     assert asyncio.run(run()) == reference.outputs
