@@ -114,6 +114,10 @@ class _Chain:
             load_average=conditions.load_average_after,
         )
 
+    async def close(self) -> None:
+        """Stop the stages."""
+        await self._pipeline.close()
+
     async def _step(self) -> tuple[int, float]:
         """Run a micro-batch; its id, and the seconds it took."""
         batch = MicroBatch(batch_id=next(self._batch_ids), sequences=(_ONE_TOKEN,))
@@ -138,10 +142,14 @@ class _Chain:
 async def _chains(transports: Sequence[str], num_stages: int) -> AsyncIterator[dict[str, _Chain]]:
     """A chain of each transport; those that wait take no CPU."""
     groups = {transport: _start(_config(transport, num_stages)) for transport in transports}
+    chains: dict[str, _Chain] = {}
     try:
-        connected = {name: await connect_stages(group) for name, group in groups.items()}
-        yield {name: _Chain(name, group) for name, group in connected.items()}
+        for name, group in groups.items():
+            chains[name] = _Chain(name, await connect_stages(group))
+        yield chains
     finally:
+        for chain in chains.values():
+            await chain.close()
         for group in groups.values():
             await stop_stages(group.stages)
 

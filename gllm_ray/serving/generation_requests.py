@@ -16,6 +16,8 @@ from gllm_ray.serving.openai_protocol import (
 from gllm_ray.serving.output_format import output_grammar
 
 _DEFAULT_COMPLETION_TOKENS = 16
+# More than any vocabulary has, and few enough for a message to carry.
+_MAX_TOP_K = 2**31 - 1
 # The increment of splitmix64: no seed that a client counts up to meets another seed's outputs.
 _SEED_STRIDE = 0x9E3779B97F4A7C15
 
@@ -158,7 +160,7 @@ def _sampling(body: GenerationParams, grammar: str, seed: int) -> SamplingParams
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(body.top_k or 0, 0),
+        top_k=min(max(body.top_k or 0, 0), _MAX_TOP_K),
         min_p=body.min_p or 0.0,
         seed=seed,
         num_logprobs=body.num_logprobs,

@@ -8,6 +8,7 @@ import ray
 
 from gllm_ray.config import ServiceConfig
 from gllm_ray.messages import EdgeAddress, InboxAddress, StageInfo, StepInterval, StepUnderWay
+from gllm_ray.stages.step_messages import StepFailure
 from gllm_ray.stages.timeline import PhaseClock
 
 
@@ -56,9 +57,9 @@ class StageActor:
         """See `Stage.step`."""
         return self._stage.step(epoch, metadata, previous)
 
-    def run(self, epoch: int, onward: Sequence[InboxAddress]) -> None:
+    def run(self, epoch: int, onward: Sequence[InboxAddress]) -> StepFailure | None:
         """See `Stage.run`."""
-        self._stage.run(epoch, onward)
+        return self._stage.run(epoch, onward)
 
     @ray.method(concurrency_group="ctl")
     def leave_edges(self) -> None:

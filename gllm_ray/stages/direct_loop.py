@@ -7,7 +7,6 @@ import asyncio
 from collections import deque
 
 import ray
-from ray.exceptions import RayError
 
 from gllm_ray.errors import PipelineError
 from gllm_ray.messages import MicroBatch
@@ -17,11 +16,14 @@ from gllm_ray.stages.inbox import Inbox, Outbox
 from gllm_ray.stages.metadata import MetadataEncoder
 from gllm_ray.stages.ray_errors import translate_ray_error
 from gllm_ray.stages.stage_group import StageGroup
-from gllm_ray.stages.step_messages import ANSWER, STOP, batch_message
+from gllm_ray.stages.step_messages import ANSWER, STOP, StepFailure, batch_message
 
 # How long a failed pipeline waits for the survivors' steps.
 _STOP_TIMEOUT_S = 1.0
-_LOOK_S = 0.1  # until an idle stage has told how far it is
+# Until a busy stage has told how far it is.
+_ASK_TIMEOUT_S = 2.0
+# Until a failure has come down the chain, after the answers before it.
+_FAILURE_TIMEOUT_S = 1.0
 
 
 class DirectLoop:
@@ -43,8 +45,8 @@ class DirectLoop:
         self._is_ended = False
         self._inbox = Inbox(ray.util.get_node_ip_address())
         self._outboxes = [Outbox(address) for address in group.inboxes]
-        self._runs = self._start_stages()
         self._loop = asyncio.get_running_loop()
+        self._runs = self._start_stages()
         self._loop.add_reader(self._inbox.fileno(), self._read)
 
     def submit(self, batch: MicroBatch) -> None:
@@ -73,13 +75,13 @@ class DirectLoop:
 
     async def first_silent(self) -> int:
         """See `ControlPlane`."""
-        for stage_id, stage in enumerate(self._group.stages[:-1]):
-            try:
-                async with asyncio.timeout(_LOOK_S):
-                    latest = await stage.latest_computed.remote()
-            except (TimeoutError, RayError):
-                return stage_id
-            if latest < self._in_flight[0]:
+        oldest = self._in_flight[0]
+        asked = [
+            asyncio.wait_for(stage.latest_computed.remote(), _ASK_TIMEOUT_S)
+            for stage in self._group.stages[:-1]
+        ]
+        for stage_id, latest in enumerate(await asyncio.gather(*asked, return_exceptions=True)):
+            if isinstance(latest, BaseException) or latest < oldest:
                 return stage_id
         return len(self._group.stages) - 1
 
@@ -87,7 +89,8 @@ class DirectLoop:
         """End the stages' loops.
 
         Returns:
-            The stages that died; then the failure that was noticed, if it is another.
+            The stages that died or took no more steps; then the failure that was noticed, if it is
+            another.
         """
         if self._is_ended:
             return self._failed
@@ -103,7 +106,7 @@ class DirectLoop:
         lost = [failed for run in done if (failed := self._failure_of(run)) is not None]
         return sorted(lost, key=lambda failed: failed.stage_id) + self._failed
 
-    def _start_stages(self) -> dict[asyncio.Future[None], int]:
+    def _start_stages(self) -> dict[asyncio.Future[StepFailure | None], int]:
         """The running loop of each stage."""
         group = self._group
         last = [self._inbox.address, *group.inboxes[: int(group.ring)]]
@@ -115,15 +118,21 @@ class DirectLoop:
             runs[run] = stage_id
         return runs
 
-    def _on_end_of_run(self, run: asyncio.Future[None]) -> None:
-        if not run.cancelled() and (failed := self._failure_of(run)) is not None:
+    def _on_end_of_run(self, run: asyncio.Future[StepFailure | None]) -> None:
+        if run.cancelled():
+            return
+        if (failed := self._failure_of(run)) is not None:
             self._come.put_nowait(failed)
+        elif (failure := run.result()) is not None:
+            failed = Failed(failure.stage_id, PipelineError(failure.reason))
+            self._loop.call_later(_FAILURE_TIMEOUT_S, self._come.put_nowait, failed)
 
-    def _failure_of(self, run: asyncio.Future[None]) -> Failed | None:
+    def _failure_of(self, run: asyncio.Future[StepFailure | None]) -> Failed | None:
         if (error := run.exception()) is None:
             return None
-        stage_id = self._runs[run]
-        return Failed(stage_id, translate_ray_error(error, self._name(stage_id)))
+        stage_id, infos = self._runs[run], self._group.infos
+        name = name_stage(infos[stage_id]) if infos else f"stage {stage_id}"
+        return Failed(stage_id, translate_ray_error(error, name))
 
     def _read(self) -> None:
         # Until none is left, because the file becomes readable only when one more comes.
@@ -134,6 +143,3 @@ class DirectLoop:
             else:
                 stage_id, reason = content
                 self._come.put_nowait(Failed(stage_id, PipelineError(reason)))
-
-    def _name(self, stage_id: int) -> str:
-        return name_stage(self._group.infos[stage_id])

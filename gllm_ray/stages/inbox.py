@@ -6,6 +6,7 @@ can run.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgpack
 import numpy as np
@@ -17,6 +18,8 @@ Message = list[object]
 
 # What a writer that goes has still to send is sent for so long.
 _LINGER_MS = 1000
+# How long a reader waits at a time.
+_PATIENCE_MS = 1000
 
 
 class Inbox:
@@ -31,6 +34,7 @@ class Inbox:
 
     def __init__(self, host: str) -> None:
         self._socket = _new_socket(zmq.PULL)
+        self._socket.rcvtimeo = _PATIENCE_MS
         public_key, self._socket.curve_secretkey = zmq.curve_keypair()
         self._socket.curve_server = True
         self._socket.bind(f"tcp://{_spell(host)}:*")
@@ -41,20 +45,23 @@ class Inbox:
         """Becomes readable when messages come, after all of those before were read."""
         return self._socket.fileno()
 
-    def read(self) -> Message:
-        """Wait for a message."""
-        return msgpack.unpackb(self._socket.recv())
+    def read(self) -> Message | None:
+        """Wait a second for a message."""
+        return self._read(0)
 
     def read_if_any(self) -> Message | None:
         """A message, if one has come."""
-        try:
-            return msgpack.unpackb(self._socket.recv(zmq.NOBLOCK))
-        except zmq.Again:
-            return None
+        return self._read(zmq.NOBLOCK)
 
     def close(self) -> None:
         """Drop what was not read."""
         self._socket.close()
+
+    def _read(self, flags: int) -> Message | None:
+        try:
+            return msgpack.unpackb(self._socket.recv(flags))
+        except zmq.Again:
+            return None
 
 
 class Outbox:
@@ -66,14 +73,18 @@ class Outbox:
 
     def __init__(self, address: InboxAddress) -> None:
         self._socket = _new_socket(zmq.PUSH)
-        self._socket.sndhwm = 0  # a write never waits; what is in flight is bounded
+        self._socket.sndhwm = 0  # unlimited, for what is in flight is bounded
         self._socket.curve_publickey, self._socket.curve_secretkey = zmq.curve_keypair()
         self._socket.curve_serverkey = address.public_key
         self._socket.connect(f"tcp://{_spell(address.host)}:{address.port}")
 
     def write(self, message: Sequence[object]) -> None:
-        """Send a message of numbers, texts, bytes, arrays, and lists of those."""
-        self._socket.send(msgpack.packb(message, default=_bytes_of))
+        """Send a message of numbers, texts, bytes, arrays, and lists of those; never waits.
+
+        What nobody reads any more is dropped.
+        """
+        with suppress(zmq.Again):
+            self._socket.send(msgpack.packb(message, default=_bytes_of), zmq.NOBLOCK)
 
     def close(self) -> None:
         """Send what was written, in the background, and leave."""
@@ -90,6 +101,8 @@ def _spell(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _bytes_of(array: np.ndarray) -> bytes:
+def _bytes_of(value: object) -> bytes:
     """Of an array the bytes alone: its reader knows type and shape."""
-    return array.tobytes()
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{type(value).__name__} cannot be sent")
+    return value.tobytes()

@@ -22,7 +22,7 @@ from gllm_ray.messages import (
 )
 from gllm_ray.stages.inbox import Inbox, Outbox
 from gllm_ray.stages.metadata import MetadataDecoder
-from gllm_ray.stages.step_messages import STOP, StepQueue, run_steps
+from gllm_ray.stages.step_messages import STOP, StepFailure, StepQueue, run_steps
 from gllm_ray.stages.stopwatch import Stopwatch, event_type
 from gllm_ray.stages.transport import (
     DOWNSTREAM,
@@ -60,7 +60,7 @@ class Stage:
         self._outbound: ActivationChannel | None = None
         self._inbox: Inbox | None = None
         self._epoch: int | None = None
-        self._last_batch_id = -1
+        self._last_batch_id = self._latest_computed = -1
         self._decoder = MetadataDecoder()
         self._under_way: tuple[MicroBatch, float] | None = None  # and when it began
         self._stopwatch = self._new_stopwatch()
@@ -131,7 +131,7 @@ class Stage:
                     self._inbound = self._join(find_edge(previous), DOWNSTREAM)
                 if self._store is not None:
                     self._outbound = self._join(self._store, UPSTREAM)
-            self._last_batch_id = -1
+            self._last_batch_id = self._latest_computed = -1
             self._decoder = MetadataDecoder()
             self._stopwatch = self._new_stopwatch()
             self._worker.forget_sequences()
@@ -142,23 +142,33 @@ class Stage:
             self._epoch = epoch
             return None if self._inbox is None else self._inbox.address
 
-    def run(self, epoch: int, onward: Sequence[InboxAddress]) -> None:
+    def run(self, epoch: int, onward: Sequence[InboxAddress]) -> StepFailure | None:
         """Take steps from the inbox until one fails or someone says stop.
 
         Args:
             epoch: As for `step`.
-            onward: Who is told what came of each step; see `StepOutcomes`.
+            onward: Who is told what came of each step; see `run_steps`.
+
+        Returns:
+            Why a step failed, which was told onward, too; None: it was said to stop.
 
         Raises:
-            PipelineError: The epoch is not the connected one, or ended; a step that fails is told
-                onward instead.
+            PipelineError: The epoch is not the connected one, or ended, or a message was lost.
         """
+        failure = None
         if epoch == self._epoch:
-            steps = StepQueue(self._inbox, is_first=self._worker.is_first)
-            if run_steps(self._stage_id, steps, partial(self.step, epoch), onward):
-                return
-        if epoch != self._epoch:
+            max_in_flight = self._config.pipeline.most_in_flight
+            steps = StepQueue(
+                self._inbox,
+                is_connected=lambda: self._epoch == epoch,
+                max_in_flight=max_in_flight if self._worker.is_first else None,
+            )
+            with self._outermost("take its steps"):
+                failure = run_steps(self._stage_id, steps, partial(self.step, epoch), onward)
+            self._close_inbound()  # else the previous stage might wait for receives
+        if failure is None and epoch != self._epoch:
             raise self._refusal(epoch)
+        return failure
 
     def step(self, epoch: int, metadata: bytes, previous: StepAnswer | None) -> StepAnswer:
         """Run one micro-batch through this stage.
@@ -204,6 +214,7 @@ class Stage:
             else:
                 output = self._outbound.send(batch.batch_id, output)
             self._under_way = None
+            self._latest_computed = batch.batch_id
             return [output, times]
 
     def step_under_way(self) -> StepUnderWay | None:
@@ -219,7 +230,7 @@ class Stage:
 
     def latest_computed(self) -> int:
         """Id of the latest micro-batch that this stage has computed in this epoch; -1: none."""
-        return self._last_batch_id - (self._under_way is not None)
+        return self._latest_computed
 
     def intervals(self) -> tuple[StepInterval, ...]:
         """When this stage computed its latest micro-batches, oldest first."""

@@ -6,9 +6,9 @@ and answers from the stage before. A step begins when both are there.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from gllm_ray.errors import GllmRayError
+from gllm_ray.errors import GllmRayError, PipelineError
 from gllm_ray.messages import InboxAddress
 from gllm_ray.stages.inbox import Inbox, Message, Outbox
 
@@ -16,17 +16,13 @@ from gllm_ray.stages.inbox import Inbox, Message, Outbox
 # metadata; of an answer the id and what the step returned; of a failure the id, stage and reason.
 BATCH, ANSWER, FAILURE, STOP = range(4)
 
-# Kept for what may continue them: more than there can be micro-batches in flight.
-_MAX_ANSWERS = 512
-
 
 def batch_message(batch_id: int, continues: int | None, metadata: bytes) -> Message:
     """Tell a stage a micro-batch; see `MicroBatch`."""
     return [BATCH, batch_id, continues, metadata]
 
 
-@dataclass(frozen=True, slots=True)
-class StepFailure:
+class StepFailure(NamedTuple):
     """Why a micro-batch has no answer.
 
     Attributes:
@@ -38,8 +34,7 @@ class StepFailure:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """What a stage is to do.
 
     Attributes:
@@ -58,40 +53,59 @@ class StepQueue:
 
     Args:
         inbox: Where their parts come in.
-        is_first: Whether the stage waits for the answers that micro-batches continue, and not for
-            those of a stage before it.
+        is_connected: Whether there will be more.
+        max_in_flight: Micro-batches that the pipeline may hold, for the first stage: it waits for
+            the answers that micro-batches continue. None: for those of the stage before.
     """
 
-    def __init__(self, inbox: Inbox, *, is_first: bool) -> None:
+    def __init__(
+        self, inbox: Inbox, is_connected: Callable[[], bool], max_in_flight: int | None
+    ) -> None:
         self._inbox = inbox
-        self._is_first = is_first
+        self._is_connected = is_connected
+        self._max_in_flight = max_in_flight
         self._batches: deque[tuple[int, int | None, bytes]] = deque()
         self._answers: dict[int, object | StepFailure] = {}
 
     def next(self) -> Step | None:
-        """Wait for the next step; None: there will be no more."""
+        """Wait for the next step; None: there will be no more.
+
+        Raises:
+            PipelineError: A message was lost.
+        """
         while True:
-            if self._batches:
-                batch_id, continues, metadata = self._batches[0]
-                awaited = continues if self._is_first else batch_id
-                if awaited is None or awaited in self._answers:
-                    self._batches.popleft()
-                    return Step(batch_id, metadata, self._answer_to(awaited))
-            kind, *content = self._inbox.read()
+            if self._batches and self._is_answered(*self._batches[0][:2]):
+                batch_id, continues, metadata = self._batches.popleft()
+                return Step(batch_id, metadata, self._take_answer(batch_id, continues))
+            message = self._inbox.read()
+            if message is None and self._is_connected():
+                continue
+            kind, *content = message or [STOP]
             if kind == STOP:
                 return None
             if kind == BATCH:
                 self._batches.append(tuple(content))
-                continue
-            batch_id, *answer = content
-            self._answers[batch_id] = StepFailure(*answer) if kind == FAILURE else answer[0]
-            if len(self._answers) > _MAX_ANSWERS:
-                del self._answers[next(iter(self._answers))]
+            else:
+                batch_id, *answer = content
+                self._answers[batch_id] = StepFailure(*answer) if kind == FAILURE else answer[0]
 
-    def _answer_to(self, awaited: int | None) -> object | StepFailure:
-        if self._is_first:  # several may continue the same
-            return self._answers.get(awaited)
-        return self._answers.pop(awaited)
+    def _is_answered(self, batch_id: int, continues: int | None) -> bool:
+        if self._max_in_flight is not None:
+            return continues is None or continues in self._answers
+        oldest = next(iter(self._answers), batch_id)
+        if oldest != batch_id:
+            raise PipelineError(
+                f"micro-batch {batch_id} is due, and the answer to {oldest} came: a message was "
+                "lost"
+            )
+        return bool(self._answers)
+
+    def _take_answer(self, batch_id: int, continues: int | None) -> object | StepFailure:
+        if self._max_in_flight is None:
+            return self._answers.pop(batch_id)
+        while len(self._answers) > self._max_in_flight:
+            del self._answers[next(iter(self._answers))]  # what it answers is no more in flight
+        return None if continues is None else self._answers[continues]
 
 
 def run_steps(
@@ -99,7 +113,7 @@ def run_steps(
     steps: StepQueue,
     run_step: Callable[[bytes, object], object],
     onward: Sequence[InboxAddress],
-) -> bool:
+) -> StepFailure | None:
     """Run a stage's steps, and tell the answer to each.
 
     Args:
@@ -110,27 +124,33 @@ def run_steps(
             the ring, of the first stage.
 
     Returns:
-        Whether a step failed, here or before, which was told then; else it was said to stop.
+        Why a step failed, here or before, which was told onward, too; None: there are no more.
+
+    Raises:
+        PipelineError: A message was lost.
     """
     outboxes = [Outbox(address) for address in onward]
     try:
         while (step := steps.next()) is not None:
-            message = _outcome(stage_id, step, run_step)
+            answer = _run_step(stage_id, step, run_step)
+            has_failed = isinstance(answer, StepFailure)
+            told = [FAILURE, *answer] if has_failed else [ANSWER, answer]
             for outbox in outboxes:
-                outbox.write(message)
-            if message[0] == FAILURE:
-                return True
-        return False
+                outbox.write([told[0], step.batch_id, *told[1:]])
+            if has_failed:
+                return answer
+        return None
     finally:
         for outbox in outboxes:
             outbox.close()
 
 
-def _outcome(stage_id: int, step: Step, run_step: Callable[[bytes, object], object]) -> Message:
-    failure = step.previous
-    if not isinstance(failure, StepFailure):
-        try:
-            return [ANSWER, step.batch_id, run_step(step.metadata, step.previous)]
-        except GllmRayError as error:
-            failure = StepFailure(stage_id, str(error))
-    return [FAILURE, step.batch_id, failure.stage_id, failure.reason]
+def _run_step(
+    stage_id: int, step: Step, run_step: Callable[[bytes, object], object]
+) -> object | StepFailure:
+    if isinstance(step.previous, StepFailure):
+        return step.previous
+    try:
+        return run_step(step.metadata, step.previous)
+    except GllmRayError as error:
+        return StepFailure(stage_id, str(error))
