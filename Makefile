@@ -17,7 +17,7 @@ test: $(INSTALLED) ## Run the whole test suite.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: $(INSTALLED) ## Run the slow tests of faults, which `make test` leaves out.
-	$(BIN)/python -m pytest -m chaos --session-timeout=1200
+	$(BIN)/python -m pytest -m chaos --session-timeout=2400
 
 slow: $(INSTALLED) ## Run the other slow tests: scaling, upgrades, local clusters, batches.
 	$(BIN)/python -m pytest -m slow

@@ -61,6 +61,9 @@ class StageActor:
         """See `Stage.run`."""
         return self._stage.run(epoch, onward)
 
+    def settle(self) -> None:
+        """Return after the steps before."""
+
     @ray.method(concurrency_group="ctl")
     def leave_edges(self) -> None:
         """See `Stage.leave_edges`."""

@@ -45,6 +45,33 @@ async def ping(stage: ActorHandle, name: str, timeout_s: float) -> StepUnderWay 
     return await answer_in_time(lambda: ask(stage.step_under_way.remote(), name), timeout_s)
 
 
+async def settle(stage: ActorHandle, name: str, timeout_s: float) -> None:
+    """Wait until a stage that refuses steps has ended the one under way.
+
+    Args:
+        stage: The stage.
+        name: How messages name it.
+        timeout_s: How long it may compute nothing and yet not answer.
+
+    Raises:
+        StageLostError: Its process is dead.
+        StageTimeoutError: It hangs, and not in a step.
+    """
+    settled = asyncio.ensure_future(ask(stage.settle.remote(), name))
+    try:
+        while not (await asyncio.wait([settled], timeout=timeout_s))[0]:
+            if await ping(stage, name, timeout_s) is None:
+                raise StageTimeoutError(
+                    f"{name} hangs: it computes nothing and took no call for {timeout_s:.1f} s "
+                    "(recovery.heartbeat_timeout_s)"
+                )
+        await settled
+    except TimeoutError:
+        raise StageTimeoutError(f"{name} hangs: it does not answer") from None
+    finally:
+        settled.cancel()
+
+
 async def first_fault(
     stages: Mapping[int, ActorHandle], infos: Sequence[StageInfo], config: RecoveryConfig
 ) -> tuple[int, PipelineError]:

@@ -15,7 +15,7 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import PipelineError, StageLostError, StageTimeoutError
 from gllm_ray.messages import StageInfo
 from gllm_ray.partition import size_kv_cache
-from gllm_ray.stages.heartbeat import first_fault, name_stage, ping
+from gllm_ray.stages.heartbeat import first_fault, name_stage, ping, settle
 from gllm_ray.stages.placement import start_stage
 from gllm_ray.stages.ray_errors import ask
 from gllm_ray.stages.stage_group import StageGroup, connect_stages, stop_stages
@@ -186,7 +186,7 @@ class StageKeeper:
 
     async def _connect(self) -> None:
         self.group = replace(self.group, epoch=self.group.epoch + 1)
-        connecting = asyncio.create_task(connect_stages(self.group))
+        connecting = asyncio.create_task(self._settle_and_connect())
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 fault = await self._fault_before_end([connecting])
@@ -200,6 +200,24 @@ class StageKeeper:
         if fault is not None:
             raise fault
         self.group = await connecting
+
+    async def _settle_and_connect(self) -> StageGroup:
+        """Connect stages that all take calls; a neighbour would wait long for one that does not."""
+        stages = [*zip(self.group.stages, map(name_stage, self.group.infos), strict=True)]
+        await asyncio.gather(*(ask(stage.leave_edges.remote(), name) for stage, name in stages))
+        timeout_s = self._config.recovery.heartbeat_timeout_s
+        settling = {
+            asyncio.create_task(settle(stage, name, timeout_s)): stage_id
+            for stage_id, (stage, name) in enumerate(stages)
+        }
+        try:
+            done, _ = await asyncio.wait(settling, return_when=asyncio.FIRST_EXCEPTION)
+            self._broken |= {settling[task] for task in done if task.exception() is not None}
+            for task in done:
+                task.result()
+        finally:
+            await _cancel(*settling)
+        return await connect_stages(self.group)
 
     async def _fault_before_end(self, tasks: Sequence[asyncio.Task[Any]]) -> PipelineError | None:
         """Wait until one of some tasks ends, or until another stage breaks.

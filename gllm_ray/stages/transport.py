@@ -37,7 +37,7 @@ class ActivationChannel(Protocol):
         """Start to send hidden states, which nobody may change from then on.
 
         Returns:
-            What the step's object ref must carry to the downstream end; None if nothing.
+            What the step's answer must carry to the downstream end; None if nothing.
 
         Raises:
             RuntimeError: An earlier send failed.

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 
 import pytest
 
@@ -138,6 +139,25 @@ def test_a_new_stage_is_kept_when_connecting_fails_because_of_another(
     first, second = connected
     assert second[1:] == first[1:]
     assert len(logged(caplog, RECOVERED)) == 1
+
+
+@pytest.mark.chaos
+def test_a_stage_that_takes_no_call_is_found_when_the_stages_are_connected(
+    pipeline, undisturbed, loop, caplog
+):
+    async def scenario():
+        before = await pipeline.pids()
+        tasks = await start_requests(pipeline)
+        pipeline.replica.group.stages[1].__ray_call__.remote(lambda _: time.sleep(3600))
+        await pipeline.harm(2)
+        answers = await asyncio.gather(*tasks)
+        check_replaced(before, await pipeline.pids(), 1, 2)
+        return answers
+
+    start_s = time.monotonic()
+    assert by_request(loop.run(scenario())) == undisturbed
+    assert time.monotonic() - start_s < 60, "before a neighbour's patience ends"
+    assert len(logged(caplog, CAUSE)) == 1
 
 
 def test_a_stage_that_stands_still_is_replaced_after_its_deadline(

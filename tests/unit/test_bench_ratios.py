@@ -207,7 +207,8 @@ def test_what_is_no_result_has_no_table(tmp_path, capsys, text):
 
 def test_the_readme_has_the_tables_of_the_committed_results():
     root = Path(__file__).parents[2]
-    names = ("serve", "engine", "stage", "stage_15m", "stage_500m", "transport", "front", "compare")
+    stages = ("stage", "stage_15m", "stage_15m_direct", "stage_500m", "stage_500m_direct")
+    names = ("serve", "engine", *stages, "transport", "front", "compare")
     results = [read_result(root / f"gllm_ray/bench/results/{name}.json") for name in names]
     recovery = read_result(root / "gllm_ray/bench/results/recovery.json")
     assert result_tables([recovery]) in (root / "README.md").read_text("utf-8")
