@@ -12,9 +12,10 @@ from openai.types.completion_create_params import (
     CompletionCreateParamsNonStreaming as CompletionParams,
 )
 
-from gllm_ray.messages import SamplingParams
+from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.openai_protocol import ChatCompletionRequest, CompletionRequest
+from gllm_ray.stages.metadata import MetadataDecoder, MetadataEncoder
 from tests.serving.local_api import BODIES, CHAT, local_api
 
 CHAT_PATH, COMPLETION_PATH = BODIES
@@ -285,6 +286,17 @@ def test_sampling_parameters_reach_the_engine(tokenizer):
     sampling = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": -3}
     for path in BODIES:
         assert request_for(tokenizer, path, sampling).sampling == SamplingParams(**sampling)
+
+
+def test_a_top_k_beyond_any_vocabulary_is_as_good_as_the_largest_that_a_message_can_carry(
+    tokenizer,
+):
+    for path in BODIES:
+        sampling = request_for(tokenizer, path, {"top_k": 2**70}).sampling
+        sequence = ScheduledSequence(0, 0, 0, (1,), (0,), sampling)
+        batch = MicroBatch(batch_id=0, sequences=(sequence,))
+        assert MetadataDecoder().decode(MetadataEncoder().encode(batch)) == batch
+        assert sampling.top_k > 10**9
 
 
 def test_the_defaults_are_openais_with_a_seed_for_each_request(tokenizer):
