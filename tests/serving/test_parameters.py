@@ -288,9 +288,7 @@ def test_sampling_parameters_reach_the_engine(tokenizer):
         assert request_for(tokenizer, path, sampling).sampling == SamplingParams(**sampling)
 
 
-def test_a_top_k_beyond_any_vocabulary_is_as_good_as_the_largest_that_a_message_can_carry(
-    tokenizer,
-):
+def test_a_top_k_of_any_size_becomes_one_that_a_message_can_carry(tokenizer):
     for path in BODIES:
         sampling = request_for(tokenizer, path, {"top_k": 2**70}).sampling
         sequence = ScheduledSequence(0, 0, 0, (1,), (0,), sampling)
