@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from gllm_ray.errors import GllmRayError, PipelineError
+from gllm_ray.errors import GllmRayError
 from gllm_ray.messages import InboxAddress
 from gllm_ray.stages.inbox import Inbox, Message, Outbox
 
@@ -71,7 +71,7 @@ class StepQueue:
         """Wait for the next step; None: there will be no more.
 
         Raises:
-            PipelineError: A message was lost.
+            RuntimeError: A message was lost.
         """
         while True:
             if self._batches and self._is_answered(*self._batches[0][:2]):
@@ -94,9 +94,8 @@ class StepQueue:
             return continues is None or continues in self._answers
         oldest = next(iter(self._answers), batch_id)
         if oldest != batch_id:
-            raise PipelineError(
-                f"micro-batch {batch_id} is due, and the answer to {oldest} came: a message was "
-                "lost"
+            raise RuntimeError(
+                f"a message was lost: micro-batch {batch_id} is due, and the answer to {oldest} came"
             )
         return bool(self._answers)
 
@@ -127,16 +126,18 @@ def run_steps(
         Why a step failed, here or before, which was told onward, too; None: there are no more.
 
     Raises:
-        PipelineError: A message was lost.
+        RuntimeError: A message was lost.
     """
     outboxes = [Outbox(address) for address in onward]
     try:
         while (step := steps.next()) is not None:
             answer = _run_step(stage_id, step, run_step)
             has_failed = isinstance(answer, StepFailure)
-            told = [FAILURE, *answer] if has_failed else [ANSWER, answer]
+            told = (
+                [FAILURE, step.batch_id, *answer] if has_failed else [ANSWER, step.batch_id, answer]
+            )
             for outbox in outboxes:
-                outbox.write([told[0], step.batch_id, *told[1:]])
+                outbox.write(told)
             if has_failed:
                 return answer
         return None
