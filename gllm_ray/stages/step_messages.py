@@ -95,7 +95,7 @@ class StepQueue:
         oldest = next(iter(self._answers), batch_id)
         if oldest != batch_id:
             raise RuntimeError(
-                f"a message was lost: micro-batch {batch_id} is due, and the answer to {oldest} came"
+                f"a message was lost: micro-batch {batch_id} is due, the answer to {oldest} came"
             )
         return bool(self._answers)
 
@@ -133,11 +133,9 @@ def run_steps(
         while (step := steps.next()) is not None:
             answer = _run_step(stage_id, step, run_step)
             has_failed = isinstance(answer, StepFailure)
-            told = (
-                [FAILURE, step.batch_id, *answer] if has_failed else [ANSWER, step.batch_id, answer]
-            )
+            kind, content = (FAILURE, answer) if has_failed else (ANSWER, [answer])
             for outbox in outboxes:
-                outbox.write(told)
+                outbox.write([kind, step.batch_id, *content])
             if has_failed:
                 return answer
         return None
