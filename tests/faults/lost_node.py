@@ -65,7 +65,8 @@ async def scenario(cluster: Cluster) -> list[dict]:
 
 
 async def node_of(stage) -> str:
-    return await stage.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+    beside_steps = stage.__ray_call__.options(concurrency_group="ctl")
+    return await beside_steps.remote(lambda _: ray.get_runtime_context().get_node_id())
 
 
 def main() -> None:

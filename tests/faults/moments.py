@@ -28,11 +28,11 @@ MOMENTS = {
 
 
 def body_of(moment, index, salt, *, num_tokens=40, **options):
-    """Greedy and seeded ones in turn; no two prompts begin alike."""
+    """Greedy and seeded ones in turn, long enough to meet; no two prompts begin alike."""
     sampling = {"temperature": 1.0, "seed": 17} if index % 2 else {"temperature": 0}
     start = 7 * index + 101 * (len(MOMENTS) * salt + list(MOMENTS).index(moment))
     prompt = [5 + (start + 13 * i) % 900 for i in range(num_tokens)]
-    return {"model": "demo", "prompt": prompt, "max_tokens": 40} | sampling | options
+    return {"model": "demo", "prompt": prompt, "max_tokens": 120} | sampling | options
 
 
 async def complete_all(http, moment, salt=0, *, may_fail=False):

@@ -27,10 +27,10 @@ FIRST, SECOND = {"host_0": 0.01}, {"host_1": 0.01}
 NUM_PROMPTS, NUM_PROMPT_TOKENS = 3, 400
 
 
-def make_config(transport):
+def make_config(**pipeline):
     config = load_only_service(DEMO)
     scheduler = config.scheduler.model_copy(update={"policy": ChunkedPrefillConfig()})
-    pipeline = config.pipeline.model_copy(update={"activation_transport": transport})
+    pipeline = config.pipeline.model_copy(update=pipeline)
     return config.model_copy(update={"scheduler": scheduler, "pipeline": pipeline})
 
 
@@ -46,23 +46,23 @@ def make_requests():
     ]
 
 
-async def serve(transport, places, trace):
+async def serve(places, trace, **pipeline):
     """The tokens, the stages' nodes, and the file with the trace of the stages.
 
     Args:
-        transport: Of hidden states.
         places: The resources that bring each stage to its host.
         trace: The file to write.
+        pipeline: Settings.
     """
-    config = make_config(transport)
+    config = make_config(**pipeline)
     owner, *stages = bundles(config)
     stages = [stage | place for stage, place in zip(stages, places, strict=True)]
     group = placement_group([owner | FIRST, *stages], strategy="PACK")
     try:
-        async with running(config, group) as pipeline:
-            answers = [await pipeline.collect(request) for request in make_requests()]
-            actors = pipeline.replica.group.stages
-            await write_stage_trace(pipeline.replica.group, trace)
+        async with running(config, group) as served:
+            answers = [await served.collect(request) for request in make_requests()]
+            actors = served.replica.group.stages
+            await write_stage_trace(served.replica.group, trace)
             return {
                 "tokens": [[event.token_id for event in events] for events in answers],
                 "nodes": [await node_of(actor) for actor in actors],
@@ -75,10 +75,15 @@ async def serve(transport, places, trace):
 async def on_hosts(directory):
     """One pipeline at a time, so that a hop waits for nothing but the link."""
     return {
-        "one": await serve("gloo", [FIRST, FIRST], directory / "one.json"),
-        "two": await serve("gloo", [FIRST, SECOND], directory / "two.json"),
+        "one": await serve([FIRST, FIRST], directory / "one.json"),
+        "two": await serve([FIRST, SECOND], directory / "two.json"),
         "two, object store": await serve(
-            "object_store", [FIRST, SECOND], directory / "two_object_store.json"
+            [FIRST, SECOND],
+            directory / "two_object_store.json",
+            activation_transport="object_store",
+        ),
+        "two, direct": await serve(
+            [FIRST, SECOND], directory / "two_direct.json", control_plane="direct"
         ),
     }
 
@@ -86,8 +91,8 @@ async def on_hosts(directory):
 async def on_nodes(directory):
     """Side by side, for time."""
     one, two = await asyncio.gather(
-        serve("gloo", [FIRST, FIRST], directory / "one.json"),
-        serve("gloo", [FIRST, SECOND], directory / "two.json"),
+        serve([FIRST, FIRST], directory / "one.json"),
+        serve([FIRST, SECOND], directory / "two.json"),
     )
     return {"one": one, "two": two}
 
