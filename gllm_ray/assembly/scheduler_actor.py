@@ -6,9 +6,9 @@ import ray
 
 from gllm_ray.assembly.engines import build_engine
 from gllm_ray.config import ServiceConfig
-from gllm_ray.engine.garbage import relax_garbage_collector
 from gllm_ray.engine.supervisor import Supervisor
 from gllm_ray.errors import PipelineError
+from gllm_ray.garbage import relax_garbage_collector
 from gllm_ray.messages import EngineLoad, GenerationRequest, OpenRequest
 from gllm_ray.stages.stage_group import StageGroup
 from gllm_ray.stages.supervised_pipeline import Fault, SupervisedPipeline

@@ -8,7 +8,7 @@ import ray
 
 from gllm_ray.assembly.engines import build_engine
 from gllm_ray.config import ServiceConfig
-from gllm_ray.engine.garbage import relax_garbage_collector
+from gllm_ray.garbage import relax_garbage_collector
 from gllm_ray.interfaces import Pipeline
 from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult, TokenEvent
 from gllm_ray.scheduling.load import StepLoad

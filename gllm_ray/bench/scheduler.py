@@ -6,7 +6,7 @@ from statistics import median, quantiles
 from time import thread_time
 from typing import Any
 
-from gllm_ray.engine.garbage import relax_garbage_collector
+from gllm_ray.garbage import relax_garbage_collector
 from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult, StageTime
 from gllm_ray.policy_config import PolicyConfig
 from gllm_ray.scheduling import Scheduler, SchedulerSettings, make_policy

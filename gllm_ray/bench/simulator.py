@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from time import process_time
 from typing import Any
 
-from gllm_ray.engine.garbage import relax_garbage_collector
+from gllm_ray.garbage import relax_garbage_collector
 from gllm_ray.policy_config import PolicyConfig
 from gllm_ray.scheduling import Scheduler, SchedulerSettings, make_policy
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor

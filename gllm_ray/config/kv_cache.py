@@ -17,7 +17,8 @@ class KvCacheConfig(StrictModel):
     )
     kv_cache_bytes: ByteSize | None = Field(
         default=None,
-        description="KV cache of one stage, instead of memory_utilization; required on cpu.",
+        description="KV cache of one stage, instead of memory_utilization; required on cpu, where "
+        "memory is taken as blocks are first used.",
     )
 
     @model_validator(mode="after")

@@ -1,6 +1,9 @@
 """The paged KV cache of one stage: one pair of tensors per attention module."""
 
+import math
+import mmap
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -75,14 +78,15 @@ def allocate_kv_cache(
 ) -> dict[nn.Module, LayerKvCache]:
     """Reserve the cache of every attention module of a stage.
 
-    On CPU the slots of a head lie side by side, as the C++ operator likes them; elsewhere the heads
-    of a slot do, which is the layout of FlashAttention-3.
+    On CPU the slots of a head lie side by side, as the C++ operator likes them, and a page takes
+    memory once a slot of it is written; elsewhere the heads of a slot lie side by side, which is
+    the layout of FlashAttention-3.
     """
 
     def reserve(shape: tuple[int, int]) -> torch.Tensor:
         heads, width = shape
         if device.type == "cpu":
-            return torch.zeros(heads, num_slots, width, dtype=dtype, device=device)
+            return _untouched_zeros((heads, num_slots, width), dtype)
         return torch.zeros(num_slots, heads, width, dtype=dtype, device=device).transpose(0, 1)
 
     return {
@@ -93,6 +97,19 @@ def allocate_kv_cache(
         )
         for module, geometry in geometries.items()
     }
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in pages that the kernel makes when they are written, large ones where it can.
+
+    Nobody waits for gigabytes to be filled before the first request.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def with_dense_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from gllm_ray.assembly.replica import PipelineReplica
 from gllm_ray.autoscaling import SignalMeter
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
+from gllm_ray.garbage import pause_garbage_collector, relax_garbage_collector
 from gllm_ray.messages import GenerationRequest, StageInfo, TokenEvent
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.callers import CallerWatch
@@ -35,6 +36,7 @@ class PipelineOwner:
 
     async def __init__(self, config: ServiceConfig) -> None:
         log_with_serve()
+        pause_garbage_collector()
         self._config = config
         self._meter = SignalMeter()
         total = PhaseClock()
@@ -50,6 +52,7 @@ class PipelineOwner:
         self.max_model_len = self._pipeline.group.max_model_len
         self._client = EngineClient(self._pipeline)
         await self._client.start()
+        relax_garbage_collector()
         total.end("total")
         group = self._pipeline.group
         self._startup_s = {**total.times_s, **prepared_s, **group.startup_s}

@@ -7,6 +7,7 @@ from dataclasses import replace
 import ray
 
 from gllm_ray.config import ServiceConfig
+from gllm_ray.garbage import pause_garbage_collector, relax_garbage_collector
 from gllm_ray.messages import EdgeAddress, InboxAddress, StageInfo, StepInterval, StepUnderWay
 from gllm_ray.stages.step_messages import StepFailure
 from gllm_ray.stages.timeline import PhaseClock
@@ -29,6 +30,7 @@ class StageActor:
 
     def __init__(self, config: ServiceConfig, stage_id: int) -> None:
         clock = PhaseClock()
+        pause_garbage_collector()
         # Torch is imported where a stage runs, and not by all who hold a handle of it.
         from gllm_ray.stages.stage import Stage
 
@@ -39,6 +41,7 @@ class StageActor:
     def load(self) -> StageInfo:
         """See `Stage.load`."""
         info = self._stage.load()
+        relax_garbage_collector()
         return replace(info, startup_s={**self._startup_s, **info.startup_s})
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
