@@ -141,6 +141,7 @@ def _with_answers(
     batch = batch.filter(pa.array(is_kept, pa.bool_()))
     types = [pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string()]
     for i, (name, kind) in enumerate(zip(ADDED_COLUMNS, types, strict=True)):
+        batch = batch.drop_columns([name]) if name in batch.schema.names else batch
         batch = batch.append_column(name, pa.array([answer[i] for answer in answers], kind))
     return batch
 
@@ -185,7 +186,9 @@ def _check_columns(path: Path, names: list[str], template: RowTemplate) -> None:
     ):
         if column is not None and column not in names:
             raise ConfigError(f"{option}={column}: {path} has the columns {', '.join(names)}")
-    if taken := [name for name in ADDED_COLUMNS if name in names and name != template.id_column]:
+    # An id column of that name holds what the output says there.
+    added = [name for name in ADDED_COLUMNS if (name, template.id_column) != ("custom_id",) * 2]
+    if taken := [name for name in added if name in names]:
         raise ConfigError(f"{path}: has a column {taken[0]}, which is the output's; rename it")
 
 

@@ -11,6 +11,7 @@ from subprocess import run as run_command
 from typing import Any
 
 from gllm_ray.bench.policy_bounds import max_rate_per_s, offline_bound
+from gllm_ray.bench.policy_hardware import nominal_parts
 from gllm_ray.bench.policy_reproduction import reproduce
 from gllm_ray.bench.policy_runs import Effort, Measures, at_rate, mean_of, simulate, workload
 from gllm_ray.bench.policy_scenarios import (
@@ -88,6 +89,7 @@ def _bench_scenario(scenario: Scenario, effort: Effort, pool: Executor) -> dict[
     found = iter(pool.map(slo_capacity, searches))
     return {
         "name": scenario.name,
+        "nominal": nominal_parts(scenario.hardware),
         "tpot_limit_s": limits["tpot_p99_s"],
         "runs": [
             {"policy": name, "rate_per_s": rate}

@@ -14,6 +14,7 @@ from gllm_ray.simulation.cost_fit import fit_scheduler_cost
 from gllm_ray.simulation.cost_model import PipelineCost
 from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.devices import find_device
+from gllm_ray.simulation.hardware import names_of_uncalibrated
 from gllm_ray.simulation.hosts import find_host
 from gllm_ray.simulation.links import find_link
 from gllm_ray.simulation.measured import MeasuredCost
@@ -93,6 +94,12 @@ def pipeline_cost(hardware: Hardware) -> PipelineCost:
     prefills_ms = json.loads(_read(hardware.profile))["prefill_ms"]
     points = [(rows, time_ms / 1000) for rows, time_ms in prefills_ms]
     return MeasuredCost.from_prefills(layout, points, device)
+
+
+def nominal_parts(hardware: Hardware) -> list[str]:
+    """The names of the parts whose constants nobody has fitted to measurements."""
+    host = [find_host(hardware.host)] if hardware.profile is None else []
+    return names_of_uncalibrated([find_device(hardware.device), *host, *_timing(hardware).links])
 
 
 def round_trip_s(hardware: Hardware, step: StepLoad) -> float:

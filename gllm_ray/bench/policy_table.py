@@ -21,6 +21,7 @@ from gllm_ray.bench.policy_goals import (
     offline_goal,
     one_stage_comparison,
     runs_at,
+    slo_capacities,
 )
 from gllm_ray.bench.policy_scenarios import OURS
 from gllm_ray.bench.reproduction_table import reproduction_table
@@ -63,8 +64,8 @@ def _summary(scenarios: Sequence[Results]) -> str:
         f"setting, {over_all.best}, and the bound {over_all.bound_ratio:.3f} x (geometric means; "
         f"goal {LEAST_CAPACITY}: {_verdict(over_all.ratio >= LEAST_CAPACITY)}).\n\n"
         "- (a) To the highest capacity of another (goal 1). The bound is an ideal pipeline's, of "
-        "no bubble and the best tile: no schedule keeps up with more for long. "
-        "A run may exceed it a little by what it decodes after the last request has come.\n"
+        "no bubble and the best tile: no schedule keeps up with more for long, so none counts for "
+        "more.\n"
         f"- (b) Loads with at least {LEAST_THROUGHPUT} x the throughput and at most {MOST_LATENCY} "
         "x the p90 TTFT and p99 TPOT of the best; the worst ratios.\n"
         f"- (c) Utilization (goal {LEAST_UTILIZATION}) and share of the ideal (goal {LEAST_IDEAL}) "
@@ -107,21 +108,21 @@ def _reproduction_summary(rows: Sequence[Results]) -> str:
 
 
 def _capacities(scenarios: Sequence[Results]) -> str:
-    def capacities_of(name: str) -> list[float]:
-        return [scenario["slo_capacity_per_s"][name] for scenario in scenarios]
-
+    found = list(map(slo_capacities, scenarios))
     rows = []
-    for name in scenarios[0]["slo_capacity_per_s"]:
-        capacities = capacities_of(name)
+    for name in found[0]:
+        capacities = [each[name] for each in found]
         mean = geometric_mean(capacities)
         rows.append([name, *(f"{capacity:.2f}" for capacity in (*capacities, mean))])
     bounds = [scenario["bounds"]["max_rate_per_s"] for scenario in scenarios]
     rows.append(["*ideal pipeline*", *(f"{bound:.2f}" for bound in bounds), ""])
     head = ["requests/s", *(scenario["name"] for scenario in scenarios), "geometric mean"]
     limits = ", ".join(f"{1000 * scenario['tpot_limit_s']:.0f}" for scenario in scenarios)
+    nominal = dict.fromkeys(name for scenario in scenarios for name in scenario["nominal"])
     return (
         "The highest rate with p90 TTFT <= 2 s and p99 TPOT <= 5 decode-only steps of 32 "
-        f"sequences of 4,096 tokens, which are {limits} ms.\n\n" + markdown_table(head, rows)
+        f"sequences of 4,096 tokens, which are {limits} ms.\n\n{markdown_table(head, rows)}\n\n"
+        f"Nominal constants, not fitted to measurements: {', '.join(nominal) or 'none'}."
     )
 
 

@@ -51,14 +51,10 @@ class Target:
     """A service that answers.
 
     Attributes:
-        name: As it was given.
-        model: The model as the service names it.
         pid: The root of its processes; None: not known.
         client: Sends requests to it.
     """
 
-    name: str
-    model: str
     pid: int | None
     client: CompletionsClient
 
@@ -104,7 +100,7 @@ async def start_target(text: str, options: TargetOptions) -> AsyncIterator[Targe
                 await _wait_until_ready(client, text, url, options, raise_if_ended)
             except RuntimeError as error:
                 raise PipelineError(str(error)) from None
-            yield Target(name=text, model=client.model, pid=pid, client=client)
+            yield Target(pid=pid, client=client)
 
 
 def model_directory(text: str) -> str | None:

@@ -52,8 +52,8 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
     reads_weights = model.load_format != "dummy"
     directory = find_directory(model.path, model.revision)
     config = _read_json(directory / "config.json")
-    if "quantization_config" in config and reads_weights:
-        method = config["quantization_config"].get("quant_method")
+    if (quantization := config.get("quantization_config")) and reads_weights:
+        method = quantization.get("quant_method")
         raise ConfigError(
             f"model.path={model.path!r}: its weights are quantized ({method}), which is not "
             "supported; use the unquantized checkpoint"

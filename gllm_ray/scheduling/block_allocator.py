@@ -15,11 +15,15 @@ class BlockAllocator:
     Args:
         num_blocks: Blocks every stage has; ids are 0 up to `num_blocks - 1`.
         block_size: Tokens a block holds.
+
+    Attributes:
+        num_published: How often content became one that can be found.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.num_published = 0
         # Of the blocks that were ever taken, which are the first ones: a thousand simulated
         # schedulers fit into memory.
         self._num_references: list[int] = []
@@ -75,6 +79,7 @@ class BlockAllocator:
         """
         assert self._num_references[block] > 0, f"block {block} published, but not held"
         if content not in self._blocks:
+            self.num_published += 1
             self._blocks[content] = block
             self._hashes.setdefault(block, []).append(content)
 

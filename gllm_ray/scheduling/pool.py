@@ -50,7 +50,7 @@ class SequencePool:
         self._sequences: dict[int, Sequence] = {}  # in order of arrival
         self._copies: list[tuple[int, int]] = []
         self._ended: list[int] = []
-        self._refused: tuple[int, int, int] | None = None  # head, free blocks, reserve
+        self._refused: tuple[int, int, int, int] | None = None  # when the head found no room
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -214,7 +214,12 @@ class SequencePool:
         allocator = self.allocator
         if allocator.num_free_blocks == allocator.num_blocks:
             reserved_blocks = 0  # no decode is running that the reserve could save
-        circumstances = (sequence.seq_id, allocator.num_free_blocks, reserved_blocks)
+        circumstances = (
+            sequence.seq_id,
+            allocator.num_free_blocks,
+            allocator.num_published,
+            reserved_blocks,
+        )
         if circumstances == self._refused:
             return None  # without another look at each block of its prefix
         hit = self.prefix_cache.find(sequence)

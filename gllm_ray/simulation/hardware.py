@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,11 @@ def uncalibrated(config: HardwareConfig) -> list[str]:
         parts.append(find_device(config.device))
     if config.profile is None:
         parts.append(find_host(config.host))
+    return names_of_uncalibrated(parts)
+
+
+def names_of_uncalibrated(parts: Iterable[Device | Host | Link]) -> list[str]:
+    """The names of those whose constants nobody has fitted to measurements, each once."""
     return list(dict.fromkeys(part.name for part in parts if not part.is_calibrated))
 
 

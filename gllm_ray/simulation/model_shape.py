@@ -230,6 +230,12 @@ class ModelShape:
                         f"tensor_parallel={num_shards}: {size} {name} cannot be shared evenly; "
                         f"must divide {size}"
                     )
+            heads = layer.attention.num_kv_heads
+            if layer.attention.latent is None and heads % num_shards and num_shards % heads:
+                raise ConfigError(
+                    f"tensor_parallel={num_shards}: {heads} KV heads cannot be shared evenly; must "
+                    f"divide {heads}, or be a multiple of it"
+                )
 
 
 def _num_weights(gemms: list[Gemm]) -> int:

@@ -14,6 +14,7 @@ from gllm_ray.simulation.plan_ranking import cost_frontier, finalists, ranked, v
 from gllm_ray.simulation.plan_report import Plan, format_plan, format_rejections, memory_table
 from gllm_ray.simulation.plan_serve_file import serve_yaml
 from gllm_ray.simulation.planner import Choice, enumerate_choices, is_servable
+from gllm_ray.simulation.workload_config import AtOnceArrivalsConfig
 
 _NUM_HEADROOMS = 3
 _BAR_CHARACTERS = 30
@@ -75,6 +76,8 @@ def make_plan(
     good = [outcome.choice for outcome in outcomes if not violations(config, outcome)]
     servable = [choice for choice in good if is_servable(choice)]
     tried = list(dict.fromkeys([*servable[:1], *good[:_NUM_HEADROOMS]]))
+    if isinstance(config.workload.arrivals, AtOnceArrivalsConfig):
+        tried = []  # they have no rate
     multiples = run("headroom", headroom, tried)
     return Plan(
         outcomes=tuple(outcomes),

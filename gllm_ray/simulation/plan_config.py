@@ -10,7 +10,6 @@ from gllm_ray.errors import ConfigError
 from gllm_ray.policy_config import BalancedConfig, PolicyConfig
 from gllm_ray.simulation.model_config import parse_model_shape
 from gllm_ray.simulation.model_shape import ModelShape
-from gllm_ray.simulation.routing import RoutingName
 from gllm_ray.simulation.workload_config import TraceWorkloadConfig, WorkloadConfig
 from gllm_ray.strict_schema import StrictModel, parse_strictly
 from gllm_ray.strict_yaml import read_yaml
@@ -98,6 +97,11 @@ class SearchConfig(StrictModel):
         "many of the best, and the frontier, are simulated with all of theirs.",
     )
 
+    def depths(self, num_gpus: int) -> tuple[int, ...]:
+        """Numbers of stages to try with so many GPUs."""
+        powers = (1 << exponent for exponent in range(num_gpus.bit_length()))
+        return self.stages or tuple(powers)
+
 
 class PlanSloConfig(StrictModel):
     """Limits that a percentile of the requests must keep; null: no limit."""
@@ -134,8 +138,8 @@ class PlanConfig(StrictModel):
     result_s: float = Field(
         default=0.001, ge=0, description="From the last stage to the scheduler."
     )
-    routing: RoutingName = Field(
-        default="power_of_two", description="Which replica a request goes to."
+    routing: Literal["power_of_two", "prefix_aware"] = Field(
+        default="power_of_two", description="Which replica a request goes to, as the service can."
     )
     workload: WorkloadConfig
     slo: PlanSloConfig = PlanSloConfig()
@@ -152,6 +156,13 @@ class PlanConfig(StrictModel):
             raise ValueError(f"gpus={names}: must each be of another device")
         if len({gpu.price_per_hour is None for gpu in self.gpus}) == 2:
             raise ValueError("gpus[].price_per_hour=null: must be given for all of them or none")
+        depths = {depth for gpu in self.gpus for depth in self.search.depths(gpu.count)}
+        for plan in self.search.layers:
+            if plan not in ("auto", "even") and len(plan) not in depths:
+                raise ValueError(
+                    f"search.layers={list(plan)}: is for {len(plan)} stages; must be for one of "
+                    f"those that are searched, {sorted(depths)}"
+                )
         return self
 
     @property

@@ -12,8 +12,8 @@ from gllm_ray.scheduling import Scheduler, SchedulerSettings, make_policy
 from gllm_ray.scheduling.learnt_cost_model import LearntCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
 from gllm_ray.simulation.deployment import Deployment
-from gllm_ray.simulation.devices import find_device
-from gllm_ray.simulation.hosts import find_host
+from gllm_ray.simulation.devices import Device, find_device
+from gllm_ray.simulation.hosts import Host, find_host
 from gllm_ray.simulation.links import Link, find_link
 from gllm_ray.simulation.metrics import FINISHED
 from gllm_ray.simulation.plan_config import PlanConfig
@@ -39,13 +39,23 @@ def make_cost(config: PlanConfig, cut: Cut) -> RooflineCost:
     Raises:
         ConfigError: A device, host or link is not known.
     """
-    link = config.gpu(cut.device).link if cut.tensor_parallel > 1 else None
     return RooflineCost(
         cut.layout(config.model.shape()),
         find_device(cut.device),
         find_host(config.host),
-        None if link is None else find_link(link),
+        _shard_link(config, cut),
     )
+
+
+def cost_parts(config: PlanConfig, cut: Cut) -> list[Device | Host | Link]:
+    """What has constants that the times of a replica depend on.
+
+    Raises:
+        ConfigError: A device, host or link is not known.
+    """
+    shard_link = _shard_link(config, cut)
+    shard_links = [] if shard_link is None else [shard_link]
+    return [find_device(cut.device), find_host(config.host), *_links(config, cut), *shard_links]
 
 
 def screen(config: PlanConfig, choice: Choice) -> Outcome:
@@ -61,7 +71,8 @@ def evaluate(config: PlanConfig, choice: Choice) -> Outcome:
 def headroom(config: PlanConfig, choice: Choice) -> float:
     """The highest multiple of the workload's rate that meets the SLO, to an eighth of its octave.
 
-    It is at least 1 and at most 16; for choices that meet the SLO at 1.
+    It is at least 1 and at most 16; for choices that meet the SLO at 1. Drawn requests come for as
+    long at any rate; a trace is over sooner.
     """
     low, high = 1.0, 2.0
     while high <= _MAX_HEADROOM and _meets(config, choice, high):
@@ -117,17 +128,17 @@ def _meets(config: PlanConfig, choice: Choice, rate: float) -> bool:
 def _simulate(config: PlanConfig, choice: Choice, *, share: int = 1, rate: float = 1.0) -> Outcome:
     """Simulate a choice at a multiple of the rate; with a share, one replica of so many."""
     deployment = _deployment(config, choice, choice.num_replicas // share)
-    workload = Workload(_scaled(config.workload, rate, share), config.seed)
+    workload = Workload(_at_rate(config.workload, rate), config.seed, share=share)
     report = Simulation(deployment, workload, seed=config.seed).run().report
     return _outcome(config, choice, report, share)
 
 
-def _scaled(
-    workload: SyntheticWorkloadConfig | TraceWorkloadConfig, rate: float, share: int
+def _at_rate(
+    workload: SyntheticWorkloadConfig | TraceWorkloadConfig, rate: float
 ) -> SyntheticWorkloadConfig | TraceWorkloadConfig:
-    """Requests that come so many times as fast, thinned to one replica's share."""
-    num_requests = workload.num_requests and ceil(workload.num_requests / share)
-    rate_scale = workload.rate_scale * rate / share
+    """So many times the requests in the same time."""
+    num_requests = workload.num_requests and ceil(workload.num_requests * rate)
+    rate_scale = workload.rate_scale * rate
     return workload.model_copy(update={"num_requests": num_requests, "rate_scale": rate_scale})
 
 
@@ -156,6 +167,11 @@ def _deployment(config: PlanConfig, choice: Choice, num_replicas: int) -> Deploy
         num_replicas=num_replicas,
         routing=config.routing,
     )
+
+
+def _shard_link(config: PlanConfig, cut: Cut) -> Link | None:
+    name = config.gpu(cut.device).link
+    return None if name is None or cut.tensor_parallel == 1 else find_link(name)
 
 
 def _links(config: PlanConfig, cut: Cut) -> tuple[Link, ...]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from gllm_ray.partition import size_kv_cache
 from gllm_ray.policy_config import PolicyConfig
 from gllm_ray.scheduling.load import StepLoad
-from gllm_ray.simulation.devices import find_device
+from gllm_ray.simulation.hardware import names_of_uncalibrated
 from gllm_ray.simulation.plan_config import PlanConfig
-from gllm_ray.simulation.plan_evaluation import make_cost
+from gllm_ray.simulation.plan_evaluation import cost_parts, make_cost
 from gllm_ray.simulation.plan_ranking import Outcome, cost, violations
 from gllm_ray.simulation.planner import (
     Choice,
@@ -156,10 +156,9 @@ def _verdict(config: PlanConfig, plan: Plan) -> list[str]:
         lines.append(f"{_name(nearest.choice)}: {_misses(config, nearest)}")
     if not is_servable(first.choice) and not violations(config, first):
         lines.append(f"Better, but the service has no tensor parallelism: {_name(first.choice)}")
-    names = dict.fromkeys(outcome.choice.cut.device for outcome in plan.outcomes)
-    estimated = [name for name in names if not find_device(name).is_calibrated]
-    if estimated:
-        lines.append(f"Not calibrated by measurements: {', '.join(estimated)}")
+    parts = (part for outcome in plan.outcomes for part in cost_parts(config, outcome.choice.cut))
+    if names := names_of_uncalibrated(parts):
+        lines.append(f"Not calibrated by measurements: {', '.join(names)}")
     return lines
 
 

@@ -42,7 +42,11 @@ def serve_yaml(config: PlanConfig, choice: Choice) -> str:
             "policy": choice.policy.model_dump(mode="json"),
             "max_decodes": config.max_decodes,
         },
-        "deployment": {"min_replicas": replicas, "max_replicas": replicas},
+        "deployment": {
+            "min_replicas": replicas,
+            "max_replicas": replicas,
+            "routing": config.routing,
+        },
     }
     application = {
         "name": "planned",

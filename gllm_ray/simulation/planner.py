@@ -88,7 +88,7 @@ def enumerate_choices(config: PlanConfig) -> tuple[list[Choice], list[Rejection]
     choices: list[Choice] = []
     rejections: list[Rejection] = []
     for gpu in config.gpus:
-        degrees = product(search.stages or _powers_of_two(gpu.count), search.tensor_parallel)
+        degrees = product(search.depths(gpu.count), search.tensor_parallel)
         for num_stages, tensor_parallel in degrees:
             what = f"{gpu.device}, {_stages(num_stages, tensor_parallel)}"
             try:
@@ -134,10 +134,6 @@ def stages_per_node(gpu: GpuConfig, num_stages: int, tensor_parallel: int) -> tu
 def is_servable(choice: Choice) -> bool:
     """Whether the service can run it: its stages are of one GPU."""
     return choice.cut.tensor_parallel == 1
-
-
-def _powers_of_two(most: int) -> list[int]:
-    return [1 << exponent for exponent in range(most.bit_length())]
 
 
 def _cuts(

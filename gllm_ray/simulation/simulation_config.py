@@ -191,6 +191,11 @@ class SimulationConfig(StrictModel):
         hardware, pipeline, kv_cache = self.hardware, self.pipeline, self.kv_cache
         num_devices = pipeline.tensor_parallel
         has_link = hardware.tensor_parallel_link is not None
+        if hardware.profile is not None and num_devices > 1:
+            return (
+                f"pipeline.tensor_parallel={num_devices}: must be 1 when hardware.profile is "
+                "given, which tells the times of one device"
+            )
         if hardware.profile is None and has_link != (num_devices > 1):
             must = "{...}: must be left out" if has_link else "null: must be given"
             return f"hardware.tensor_parallel_link={must} when tensor_parallel is {num_devices}"

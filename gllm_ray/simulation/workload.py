@@ -28,11 +28,16 @@ class Workload:
     Args:
         config: What the requests are like.
         seed: Of everything that is drawn.
+        share: Of every so many requests one is drawn, which keeps its time: what one of so many
+            replicas gets.
     """
 
-    def __init__(self, config: SyntheticWorkloadConfig | TraceWorkloadConfig, seed: int) -> None:
+    def __init__(
+        self, config: SyntheticWorkloadConfig | TraceWorkloadConfig, seed: int, *, share: int = 1
+    ) -> None:
         self._config = config
         self._seed = seed
+        self._share = share
 
     def __iter__(self) -> Iterator[SimulatedRequest]:
         """The requests from the first on.
@@ -40,7 +45,7 @@ class Workload:
         Raises:
             ConfigError: A trace cannot be read.
         """
-        config = self._config
+        config, is_drawn = self._config, _one_of_every(self._share, self._stream("share"))
         requests = (
             self._traced(config) if isinstance(config, TraceWorkloadConfig) else self._drawn(config)
         )
@@ -48,8 +53,9 @@ class Workload:
             arrival_s = request.arrival_s / config.rate_scale
             if config.duration_s is not None and arrival_s > config.duration_s:
                 return
-            max_tokens = request.max_tokens if config.max_tokens is None else config.max_tokens
-            yield replace(request, arrival_s=arrival_s, max_tokens=max_tokens)
+            if next(is_drawn):
+                max_tokens = request.max_tokens if config.max_tokens is None else config.max_tokens
+                yield replace(request, arrival_s=arrival_s, max_tokens=max_tokens)
 
     def _stream(self, purpose: str) -> Random:
         return Random(f"{self._seed} {purpose}")
@@ -87,6 +93,14 @@ class Workload:
                 return
             if request.arrival_s >= config.start_s:
                 yield replace(request, arrival_s=request.arrival_s - config.start_s)
+
+
+def _one_of_every(count: int, rng: Random) -> Iterator[bool]:
+    """For each request whether it is drawn; the first is, so that there is one."""
+    drawn = 0
+    while True:
+        yield from (index == drawn for index in range(count))
+        drawn = rng.randrange(count)
 
 
 def _prefixes(config: SharedPrefixesConfig | None, rng: Random) -> Iterator[tuple[int | None, int]]:

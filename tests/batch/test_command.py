@@ -68,31 +68,37 @@ def test_a_file_runs_to_its_end_and_a_changed_model_does_not_resume(
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_table_comes_back_with_columns_of_answers(suffix, ray_cluster, config, tmp_path, capsys):
+@pytest.mark.parametrize(("suffix", "id_column"), [("csv", "number"), ("parquet", "custom_id")])
+def test_a_table_comes_back_with_columns_of_answers(
+    suffix, id_column, ray_cluster, config, tmp_path, capsys
+):
     pa = pytest.importorskip("pyarrow", reason="the data extra is not installed")
     from pyarrow import csv, parquet
 
     table = pa.table({"number": [1, 2, 3], "text": ["one", "two, or", "three"]})
+    if id_column == "custom_id":
+        table = table.append_column("custom_id", pa.array(["1", "2", "3"]))
     source = tmp_path / f"in.{suffix}"
     csv.write_csv(table, source) if suffix == "csv" else parquet.write_table(table, source)
     output = tmp_path / f"out.{suffix}"
     template = "Write {{ prompt }} {{ number }}."
-    asked = ["--prompt-column", "text", "--template", template, "--params"]
+    asked = ["--prompt-column", "text", "--template", template, "--id-column", id_column]
+    asked += ["--params"]
     assert main(options(config, source, output, *asked, '{"max_tokens": "4"}')) == 1
     assert f"{source}:3: max_tokens: Input should be a valid integer" in capsys.readouterr().err
     assert main(options(config, source, output, *asked, '{"max_tokens": 4, "seed": 1}')) == 0
     read = csv.read_csv(output) if suffix == "csv" else parquet.read_table(output)
     assert read.column_names == [
-        *table.column_names,
+        "number",
+        "text",
         "custom_id",
         "generated_text",
         "num_input_tokens",
         "num_generated_tokens",
         "finish_reason",
     ]
-    assert read.select(table.column_names).to_pylist() == table.to_pylist()
-    assert read["custom_id"].to_pylist() == ["row-1", "row-2", "row-3"]
+    assert read.select(["number", "text"]).to_pylist() == table.select([0, 1]).to_pylist()
+    assert list(map(str, read["custom_id"].to_pylist())) == ["1", "2", "3"]
     assert all(1 <= number <= 4 for number in read["num_generated_tokens"].to_pylist())
     assert main(options(config, source, output, *asked, '{"max_tokens": 5}')) == 1
     assert "requests changed" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from gllm_ray.bench.policy_goals import (
     frontier_goals,
     offline_goal,
     one_stage_comparison,
+    slo_capacities,
 )
 from gllm_ray.bench.policy_hardware import pipeline_cost, round_trip_s
 from gllm_ray.bench.policy_reproduction import claims
@@ -173,6 +174,11 @@ TP = "tensor parallel, chunked_prefill 512"
 def test_capacity_is_compared_with_the_best_of_the_pipeline_and_with_the_ideal():
     goal = capacity_goal(scenario_of({OURS: 6.0, "a": 5.0, "b": 4.0, TP: 9.0}, {}))
     assert (goal.best, goal.ratio, goal.bound_ratio) == ("a", 1.2, 2.0)
+
+
+def test_no_pipeline_counts_for_more_than_the_ideal_one_and_one_stage_is_another_pipeline():
+    found = slo_capacities(scenario_of({OURS: 12.0, "a": 11.0, "b": 9.0, TP: 14.0}, {}))
+    assert found == {OURS: 10.0, "a": 10.0, "b": 9.0, TP: 14.0}
 
 
 def test_over_all_scenarios_one_setting_is_the_best_by_its_geometric_mean():

@@ -103,6 +103,10 @@ def test_a_quantized_checkpoint_is_refused_by_its_method(checkpoint_dir):
         open_path(path)
 
 
+def test_a_quantization_that_is_null_is_none(checkpoint_dir):
+    assert open_path(checkpoint_dir(LLAMA | {"quantization_config": None})).max_model_len
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

@@ -244,3 +244,14 @@ def test_without_prefix_caching_nothing_is_found_or_counted():
     starts = [first_item(scheduler, make_request(num_prompt_tokens=9)).start for _ in range(2)]
     assert starts == [0, 0]
     assert scheduler.num_prefix_queried_tokens == scheduler.num_prefix_hit_tokens == 0
+
+
+def test_a_prompt_without_room_comes_in_when_another_has_computed_enough_of_its_prefix():
+    scheduler = make_scheduler(num_blocks=20, num_stages=1, policy=FOURS)
+    scheduler.add(make_request("first", num_prompt_tokens=64))
+    commit_next(scheduler)
+    scheduler.add(make_request("urgent", num_prompt_tokens=64, priority=-1))
+    for _ in range(11):  # it lacks more than the 4 blocks that are free until these are computed
+        assert [item.seq_id for item in commit_next(scheduler).sequences] == [0]
+    (item,) = commit_next(scheduler).sequences
+    assert (item.seq_id, item.start, item.block_table[:12]) == (1, 48, tuple(range(12)))

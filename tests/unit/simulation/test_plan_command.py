@@ -1,10 +1,12 @@
 import json
 from itertools import product
+from math import ceil
 
 import pytest
 import yaml
 
 from gllm_ray.cli import main
+from gllm_ray.errors import ConfigError
 from gllm_ray.partition import size_kv_cache
 from gllm_ray.policy_config import BalancedConfig, ChunkedPrefillConfig, TemporalConfig
 from gllm_ray.serve_file import load_serve_file, services_of
@@ -14,6 +16,7 @@ from gllm_ray.simulation.plan_ranking import violations
 from gllm_ray.simulation.plan_report import format_plan, memory_table
 from gllm_ray.simulation.plan_serve_file import serve_yaml
 from gllm_ray.simulation.planner import Choice, Cut, enumerate_choices, stage_infos
+from gllm_ray.simulation.workload import Workload
 from tests.unit.simulation.plans import plan
 
 
@@ -188,7 +191,8 @@ def test_the_slo_holds_at_the_headroom_and_not_an_eighth_of_its_octave_above():
     choice = only_choice(config)
 
     def misses(multiple):
-        scaled = config.workload.model_copy(update={"rate_scale": multiple})
+        changes = {"rate_scale": multiple, "num_requests": ceil(60 * multiple)}
+        scaled = config.workload.model_copy(update=changes)
         return violations(config, evaluate(config.model_copy(update={"workload": scaled}), choice))
 
     most = headroom(config, choice)
@@ -196,6 +200,49 @@ def test_the_slo_holds_at_the_headroom_and_not_an_eighth_of_its_octave_above():
     assert not misses(most)
     octave = max(power for power in (1, 2, 4, 8) if power <= most)
     assert misses(most + octave / 8)
+
+
+def test_no_limit_is_met_at_a_rate_that_is_not_kept_up_with_for_as_long():
+    workload = {"arrivals": 20, "lengths": {"prompt": 1000, "output": 20}, "num_requests": 60}
+    search = {"stages": [1], "replicas": [1]}
+    # In the 3 s of the requests a queue of 1 s forms unless hardly more come than are served.
+    config = plan(workload=workload, search=search, slo={"ttft_s": 1})
+    whole = evaluate(config, only_choice(config))
+    at_once = plan(workload=workload | {"arrivals": "at_once", "num_requests": 2000}, search=search)
+    served_per_s = evaluate(at_once, only_choice(at_once)).output_tokens_per_s / 20
+    assert whole.num_unfinished == 0
+    assert headroom(config, only_choice(config)) * 20 < 2 * served_per_s
+
+
+def test_requests_that_come_at_once_have_no_headroom():
+    workload = {"arrivals": "at_once", "lengths": {"prompt": 100, "output": 5}, "num_requests": 9}
+    config = plan(workload=workload, search={"stages": [1], "replicas": [1]})
+    assert make_plan(config, enumerate_choices(config)[0]).headroom == {}
+
+
+def test_a_burst_is_screened_at_its_own_time_and_in_its_own_length():
+    stages = [{"rate_per_s": 2, "duration_s": 30}, {"rate_per_s": 60, "duration_s": 10}]
+    workload = {
+        "arrivals": {"name": "staged", "stages": stages},
+        "lengths": {"prompt": 1000, "output": 20},
+        "duration_s": 40,
+    }
+    config = plan(workload=workload, search={"stages": [1], "replicas": [4]})
+    choice = only_choice(config)
+    times = [request.arrival_s for request in Workload(config.workload, 0)]
+    shares = [request.arrival_s for request in Workload(config.workload, 0, share=4)]
+    assert set(shares) < set(times)
+    assert len(shares) == pytest.approx(len(times) / 4, abs=1)
+    screened, whole = screen(config, choice), evaluate(config, choice)
+    assert screened.latency_s["ttft"] == pytest.approx(whole.latency_s["ttft"], rel=0.5)
+
+
+def test_a_file_routes_as_the_plan_was_simulated_or_is_refused():
+    config = plan(routing="prefix_aware", search={"stages": [1], "replicas": [2]})
+    (application,) = yaml.safe_load(serve_yaml(config, only_choice(config)))["applications"]
+    assert application["args"]["deployment"]["routing"] == "prefix_aware"
+    with pytest.raises(ConfigError, match="routing='random'"):
+        plan(routing="random")
 
 
 def test_mistakes_are_told_and_end_with_a_status(capsys, tmp_path):

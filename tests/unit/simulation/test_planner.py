@@ -56,9 +56,18 @@ def test_the_choices_are_the_product_of_what_is_searched():
 
 
 def test_splits_that_come_to_the_same_layers_are_one_choice():
-    search = {"stages": [2], "replicas": [1], "layers": ["even", [3, 3], [2, 4], [1, 2, 3]]}
-    choices, _ = enumerate_choices(plan(search=search))
-    assert [each.cut.layers for each in choices] == [(3, 3), (2, 4)]
+    splits = ["even", [3, 3], [2, 4], [1, 2, 3]]
+    choices, _ = enumerate_choices(
+        plan(search={"stages": [2, 3], "replicas": [1], "layers": splits})
+    )
+    assert [each.cut.layers for each in choices] == [(3, 3), (2, 4), (2, 2, 2), (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("stages", "searched"), [([2], "[2]"), (None, "[1, 2, 4, 8]")])
+def test_layers_for_a_depth_that_is_not_searched_are_refused(stages, searched):
+    with pytest.raises(ConfigError, match="is for 3 stages") as refusal:
+        plan(search={"stages": stages, "layers": ["auto", [1, 2, 3]]})
+    assert str(refusal.value).endswith(searched)
 
 
 @given(st.integers(1000, 400_000))

@@ -92,6 +92,10 @@ def test_the_scheduler_is_that_of_the_service():
             "kv_cache.num_blocks=null: must be given, or kv_cache_bytes, without a device",
         ),
         (
+            PROFILED | {"pipeline.tensor_parallel": 2},
+            "pipeline.tensor_parallel=2: must be 1 when hardware.profile is given, which tells",
+        ),
+        (
             {"pipeline.tensor_parallel": 2},
             "hardware.tensor_parallel_link=null: must be given when tensor_parallel is 2",
         ),
