@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 
 from gllm_ray.errors import GllmRayError, InvalidRequestError, PipelineError
 from gllm_ray.interfaces import EngineEndpoint
-from gllm_ray.messages import GenerationRequest, OpenRequest, TokenEvent
+from gllm_ray.messages import FinishReason, GenerationRequest, OpenRequest, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +102,21 @@ class EngineClient:
                 is_alive = events[-1].finish_reason is None
                 yield events
         finally:
-            del self._streams[request.request_id]
+            self._streams.pop(request.request_id, None)
             if is_alive and self._failure is None:
                 await self._abort(request.request_id)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request for whom its consumer cannot; its stream ends with the event of an abort.
+
+        The event is ours, because an engine that is being replaced tells of none. Ignored unless
+        the request is open.
+        """
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            stream.events.append(TokenEvent(request_id, finish_reason=FinishReason.ABORT))
+            stream.has_news.set()
+            await self._abort(request_id)
 
     async def _submit(self, request: GenerationRequest, output: tuple[int, ...] | None) -> None:
         if output is None:

@@ -78,7 +78,10 @@ class RequestBuilder:
         Raises:
             InvalidRequestError: They cannot.
         """
-        wanted = output_grammar(body.response_format, body.structured_outputs)
+        # In a thread, as below, because a long grammar takes long.
+        wanted = await asyncio.to_thread(
+            output_grammar, body.response_format, body.structured_outputs
+        )
         if wanted is None:
             return ""
         if body.ignore_eos:

@@ -28,6 +28,7 @@ _MAX_STOP_CHARS = 1024
 _MAX_NAME_CHARS = 1024
 _MAX_OUTPUTS = 128
 _MAX_LOGPROBS = 20
+_MAX_TEXTS = 4096
 
 
 def _only(*neutral: object) -> AfterValidator:
@@ -65,6 +66,20 @@ def _parse_content(value: object) -> object:
         return [{"type": "text", "text": value}]
     if not isinstance(value, list):
         raise PydanticCustomError("content_type", "must be text or a list of text parts")
+    return value
+
+
+def _check_num_texts(value: object) -> object:
+    """Bound the time that it takes to look at each message, in which no stream goes on."""
+    messages = value if isinstance(value, list) else []
+    contents = (message.get("content") for message in messages if isinstance(message, dict))
+    num_texts = sum(len(content) if isinstance(content, list) else 1 for content in contents)
+    if num_texts > _MAX_TEXTS:
+        raise PydanticCustomError(
+            "too_many_texts",
+            "must have at most {limit} messages and parts of messages, not {num_texts}",
+            {"limit": _MAX_TEXTS, "num_texts": num_texts},
+        )
     return value
 
 
@@ -208,7 +223,9 @@ class ChatMessage(RequestSchema):
 class ChatCompletionRequest(GenerationParams):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FailFast(), BeforeValidator(_check_num_texts)] = Field(
+        min_length=1
+    )
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
     audio: Annotated[object, _only()] = None

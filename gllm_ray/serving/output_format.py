@@ -1,6 +1,7 @@
 """What an output has to look like: OpenAI's `response_format` and vLLM's `structured_outputs`."""
 
 import json
+import re
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from llguidance import LLMatcher, grammar_from
@@ -12,6 +13,10 @@ from gllm_ray.serving.request_schema import RequestSchema
 
 _MAX_NAME_CHARS = 1024
 _MAX_GRAMMAR_CHARS = 2**18
+# To translate it takes longer than in proportion to its length: a quarter of a second for so much.
+_MAX_GBNF_CHARS = 2**15
+# How a line begins that a grammar in Lark's syntax has to have, and no other has.
+_LARK_LINE = re.compile(r"[ \t]*(%llguidance\b|start[ \t]*:(?!:=))")
 # As JSON is mostly written: one space, or a new line and its indentation. Without a bound, a model
 # that likes white space goes on with it until its limit of tokens.
 _WHITE_SPACE = r" |\r?\n[ \t]{0,32}"
@@ -71,7 +76,7 @@ class StructuredOutputs(RequestSchema):
         """What llguidance makes of it.
 
         Raises:
-            ValueError: It is neither JSON, where it should be, nor a grammar.
+            ValueError: It is neither JSON, where it should be, nor a grammar, or too long a one.
         """
         if self.json_ is not None:
             return _json_grammar(self.json_)
@@ -80,7 +85,7 @@ class StructuredOutputs(RequestSchema):
         if self.choice is not None:
             texts = (json.dumps(text, ensure_ascii=False) for text in self.choice)
             return grammar_from("lark", f"start: {' | '.join(texts)}")
-        return grammar_from("grammar", self.grammar or "")
+        return _lark_or_gbnf(self.grammar or "")
 
 
 class OutputGrammar(NamedTuple):
@@ -120,6 +125,18 @@ def output_grammar(
             param=param,
         )
     return OutputGrammar(grammar, param) if grammar else None
+
+
+def _lark_or_gbnf(text: str) -> str:
+    # llguidance, which can tell them apart, too, takes hours for a million empty lines.
+    if any(map(_LARK_LINE.match, text.splitlines())):
+        return grammar_from("lark", text)
+    if len(text) > _MAX_GBNF_CHARS:
+        raise ValueError(
+            f"the grammar has {len(text)} characters; the limit is {_MAX_GBNF_CHARS} in GBNF, which "
+            "a grammar without a rule `start:` is taken for"
+        )
+    return grammar_from("gbnf", text)
 
 
 def _json_grammar(schema: dict[str, Any] | str) -> str:

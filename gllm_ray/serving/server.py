@@ -129,7 +129,7 @@ class PipelineServer(PipelineOwner):
     """Runs what front ends send; they measure the requests, which may outlive this replica."""
 
     async def _prepare(self) -> dict[str, float]:
-        self._callers = CallerWatch(lambda request_id: self._pipeline.abort(request_id))
+        self._callers = CallerWatch(lambda request_id: self._client.abort(request_id))
         return {}
 
     async def generate(

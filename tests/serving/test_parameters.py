@@ -31,6 +31,7 @@ OFFICIAL = {
     CHAT_PATH: set(typing.get_type_hints(ChatParams)),
     COMPLETION_PATH: set(typing.get_type_hints(CompletionParams)),
 }
+TEXT = {"type": "text", "text": ""}
 OWN = {"top_k", "min_p", "ignore_eos", "cache_salt"}
 OWN |= {"priority", "expected_output_tokens", "queue_timeout_s", "structured_outputs"}
 OWN |= {"response_format"}  # of a completion
@@ -205,6 +206,8 @@ def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
         ),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "user", "content": ""}] * 4097}, "messages"),
+        ({"messages": [{"role": "user", "content": [TEXT] * 2049}] * 2}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content[0].text"),

@@ -55,7 +55,7 @@ FORMATS = {
         lambda text: text in ("yes", "naïve\n", '"€" /x/'),
     ),
     "lark": (
-        {"structured_outputs": {"grammar": 'start: "a" b "z"\nb: /[0-9]{2}/'}},
+        {"structured_outputs": {"grammar": "\n" * 10**5 + 'start: "a" b "z"\nb: /[0-9]{2}/'}},
         lambda text: re.fullmatch("a[0-9][0-9]z", text),
     ),
     "gbnf": (
@@ -200,6 +200,11 @@ def test_nothing_is_kept_of_outputs_that_ended_or_were_given_up(tokenizer, pipel
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", "unclosed group"),
         ({"structured_outputs": {"grammar": "start: y"}}, "structured_outputs", 'name: "y"'),
         ({"structured_outputs": {"grammar": "root ::= ("}}, "structured_outputs", "GBNF"),
+        (
+            {"structured_outputs": {"grammar": "\n" * 400_000}},
+            "structured_outputs",
+            "limit is 32768",
+        ),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs", "structured_outputs"),
         ({"structured_outputs": {"json": {"type": "no"}}}, "structured_outputs", "type: no"),
         ({"structured_outputs": {"regex": "\ud800"}}, "structured_outputs", "surrogate"),

@@ -117,6 +117,22 @@ def test_a_cancelled_consumer_aborts_its_request_once(is_accepted):
     run_with_client(scenario)
 
 
+@pytest.mark.parametrize("is_accepted", [True, False], ids=["waiting for events", "being added"])
+def test_a_request_that_another_aborts_ends_whatever_the_engine_tells(is_accepted):
+    async def scenario(client, endpoint):
+        if not is_accepted:
+            endpoint.may_add.clear()
+        consumer = asyncio.create_task(collect(client.generate(make_request("a"))))
+        await settle()
+        await client.abort("a")
+        await client.abort("a")
+        endpoint.may_add.set()
+        assert await consumer == [[TokenEvent("a", finish_reason=FinishReason.ABORT)]]
+        assert endpoint.aborted == ["a"]
+
+    run_with_client(scenario)
+
+
 def test_a_consumer_cancelled_again_and_again_cannot_cancel_its_abort():
     async def scenario(client, endpoint):
         endpoint.may_abort.clear()
