@@ -8,7 +8,8 @@ GllmRayError
 └── PipelineError           the pipeline broke while it held accepted requests
     ├── SchedulerLostError  the process of the engine died
     ├── StageLostError      a stage process died
-    └── StageTimeoutError   a stage process hangs
+    ├── StageTimeoutError   a stage process hangs
+    └── StagesFailedError   stages could not do what all of them were asked to
 ```
 A message says what was given, what the limit is, and what to change.
 """
@@ -92,3 +93,15 @@ class StageTimeoutError(PipelineError):
     """A stage process hangs: it does not answer, or has made no progress for too long."""
 
     public_message = "a stage of the pipeline hung while it held the request; send it again"
+
+
+class StagesFailedError(PipelineError):
+    """Stages could not do what all of them were asked to.
+
+    Attributes:
+        stage_ids: Those that were the first to fail.
+    """
+
+    def __init__(self, message: str, stage_ids: frozenset[int]) -> None:
+        super().__init__(message)
+        self.stage_ids = stage_ids

@@ -250,11 +250,11 @@ class StageInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepUnderWay:
-    """What a stage computes at this moment.
+    """What a stage does at this moment.
 
     Attributes:
-        batch_id: The micro-batch.
-        num_tokens: Its tokens.
+        batch_id: The micro-batch that it computes; -1: none, it joins its edges.
+        num_tokens: The micro-batch's.
         elapsed_s: Since the stage began with it.
     """
 

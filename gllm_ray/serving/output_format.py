@@ -133,8 +133,8 @@ def _lark_or_gbnf(text: str) -> str:
         return grammar_from("lark", text)
     if len(text) > _MAX_GBNF_CHARS:
         raise ValueError(
-            f"the grammar has {len(text)} characters; the limit is {_MAX_GBNF_CHARS} in GBNF, which "
-            "a grammar without a rule `start:` is taken for"
+            f"the grammar has {len(text)} characters; the limit is {_MAX_GBNF_CHARS} in GBNF, "
+            "which a grammar without a rule `start:` is taken for"
         )
     return grammar_from("gbnf", text)
 

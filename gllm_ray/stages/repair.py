@@ -12,20 +12,26 @@ from typing import Any, TypeVar
 from ray.util.placement_group import PlacementGroup
 
 from gllm_ray.config import ServiceConfig
-from gllm_ray.errors import PipelineError, StageLostError, StageTimeoutError
+from gllm_ray.errors import PipelineError, StageLostError, StagesFailedError, StageTimeoutError
 from gllm_ray.messages import StageInfo
 from gllm_ray.partition import size_kv_cache
 from gllm_ray.stages.heartbeat import first_fault, name_stage, ping, settle
 from gllm_ray.stages.placement import start_stage
 from gllm_ray.stages.ray_errors import ask
-from gllm_ray.stages.stage_group import StageGroup, connect_stages, stop_stages
+from gllm_ray.stages.stage_group import (
+    StageGroup,
+    all_stages,
+    ask_all,
+    connect_stages,
+    stop_stages,
+)
 from gllm_ray.stages.supervised_pipeline import Fault
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-# Connecting takes milliseconds, and waits at most for the step that a stage computes.
+# Connecting takes milliseconds, or as long as one end of an edge waits for the other.
 _CONNECT_TIMEOUT_S = 90.0
 
 
@@ -188,12 +194,7 @@ class StageKeeper:
         self.group = replace(self.group, epoch=self.group.epoch + 1)
         connecting = asyncio.create_task(self._settle_and_connect())
         try:
-            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                fault = await self._fault_before_end([connecting])
-        except TimeoutError:
-            raise StageTimeoutError(
-                f"the stages were not connected in {_CONNECT_TIMEOUT_S:.0f} s: one of them hangs"
-            ) from None
+            fault = await self._fault_before_end([connecting])
         finally:
             if not connecting.done():
                 await _cancel(connecting)
@@ -204,20 +205,20 @@ class StageKeeper:
     async def _settle_and_connect(self) -> StageGroup:
         """Connect stages that all take calls; a neighbour would wait long for one that does not."""
         stages = [*zip(self.group.stages, map(name_stage, self.group.infos), strict=True)]
-        await asyncio.gather(*(ask(stage.leave_edges.remote(), name) for stage, name in stages))
         timeout_s = self._config.recovery.heartbeat_timeout_s
-        settling = {
-            asyncio.create_task(settle(stage, name, timeout_s)): stage_id
-            for stage_id, (stage, name) in enumerate(stages)
-        }
         try:
-            done, _ = await asyncio.wait(settling, return_when=asyncio.FIRST_EXCEPTION)
-            self._broken |= {settling[task] for task in done if task.exception() is not None}
-            for task in done:
-                task.result()
-        finally:
-            await _cancel(*settling)
-        return await connect_stages(self.group)
+            await ask_all(stage.leave_edges.remote() for stage, _ in stages)
+            await all_stages(settle(stage, name, timeout_s) for stage, name in stages)
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                return await connect_stages(self.group)
+        except TimeoutError:
+            raise StageTimeoutError(
+                f"the stages were not connected in {_CONNECT_TIMEOUT_S:.0f} s: one of them hangs"
+            ) from None
+        except StagesFailedError as error:
+            # Who cannot reach a lost neighbour fails, too.
+            self._broken |= await self._find_lost() or error.stage_ids
+            raise
 
     async def _fault_before_end(self, tasks: Sequence[asyncio.Task[Any]]) -> PipelineError | None:
         """Wait until one of some tasks ends, or until another stage breaks.

@@ -62,7 +62,8 @@ class Stage:
         self._epoch: int | None = None
         self._last_batch_id = self._latest_computed = -1
         self._decoder = MetadataDecoder()
-        self._under_way: tuple[MicroBatch, float] | None = None  # and when it began
+        # Id and tokens of the micro-batch, and when it began.
+        self._under_way: tuple[int, int, float] | None = None
         self._stopwatch = self._new_stopwatch()
 
     def load(self) -> StageInfo:
@@ -120,6 +121,7 @@ class Stage:
             Where `run` is going to read; None: steps come as calls.
         """
         with self._outermost("connect to its neighbours"):
+            self._under_way = -1, 0, time.monotonic()
             self._close_inbound()
             if self._outbound is not None:
                 self._outbound.close()
@@ -139,7 +141,7 @@ class Stage:
                 self._inbox.close()
             is_direct = self._config.pipeline.control_plane == "direct"
             self._inbox = Inbox(self._host) if is_direct else None
-            self._epoch = epoch
+            self._epoch, self._under_way = epoch, None
             return None if self._inbox is None else self._inbox.address
 
     def run(self, epoch: int, onward: Sequence[InboxAddress]) -> StepFailure | None:
@@ -199,7 +201,7 @@ class Stage:
                     f"{self._last_batch_id}"
                 )
             self._last_batch_id = batch.batch_id
-            self._under_way = (batch, time.monotonic())
+            self._under_way = batch.batch_id, batch.num_tokens, time.monotonic()
             carried, times = previous or ([()], [])
             if self._worker.is_first:
                 hidden, sampled = None, carried[0]
@@ -218,14 +220,12 @@ class Stage:
             return [output, times]
 
     def step_under_way(self) -> StepUnderWay | None:
-        """What the stage computes now, the time in which it waits for its neighbours included."""
+        """What the stage does now, the time in which it waits for its neighbours included."""
         if (under_way := self._under_way) is None:
             return None
-        batch, start_s = under_way
+        batch_id, num_tokens, start_s = under_way
         return StepUnderWay(
-            batch_id=batch.batch_id,
-            num_tokens=batch.num_tokens,
-            elapsed_s=time.monotonic() - start_s,
+            batch_id=batch_id, num_tokens=num_tokens, elapsed_s=time.monotonic() - start_s
         )
 
     def latest_computed(self) -> int:

@@ -7,9 +7,9 @@ a `RayPipeline` on the group, which may cross a process border in between.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
 from gllm_ray.config import ServiceConfig
+from gllm_ray.errors import StagesFailedError
 from gllm_ray.messages import InboxAddress, StageInfo
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.partition import describe_stage, size_kv_cache
@@ -84,7 +85,7 @@ async def start_stage_group(
             num_blocks,
             block_size,
         )
-        await _ask_all(stage.allocate_kv_cache.remote(num_blocks) for stage in stages)
+        await ask_all(stage.allocate_kv_cache.remote(num_blocks) for stage in stages)
         clock.end("kv_cache")
         group = StageGroup(
             stages=stages,
@@ -109,12 +110,12 @@ async def connect_stages(group: StageGroup) -> StageGroup:
         The group with its new inboxes.
 
     Raises:
-        PipelineError: A stage failed or died.
+        StagesFailedError: A stage failed or died; one whose neighbour did may be the first to.
     """
     stages = group.stages
-    await _ask_all(stage.leave_edges.remote() for stage in stages)
-    addresses = await _ask_all(stage.open_edge.remote() for stage in stages[:-1])
-    inboxes = await _ask_all(
+    await ask_all(stage.leave_edges.remote() for stage in stages)
+    addresses = await ask_all(stage.open_edge.remote() for stage in stages[:-1])
+    inboxes = await ask_all(
         stage.connect.remote(group.epoch, previous)
         for stage, previous in zip(stages, [None, *addresses], strict=True)
     )
@@ -146,6 +147,26 @@ async def _wait_until_gone(stage: ActorHandle) -> None:
             await asyncio.sleep(0.01)
 
 
-async def _ask_all(refs: Iterable[Awaitable[T]]) -> list[T]:
-    """Await one answer of each stage, in order."""
-    return await asyncio.gather(*(ask(ref, f"stage {i}") for i, ref in enumerate(refs)))
+async def ask_all(refs: Iterable[Awaitable[T]]) -> list[T]:
+    """Await one answer of each stage, in order; see `all_stages`."""
+    return await all_stages(ask(ref, f"stage {i}") for i, ref in enumerate(refs))
+
+
+async def all_stages(answers: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Await one answer of each stage, in order, or until one of them fails.
+
+    Raises:
+        StagesFailedError: One failed.
+    """
+    tasks = [asyncio.create_task(answer) for answer in answers]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        errors = {i: task.exception() for i, task in enumerate(tasks) if task in done}
+        failed = [i for i, error in errors.items() if error is not None]
+        if failed:
+            error = errors[failed[0]]
+            raise StagesFailedError(str(error), frozenset(failed)) from error
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -22,7 +22,7 @@ UPSTREAM, DOWNSTREAM = 0, 1  # ranks of the two ends of an edge
 
 # A receive is posted after the matching send was issued, so this is the time for bytes that are on
 # their way; it also bounds how long one end of an edge waits for the other to join.
-_TIMEOUT = timedelta(seconds=60)
+_TIMEOUT = timedelta(seconds=30)
 # Sends that may be under way at once; each keeps its hidden states alive.
 _MAX_PENDING_SENDS = 4
 _NUM_TAGS = 2**31

@@ -142,6 +142,30 @@ def test_a_new_stage_is_kept_when_connecting_fails_because_of_another(
 
 
 @pytest.mark.chaos
+def test_a_stage_that_cannot_connect_is_replaced_and_no_neighbour_that_waits_for_it(
+    pipeline, undisturbed, loop, caplog
+):
+    def refuse_to_join(actor):
+        def join(*_):
+            raise RuntimeError("no memory for buffers")
+
+        actor._stage._join = join
+
+    async def scenario():
+        before = await pipeline.pids()
+        tasks = await start_requests(pipeline)
+        await beside_steps(pipeline.replica.group.stages[2].__ray_call__).remote(refuse_to_join)
+        await pipeline.harm(0)
+        answers = await asyncio.gather(*tasks)
+        check_replaced(before, await pipeline.pids(), 0, 2)
+        return answers
+
+    assert by_request(loop.run(scenario())) == undisturbed
+    (failed,) = logged(caplog, "the repair failed: ")
+    assert "stage 2 failed to connect to its neighbours: RuntimeError: no memory" in failed
+
+
+@pytest.mark.chaos
 def test_a_stage_that_takes_no_call_is_found_when_the_stages_are_connected(
     pipeline, undisturbed, loop, caplog
 ):
