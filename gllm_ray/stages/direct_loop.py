@@ -9,7 +9,7 @@ from collections import deque
 import ray
 
 from gllm_ray.errors import PipelineError
-from gllm_ray.messages import MicroBatch
+from gllm_ray.messages import MicroBatch, StepUnderWay
 from gllm_ray.stages.control_plane import Failed
 from gllm_ray.stages.heartbeat import name_stage
 from gllm_ray.stages.inbox import Inbox, Outbox
@@ -22,7 +22,7 @@ from gllm_ray.stages.step_messages import ANSWER, STOP, StepFailure, batch_messa
 _STOP_TIMEOUT_S = 1.0
 # Until a busy stage has told how far it is.
 _ASK_TIMEOUT_S = 2.0
-# Until a failure has come down the chain, after the answers before it.
+# Until a failure has come down a chain whose stages compute nothing.
 _FAILURE_TIMEOUT_S = 1.0
 
 
@@ -43,6 +43,7 @@ class DirectLoop:
         self._come: asyncio.Queue[tuple[int, list[object]] | Failed] = asyncio.Queue()
         self._failed: list[Failed] = []
         self._is_ended = False
+        self._awaited_failure: asyncio.Task[None] | None = None
         self._inbox = Inbox(ray.util.get_node_ip_address())
         self._outboxes = [Outbox(address) for address in group.inboxes]
         self._loop = asyncio.get_running_loop()
@@ -95,6 +96,8 @@ class DirectLoop:
         if self._is_ended:
             return self._failed
         self._is_ended = True
+        if self._awaited_failure is not None:
+            self._awaited_failure.cancel()
         self._loop.remove_reader(self._inbox.fileno())
         self._inbox.close()
         for outbox in self._outboxes:
@@ -125,7 +128,20 @@ class DirectLoop:
             self._come.put_nowait(failed)
         elif (failure := run.result()) is not None:
             failed = Failed(failure.stage_id, PipelineError(failure.reason))
-            self._loop.call_later(_FAILURE_TIMEOUT_S, self._come.put_nowait, failed)
+            self._awaited_failure = self._loop.create_task(self._await_failure(failed))
+
+    async def _await_failure(self, failed: Failed) -> None:
+        """Tell of a failure whose own message is lost, and not before the answers ahead of it."""
+        is_computing = True
+        while is_computing:
+            await asyncio.sleep(_FAILURE_TIMEOUT_S)
+            later = self._group.stages[failed.stage_id + 1 :]
+            asked = [
+                asyncio.wait_for(stage.step_under_way.remote(), _ASK_TIMEOUT_S) for stage in later
+            ]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            is_computing = any(isinstance(answer, StepUnderWay) for answer in answers)
+        self._come.put_nowait(failed)
 
     def _failure_of(self, run: asyncio.Future[StepFailure | None]) -> Failed | None:
         if (error := run.exception()) is None:

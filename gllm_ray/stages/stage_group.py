@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
 from gllm_ray.config import ServiceConfig
-from gllm_ray.errors import StagesFailedError
+from gllm_ray.errors import GllmRayError, StagesFailedError
 from gllm_ray.messages import InboxAddress, StageInfo
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.partition import describe_stage, size_kv_cache
@@ -160,13 +160,10 @@ async def all_stages(answers: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """
     tasks = [asyncio.create_task(answer) for answer in answers]
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        errors = {i: task.exception() for i, task in enumerate(tasks) if task in done}
-        failed = [i for i, error in errors.items() if error is not None]
-        if failed:
-            error = errors[failed[0]]
-            raise StagesFailedError(str(error), frozenset(failed)) from error
-        return [task.result() for task in tasks]
+        return await asyncio.gather(*tasks)
+    except GllmRayError as error:
+        failed = (i for i, task in enumerate(tasks) if task.done() and task.exception() is not None)
+        raise StagesFailedError(str(error), frozenset(failed)) from error
     finally:
         for task in tasks:
             task.cancel()

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -196,6 +197,30 @@ def test_the_error_of_a_step_names_stage_micro_batch_and_cause_in_one_line(
         expected = f"stage {NUM_STAGES - 1} failed to run micro-batch 7: TypeError: "
         assert str(failure.value).startswith(expected)
         assert len(str(failure.value).splitlines()) == 1
+
+    asyncio.run(run())
+
+
+def test_a_failure_comes_after_the_answers_before_it_however_long_these_take(
+    stages: RayStages,
+) -> None:
+    def slow_down(actor: Any) -> None:
+        execute = actor._stage._worker.execute
+        actor._stage._worker.execute = lambda *args: (time.sleep(1.5), execute(*args))[1]
+
+    def hurry(actor: Any) -> None:
+        del actor._stage._worker.execute
+
+    async def run() -> None:
+        pipeline = await stages.pipeline()
+        last = beside_steps(stages.group.stages[-1].__ray_call__)
+        await last.remote(slow_down)
+        for batch_id in (1, 2, 0):
+            pipeline.submit(make_batch(batch_id, [5]))
+        assert [(await pipeline.next_result()).batch_id for _ in range(2)] == [1, 2]
+        with pytest.raises(PipelineError, match="stage 0 got micro-batch 0 after 2"):
+            await pipeline.next_result()
+        await last.remote(hurry)
 
     asyncio.run(run())
 
