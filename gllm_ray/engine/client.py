@@ -9,11 +9,13 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator
 
-from gllm_ray.errors import GllmRayError, InvalidRequestError, PipelineError
+from gllm_ray.errors import GllmRayError, InvalidRequestError, OverloadedError, PipelineError
 from gllm_ray.interfaces import EngineEndpoint
 from gllm_ray.messages import FinishReason, GenerationRequest, OpenRequest, TokenEvent
 
 logger = logging.getLogger(__name__)
+
+NOT_BEGUN = "the request waited longer than it may, because nothing could take it; send it again"
 
 
 class _Stream:
@@ -81,7 +83,7 @@ class EngineClient:
 
         Raises:
             InvalidRequestError: The request can never be served.
-            OverloadedError: The engine takes no requests now.
+            OverloadedError: The engine takes no requests now, or none within `queue_timeout_s`.
             PipelineError: The engine is broken, or broke while it held the request.
         """
         await self.check_health()
@@ -119,10 +121,15 @@ class EngineClient:
             await self._abort(request_id)
 
     async def _submit(self, request: GenerationRequest, output: tuple[int, ...] | None) -> None:
-        if output is None:
-            await self._endpoint.add(request)
-        else:
+        if output is not None:
             await self._endpoint.restore([OpenRequest(request=request, output_token_ids=output)])
+            return
+        try:
+            async with asyncio.timeout(request.queue_timeout_s):
+                await self._endpoint.add(request)
+        except TimeoutError:  # its scheduler is being replaced
+            await self._abort(request.request_id)
+            raise OverloadedError(NOT_BEGUN) from None
 
     async def _take(self, stream: _Stream) -> list[TokenEvent]:
         while not stream.events:

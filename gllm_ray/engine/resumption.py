@@ -10,8 +10,10 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 from gllm_ray.config import FrontEndConfig
+from gllm_ray.engine.client import NOT_BEGUN
 from gllm_ray.engine.journal import Journal
 from gllm_ray.errors import OverloadedError, PipelineError
 from gllm_ray.interfaces import ReplicaSet
@@ -55,11 +57,12 @@ class ResumingClient:
 
         Raises:
             InvalidRequestError: The request can never be served.
-            OverloadedError: The replica it came to takes no requests now.
+            OverloadedError: The replica it came to takes no requests now, or none was there to take
+                it within its `queue_timeout_s`.
             PipelineError: Too many replicas were lost under it, or none took it in time.
         """
         self._journal.open(OpenRequest(request=request))
-        patience = _Patience(self._config)
+        patience = _Patience(self._config, request.queue_timeout_s)
         try:
             while request.request_id in self._journal:
                 try:
@@ -86,15 +89,17 @@ class ResumingClient:
         """The events that one replica adds to those recorded.
 
         Raises:
+            OverloadedError: It takes no requests now, or none was there in time.
             PipelineError: It was lost, or is broken.
         """
         output_token_ids = self._journal.output_of(request.request_id)
-        steps = self._replicas.run(request, output_token_ids)
+        steps = self._replicas.run(patience.with_time_left(request), output_token_ids)
         async with aclosing(steps):
             try:
                 async with asyncio.timeout_at(patience.until_s):
                     await anext(steps, None)
             except TimeoutError:
+                patience.check_queue_time()
                 raise PipelineError("no replica was there to take it") from None
             except OverloadedError as error:
                 if output_token_ids is None:
@@ -117,35 +122,62 @@ class ResumingClient:
 
 
 class _Patience:
-    """How long a request is tried again.
+    """How long a request is tried again, on the clock of the event loop.
 
-    Attributes:
-        until_s: On the clock of the event loop, when a replica must have taken it; None: whenever
-            there is one.
+    Args:
+        config: How long it goes on.
+        queue_timeout_s: The request's own.
     """
 
-    def __init__(self, config: FrontEndConfig) -> None:
+    def __init__(self, config: FrontEndConfig, queue_timeout_s: float | None) -> None:
         self._config = config
         self._num_losses = 0
         self._is_accepted = False
         self._pause_s = _MIN_PAUSE_S
-        self.until_s: float | None = None
+        self._retry_until_s = math.inf
+        self._queue_until_s = math.inf
+        if queue_timeout_s is not None:
+            self._queue_until_s = asyncio.get_running_loop().time() + queue_timeout_s
+
+    @property
+    def until_s(self) -> float | None:
+        """When a replica must have taken it; None: whenever there is one."""
+        until_s = min(self._retry_until_s, self._queue_until_s)
+        return None if until_s == math.inf else until_s
+
+    def with_time_left(self, request: GenerationRequest) -> GenerationRequest:
+        """The request, which may wait for as long as it has not waited yet."""
+        if self._queue_until_s == math.inf:
+            return request
+        left_s = self._queue_until_s - asyncio.get_running_loop().time()
+        return replace(request, queue_timeout_s=max(left_s, 0.0))
+
+    def check_queue_time(self) -> None:
+        """Give up a request that has waited for as long as it may.
+
+        Raises:
+            OverloadedError: It has.
+        """
+        if asyncio.get_running_loop().time() >= self._queue_until_s:
+            raise OverloadedError(NOT_BEGUN)
 
     def note_acceptance(self) -> None:
         """A replica has the request."""
         self._is_accepted = True
         self._pause_s = _MIN_PAUSE_S
-        self.until_s = None
+        self._retry_until_s = self._queue_until_s = math.inf
 
     async def wait_after(self, error: PipelineError) -> None:
         """Wait until it is worth another attempt.
 
         Raises:
+            OverloadedError: It has waited for as long as it may.
             PipelineError: It is not.
         """
+        self.check_queue_time()
         now_s = asyncio.get_running_loop().time()
-        if self.until_s is None:
-            self.until_s = now_s + self._config.resume_timeout_s
+        if self._retry_until_s == math.inf:
+            self._retry_until_s = now_s + self._config.resume_timeout_s
         if self._is_accepted:
             self._is_accepted = False
             self._num_losses += 1
@@ -153,10 +185,10 @@ class _Patience:
                 raise _gave_up(f"{self._num_losses} replicas were lost under it", error)
             return
         # A replica that refused may be the only one, and is replaced after some seconds.
-        if now_s + self._pause_s > self.until_s:
+        if now_s + self._pause_s > self._retry_until_s:
             limit_s = self._config.resume_timeout_s
             raise _gave_up(f"none took it for {limit_s:g} s (frontend.resume_timeout_s)", error)
-        await asyncio.sleep(self._pause_s)
+        await asyncio.sleep(min(self._pause_s, self._queue_until_s - now_s))
         self._pause_s = min(2 * self._pause_s, _MAX_PAUSE_S)
 
 

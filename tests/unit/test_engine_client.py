@@ -133,6 +133,16 @@ def test_a_request_that_another_aborts_ends_whatever_the_engine_tells(is_accepte
     run_with_client(scenario)
 
 
+def test_a_request_that_no_engine_takes_in_its_time_is_refused_and_aborted():
+    async def scenario(client, endpoint):
+        endpoint.may_add.clear()
+        with pytest.raises(OverloadedError, match="waited longer than it may"):
+            await collect(client.generate(make_request("a", queue_timeout_s=0.01)))
+        assert endpoint.aborted == ["a"]
+
+    run_with_client(scenario)
+
+
 def test_a_consumer_cancelled_again_and_again_cannot_cancel_its_abort():
     async def scenario(client, endpoint):
         endpoint.may_abort.clear()

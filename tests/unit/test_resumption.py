@@ -138,6 +138,36 @@ def test_a_request_that_no_replica_takes_in_time_ends_with_the_knob_to_turn(hold
     asyncio.run(scenario())
 
 
+class NeverReady:
+    """A `ReplicaSet` whose replicas are still starting, or refuse at once."""
+
+    def __init__(self, *, holds):
+        self._holds = holds
+        self.times_left_s = []
+
+    async def run(self, request, output_token_ids):
+        self.times_left_s.append(request.queue_timeout_s)
+        if self._holds:
+            await asyncio.sleep(60)
+        raise LOST
+        yield
+
+
+@pytest.mark.parametrize("holds", [True, False], ids=["held", "refused at once"])
+def test_a_new_request_waits_for_a_replica_no_longer_than_it_may(holds):
+    async def scenario():
+        replicas = NeverReady(holds=holds)
+        client = ResumingClient(replicas, FrontEndConfig())
+        with pytest.raises(OverloadedError, match="waited longer than it may"):
+            await collect(client, make_request("a", queue_timeout_s=0.3))
+        left_s = replicas.times_left_s
+        assert 0.3 >= left_s[0] > 0
+        assert left_s == sorted(left_s, reverse=True)
+        assert (len(left_s) == 1) is holds
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("faults", [[], [Fault(after=3)]], ids=["first replica", "second replica"])
 def test_a_client_that_leaves_aborts_the_request_where_it_runs(faults):
     async def scenario():
