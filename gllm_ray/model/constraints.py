@@ -5,6 +5,7 @@ token that is drawn. So it starts anew after a preemption, and wherever another 
 replica goes on with the output.
 """
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
-from gllm_ray.errors import GllmRayError
+from gllm_ray.errors import ConfigError, InvalidRequestError
 from gllm_ray.messages import ScheduledSequence
 from gllm_ray.model.grammar import GrammarCompiler
 from gllm_ray.model.inputs import to_device
+
+logger = logging.getLogger(__name__)
 
 Rows = Mapping[int, ScheduledSequence]  # of the logits, those of sequences with a grammar
 
@@ -57,8 +60,11 @@ class RunningGrammars:
             if sequence.output_token_ids is not None:
                 try:
                     matcher = self._begin(sequence)
-                except GllmRayError as error:
+                except InvalidRequestError as error:
                     matcher, failures[row] = None, str(error)
+                except ConfigError:  # of which clients learn nothing, for it names files
+                    logger.exception("no output can follow a grammar")
+                    matcher, failures[row] = None, "grammars cannot be followed by this service now"
                 self._matchers[sequence.seq_id] = matcher
         matchers = {row: self._matchers[sequence.seq_id] for row, sequence in rows.items()}
         running = {row: matcher for row, matcher in matchers.items() if matcher is not None}

@@ -26,7 +26,7 @@ from gllm_ray.model.attention.backend import (
     find_gpu,
 )
 from gllm_ray.model.attention.interface import paged_forward
-from gllm_ray.model.checkpoint import find_weight_files, open_checkpoint
+from gllm_ray.model.checkpoint import find_directory, find_weight_files, open_checkpoint
 from gllm_ray.model.compilation import compile_parts
 from gllm_ray.model.constraints import RunningGrammars
 from gllm_ray.model.decode_graphs import (
@@ -109,6 +109,8 @@ class StageWorker:
         """
         clock = PhaseClock()
         checkpoint = open_checkpoint(self._config.model)
+        if self.is_last and (tokenizer := self._config.model.tokenizer) is not None:
+            find_directory(tokenizer)  # for grammars, which come later
         clock.end("checkpoint")
         transformers_logging.disable_progress_bar()
         self._device = prepare_device(self._config)

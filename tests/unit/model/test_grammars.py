@@ -173,12 +173,12 @@ def test_a_sequence_whose_grammar_cannot_go_on_fails_alone():
 
 def test_a_stage_that_finds_no_tokenizer_fails_the_sequence_and_goes_on():
     def load():
-        raise ConfigError("no usable tokenizer")
+        raise ConfigError("no usable tokenizer at /where/it/was")
 
     grammars = RunningGrammars(load)
     items = sequence(0, GRAMMARS[2], ()), sequence(1, "")
     drawn = draw_tokens(torch.zeros(2, VOCAB_SIZE), batch_of(*items), grammars)
-    assert drawn.failures == ((0, "no usable tokenizer"),)
+    assert drawn.failures == ((0, "grammars cannot be followed by this service now"),)
     after = sequence(0, GRAMMARS[2]), sequence(1, "")
     assert draw_tokens(torch.zeros(2, VOCAB_SIZE), batch_of(*after), grammars).failures == ()
 

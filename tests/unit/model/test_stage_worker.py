@@ -53,6 +53,17 @@ def logits(workers):
     return seen[0][0]
 
 
+def test_the_last_stage_wants_the_tokenizer_that_grammars_are_going_to_need(checkpoint, tmp_path):
+    config = service_config(checkpoint("llama"), num_stages=2)
+    missing = config.model.model_copy(update={"tokenizer": str(tmp_path / "tokenizer")})
+    first, last = (
+        StageWorker(config.model_copy(update={"model": missing}), stage_id) for stage_id in (0, 1)
+    )
+    first.load()
+    with pytest.raises(ConfigError, match="there is no directory"):
+        last.load()
+
+
 def parameters(worker):
     """By name, tied ones by both and packed ones unpacked."""
     model = worker._shard.model
