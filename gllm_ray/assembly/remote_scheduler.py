@@ -16,7 +16,7 @@ from gllm_ray.errors import PipelineError, SchedulerLostError
 from gllm_ray.messages import EngineLoad, GenerationRequest, OpenRequest, TokenEvent
 from gllm_ray.stages.heartbeat import answer_in_time
 from gllm_ray.stages.ray_errors import ask
-from gllm_ray.stages.ray_pipeline import StageGroup
+from gllm_ray.stages.stage_group import StageGroup
 from gllm_ray.stages.supervised_pipeline import Fault
 
 T = TypeVar("T")

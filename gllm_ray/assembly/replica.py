@@ -62,7 +62,7 @@ class PipelineReplica:
 
         Args:
             config: What to serve, and how.
-            placement_group: Laid out as `placement.bundles` says; None for anywhere.
+            placement_group: Laid out as `gllm_ray.bundles.bundles` says; None for anywhere.
 
         Raises:
             ConfigError: The model cannot be served as configured; no actor is left behind.

@@ -28,7 +28,7 @@ from gllm_ray.stages.transport import (
     DOWNSTREAM,
     UPSTREAM,
     ActivationChannel,
-    ObjectStoreChannel,
+    CarriedChannel,
     find_edge,
     host_edge,
     join_edge,
@@ -127,7 +127,7 @@ class Stage:
                 self._outbound.close()
                 self._outbound = None
             if self._transport == "object_store":
-                self._inbound = self._outbound = ObjectStoreChannel()
+                self._inbound = self._outbound = CarriedChannel()
             else:
                 if previous is not None:
                     self._inbound = self._join(find_edge(previous), DOWNSTREAM)

@@ -65,7 +65,7 @@ class ActivationChannel(Protocol):
         """Drop what was not received yet; the channel cannot be used again."""
 
 
-class ObjectStoreChannel:
+class CarriedChannel:
     """Hidden states as the return value of the step: no connection, but two more copies."""
 
     def send(self, batch_id: int, hidden: torch.Tensor) -> list[object]:
@@ -149,7 +149,7 @@ class BySizeChannel:
     def __init__(
         self, large: ActivationChannel, max_carried_bytes: int = MAX_CARRIED_BYTES
     ) -> None:
-        self._small = ObjectStoreChannel()
+        self._small = CarriedChannel()
         self._large = large
         self._max_carried_bytes = max_carried_bytes
 

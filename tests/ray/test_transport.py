@@ -12,8 +12,8 @@ from gllm_ray.stages.transport import (
     MAX_CARRIED_BYTES,
     UPSTREAM,
     ActivationChannel,
+    CarriedChannel,
     EdgeAddress,
-    ObjectStoreChannel,
     find_edge,
     host_edge,
     join_edge,
@@ -39,7 +39,7 @@ def edge(request: pytest.FixtureRequest) -> Iterator[Edge]:
     if request.param == "gloo":
         downstream, upstream = join_gloo()
     else:
-        upstream, downstream = ObjectStoreChannel(), ObjectStoreChannel()
+        upstream, downstream = CarriedChannel(), CarriedChannel()
     yield upstream, downstream
     upstream.close()
     downstream.close()
