@@ -62,7 +62,7 @@ async def start_stage_group(
 
     Args:
         config: The replica's configuration.
-        placement_group: Laid out as `gllm_ray.bundles.bundles` says; None for anywhere in the cluster.
+        placement_group: Laid out as `gllm_ray.bundles.bundles` says; None for anywhere.
 
     Raises:
         ConfigError: The model cannot be served as configured. No actor is left behind.
