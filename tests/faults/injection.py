@@ -6,7 +6,9 @@ from pathlib import Path
 
 import ray
 
+from gllm_ray.stages import step_messages
 from gllm_ray.stages.actor import StageActor
+from gllm_ray.stages.inbox import Outbox
 from gllm_ray.stages.transport import MAX_CARRIED_BYTES
 
 DELAY_S = 0.8
@@ -55,6 +57,29 @@ class InjectingChannel:
         self._channel.close()
 
 
+def injecting_outbox(take_fault):
+    """The class of an `Outbox` that mistreats an answer when `take_fault()` returns a fault."""
+
+    class InjectingOutbox(Outbox):
+        _held = None  # an answer that the next message overtakes
+
+        def write(self, message):
+            held, self._held = self._held, None
+            fault = take_fault() if message[0] == step_messages.ANSWER else None
+            if fault == "delay":
+                time.sleep(DELAY_S)
+            if fault == "reorder":
+                self._held = message
+            if fault not in ("drop", "reorder"):
+                super().write(message)
+            if fault == "duplicate":
+                super().write(message)
+            if held is not None:
+                super().write(held)
+
+    return InjectingOutbox
+
+
 def faulty_stage_actor(directory: Path):
     """The actor class of stages that look into a directory for the fault to make."""
 
@@ -63,6 +88,7 @@ def faulty_stage_actor(directory: Path):
             super().__init__(config, stage_id)
             self._run_step = self._stage.step
             self._stage.step = self._step
+            step_messages.Outbox = injecting_outbox(lambda: self._take("answer"))
 
         def connect(self, epoch, previous):
             inbox = super().connect(epoch, previous)

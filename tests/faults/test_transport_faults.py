@@ -28,7 +28,7 @@ REQUESTS = [
 ]
 HARMLESS = None
 # Of the target of the fault: what stage 0 sends over the wire (large) or with its answer (small),
-# or the calls that stage 1 gets.
+# or the steps that stage 1 takes.
 FAULTS = [
     ("large", "delay", HARMLESS),
     ("large", "drop", "hangs: micro-batch"),
@@ -83,6 +83,27 @@ def cells():
 def test_a_mistreated_message_is_harmless_or_noticed_and_no_token_changes(
     pipeline, undisturbed, loop, faults, caplog, target, fault, cause
 ):
+    check_mistreated(pipeline, undisturbed, loop, faults, caplog, target, fault, cause)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("control_plane", ["direct"], indirect=True)
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("delay", HARMLESS),
+        ("drop", ...),  # noticed by the answer after it, or because nothing comes any more
+        ("duplicate", "a message was lost"),
+        ("reorder", ...),
+    ],
+)
+def test_a_mistreated_answer_is_harmless_or_noticed_and_no_token_changes(
+    pipeline, undisturbed, loop, faults, caplog, fault, cause
+):
+    check_mistreated(pipeline, undisturbed, loop, faults, caplog, "answer", fault, cause)
+
+
+def check_mistreated(pipeline, undisturbed, loop, faults, caplog, target, fault, cause):
     async def scenario():
         streams = asyncio.create_task(pipeline.collect_all(REQUESTS))
         arm(faults, int(target == "call"), target, fault)

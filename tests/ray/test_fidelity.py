@@ -39,9 +39,11 @@ def test_engine_and_simulator_are_compared_at_each_load(ray_cluster, tmp_path):
             assert figures.requests_per_s > 0
             assert 0 < figures.ttft_p50_s <= figures.ttft_p99_s < 60
             assert 0 < figures.tpot_p50_s <= figures.tpot_p99_s < 60
-        assert all(isfinite(line.error) and line.error > -1 for line in each.errors)
-        assert all(0 <= line.noise < 2 for line in each.errors)
+        assert all(isfinite(line.error) and line.noise >= 0 for line in each.errors)
         assert each.stage_slowdown > 0
+    (throughput, *_) = result.comparisons[0].errors
+    assert throughput.name == "requests_per_s"
+    assert 0.5 < throughput.simulated / throughput.measured < 2, "within what a busy machine varies"
     assert "demo/model" in result.provenance
     assert min(result.costs.dispatch_s, result.costs.hop_s, result.costs.result_s) > 0
     half = json.loads(json.dumps(result.to_json()))["comparisons"][1]
