@@ -17,12 +17,13 @@ _MAX_FALL = 0.9
 # A row costs at most this many times what one more row of a large micro-batch costs, where
 # token_budget lets it; the rows are two tiles or more.
 _MAX_ROW_COST = 1.2
-_MAX_DEEP_ROW_COST = 1.03
+_MAX_DEEP_ROW_COST, _MIN_DEEP_ROW_COST = 1.06, 1.03
 _NEARLY = 1.1  # micro-batches nine tenths full count as full
 _UNCALIBRATED_ROWS = 512  # where that is not known
 # A backlog is deep from so many rounds on, and until half of them are left. The pipeline then takes
 # one more micro-batch than it has stages.
 _DEEP_ROUNDS = 8
+_MIN_PREFILL_SHARE = 0.25  # of the rows of these rounds, however many decodes there are
 # So many rounds at least take the KV cache from empty to full: near full, prefill takes up what
 # ended sequences release, evenly.
 _KV_ROUNDS = 12
@@ -69,9 +70,10 @@ class BalancedPolicy:
               min_prefill_tokens, which prompts under way can use however full the KV cache is
     ```
 
-    A backlog of 8 rounds or more is deep. Throughput then counts: groups is max_in_flight, S + 1 if
-    nothing else is configured, and rows rise to those at 1.03 times the marginal cost, half their
-    number above what the micro-batches in flight hold.
+    A backlog of 8 rounds or more, of the rows that decodes leave, is deep. Throughput then counts:
+    groups is max_in_flight, S + 1 if nothing else is configured, and rows rise to those at 1.06
+    times the marginal cost, half their number above what the micro-batches in flight hold. Beyond
+    16 rounds the excess over 1 falls in proportion to them, down to 0.03.
 
     It also holds before the cost model is calibrated; time is then a token count, and rows are 512.
     """
@@ -132,7 +134,9 @@ class BalancedPolicy:
         the next micro-batch is no bubble. The decodes wait for it, too: it takes a backlog to pay.
         """
         rows = self._efficient_rows(view.cost, _MAX_ROW_COST)
-        num_rounds = view.num_waiting_tokens / (rows * view.num_stages)
+        share = view.num_decoding / view.num_stages
+        prefill_rows = max(rows - share, rows * _MIN_PREFILL_SHARE)
+        num_rounds = view.num_waiting_tokens / (prefill_rows * view.num_stages)
         self._is_deep = num_rounds > (_DEEP_ROUNDS / 2 if self._is_deep else _DEEP_ROUNDS)
         if not self._is_deep:
             return _Frame(rows, min(view.num_stages, view.max_in_flight))
@@ -141,9 +145,9 @@ class BalancedPolicy:
         step = max(tile, rows // 2 // tile * tile)
         mean_rows = view.num_tokens_in_flight / max(1, view.num_in_flight)
         next_rows = max(rows, int(mean_rows / step + _NEARLY) * step)
-        return _Frame(
-            min(self._efficient_rows(view.cost, _MAX_DEEP_ROW_COST), next_rows), view.max_in_flight
-        )
+        excess = (_MAX_DEEP_ROW_COST - 1) * min(1.0, 2 * _DEEP_ROUNDS / num_rounds)
+        most_rows = self._efficient_rows(view.cost, max(_MIN_DEEP_ROW_COST, 1 + excess))
+        return _Frame(min(most_rows, next_rows), view.max_in_flight)
 
     def _efficient_rows(self, cost: CostModel, max_row_cost: float) -> int:
         """The rows from which on larger micro-batches would hardly be cheaper for each."""
