@@ -86,8 +86,9 @@ class Report:
         stages: Each stage.
         kv_utilization_mean: Share of the KV blocks in use, over time and replicas.
         kv_utilization_peak: Its highest value in any replica.
-        ideal_ratio: Throughput as a share of what the hardware allows without a bubble and at the
-            best tile; None: nobody worked it out.
+        ideal_ratio: The time of all that was computed, were it without a bubble and at the best
+            tile, as a share of the wall time; what preemptions or losses make the stages compute
+            again is part of it. None: nobody worked it out.
     """
 
     wall_s: float
