@@ -102,6 +102,6 @@ class StagesFailedError(PipelineError):
         stage_ids: Those that were the first to fail.
     """
 
-    def __init__(self, message: str, stage_ids: frozenset[int]) -> None:
+    def __init__(self, message: str, stage_ids: frozenset[int] = frozenset()) -> None:
         super().__init__(message)
         self.stage_ids = stage_ids

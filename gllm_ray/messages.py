@@ -61,7 +61,8 @@ class GenerationRequest:
         tenant: Who shares prefill fairly with other tenants, where the service is so configured.
         expected_output_tokens: The client's own prediction of its output length, if it has one.
         queue_timeout_s: Seconds the request may wait for its first micro-batch; None: as long as
-            the service allows.
+            the service allows. Where no scheduler was there to take it, the time in its queue
+            begins anew.
     """
 
     request_id: str

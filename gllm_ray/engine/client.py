@@ -128,7 +128,7 @@ class EngineClient:
             async with asyncio.timeout(request.queue_timeout_s):
                 await self._endpoint.add(request)
         except TimeoutError:  # its scheduler is being replaced
-            await self._abort(request.request_id)
+            self._begin_abort(request.request_id)
             raise OverloadedError(NOT_BEGUN) from None
 
     async def _take(self, stream: _Stream) -> list[TokenEvent]:
@@ -140,6 +140,9 @@ class EngineClient:
         return events
 
     async def _abort(self, request_id: str) -> None:
+        await asyncio.shield(self._begin_abort(request_id))
+
+    def _begin_abort(self, request_id: str) -> asyncio.Task[None]:
         """Abort in a task of its own: the consumer is often being cancelled, again and again."""
 
         async def abort() -> None:
@@ -149,7 +152,7 @@ class EngineClient:
         task = asyncio.create_task(abort())
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
-        await asyncio.shield(task)
+        return task
 
     async def _pump(self) -> None:
         while True:

@@ -78,6 +78,8 @@ class RequestBuilder:
         Raises:
             InvalidRequestError: They cannot.
         """
+        if body.response_format is None and body.structured_outputs is None:
+            return ""
         # In a thread, as below, because a long grammar takes long.
         wanted = await asyncio.to_thread(
             output_grammar, body.response_format, body.structured_outputs

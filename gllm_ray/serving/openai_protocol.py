@@ -73,7 +73,7 @@ def _check_num_texts(value: object) -> object:
     """Bound the time that it takes to look at each message, in which no stream goes on."""
     messages = value if isinstance(value, list) else []
     contents = (message.get("content") for message in messages if isinstance(message, dict))
-    num_texts = sum(len(content) if isinstance(content, list) else 1 for content in contents)
+    num_texts = sum(len(content) or 1 if isinstance(content, list) else 1 for content in contents)
     if num_texts > _MAX_TEXTS:
         raise PydanticCustomError(
             "too_many_texts",

@@ -5,6 +5,7 @@ import re
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from llguidance import LLMatcher, grammar_from
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -128,7 +129,8 @@ def output_grammar(
 
 
 def _lark_or_gbnf(text: str) -> str:
-    # llguidance, which can tell them apart, too, takes hours for a million empty lines.
+    # llguidance, which can tell them apart, too, takes a second for 16,000 empty lines, four for
+    # twice as many, and lets no other thread run.
     if any(map(_LARK_LINE.match, text.splitlines())):
         return grammar_from("lark", text)
     if len(text) > _MAX_GBNF_CHARS:
@@ -136,7 +138,11 @@ def _lark_or_gbnf(text: str) -> str:
             f"the grammar has {len(text)} characters; the limit is {_MAX_GBNF_CHARS} in GBNF, "
             "which a grammar without a rule `start:` is taken for"
         )
-    return grammar_from("gbnf", text)
+    try:
+        lark = gbnf_to_lark(text)
+    except Exception as error:  # it raises no other class
+        raise ValueError(f"the grammar is neither GBNF nor in Lark's syntax: {error}") from error
+    return grammar_from("lark", lark)
 
 
 def _json_grammar(schema: dict[str, Any] | str) -> str:

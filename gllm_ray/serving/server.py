@@ -20,7 +20,7 @@ from gllm_ray.assembly.replica import PipelineReplica
 from gllm_ray.autoscaling import SignalMeter
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
-from gllm_ray.garbage import pause_garbage_collector, relax_garbage_collector
+from gllm_ray.garbage import no_garbage_collection, relax_garbage_collector
 from gllm_ray.messages import GenerationRequest, StageInfo, TokenEvent
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.callers import CallerWatch
@@ -36,23 +36,16 @@ class PipelineOwner:
 
     async def __init__(self, config: ServiceConfig) -> None:
         log_with_serve()
-        pause_garbage_collector()
         self._config = config
         self._meter = SignalMeter()
         total = PhaseClock()
-        starting = asyncio.create_task(PipelineReplica.start(config, get_current_placement_group()))
-        try:
-            prepared_s = await self._prepare()
-        except BaseException:
-            starting.cancel()
-            await asyncio.wait([starting])
-            raise
-        self._pipeline = await starting
+        with no_garbage_collection():
+            prepared_s = await self._start()
+        relax_garbage_collector()
         self.model_name = config.model.name
         self.max_model_len = self._pipeline.group.max_model_len
         self._client = EngineClient(self._pipeline)
         await self._client.start()
-        relax_garbage_collector()
         total.end("total")
         group = self._pipeline.group
         self._startup_s = {**total.times_s, **prepared_s, **group.startup_s}
@@ -60,6 +53,19 @@ class PipelineOwner:
         self._metrics = ServiceMetrics(self.model_name)
         self._reporting = asyncio.create_task(self._metrics.report(self._pipeline.load))
         logger.info("ready: model=%s num_stages=%d", self.model_name, config.pipeline.num_stages)
+
+    async def _start(self) -> dict[str, float]:
+        """Start the pipeline, and prepare meanwhile; returns how long each phase of that took."""
+        group = get_current_placement_group()
+        starting = asyncio.create_task(PipelineReplica.start(self._config, group))
+        try:
+            prepared_s = await self._prepare()
+        except BaseException:
+            starting.cancel()
+            await asyncio.wait([starting])
+            raise
+        self._pipeline = await starting
+        return prepared_s
 
     async def _prepare(self) -> dict[str, float]:
         """Do what need not wait for the pipeline; returns how long each phase took."""

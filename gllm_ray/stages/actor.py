@@ -7,7 +7,7 @@ from dataclasses import replace
 import ray
 
 from gllm_ray.config import ServiceConfig
-from gllm_ray.garbage import pause_garbage_collector, relax_garbage_collector
+from gllm_ray.garbage import no_garbage_collection, relax_garbage_collector
 from gllm_ray.messages import EdgeAddress, InboxAddress, StageInfo, StepInterval, StepUnderWay
 from gllm_ray.stages.step_messages import StepFailure
 from gllm_ray.stages.timeline import PhaseClock
@@ -30,9 +30,9 @@ class StageActor:
 
     def __init__(self, config: ServiceConfig, stage_id: int) -> None:
         clock = PhaseClock()
-        pause_garbage_collector()
-        # Torch is imported where a stage runs, and not by all who hold a handle of it.
-        from gllm_ray.stages.stage import Stage
+        with no_garbage_collection():
+            # Torch is imported where a stage runs, and not by all who hold a handle of it.
+            from gllm_ray.stages.stage import Stage
 
         self._stage = Stage(config, stage_id)
         clock.end("import")
@@ -40,7 +40,8 @@ class StageActor:
 
     def load(self) -> StageInfo:
         """See `Stage.load`."""
-        info = self._stage.load()
+        with no_garbage_collection():
+            info = self._stage.load()
         relax_garbage_collector()
         return replace(info, startup_s={**self._startup_s, **info.startup_s})
 

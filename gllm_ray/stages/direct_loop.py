@@ -126,7 +126,9 @@ class DirectLoop:
             return
         if (failed := self._failure_of(run)) is not None:
             self._come.put_nowait(failed)
-        elif (failure := run.result()) is not None:
+        elif (failure := run.result()) is None or self._is_ended:
+            return
+        elif self._awaited_failure is None:  # the later stages' loops end of the same one
             failed = Failed(failure.stage_id, PipelineError(failure.reason))
             self._awaited_failure = self._loop.create_task(self._await_failure(failed))
 

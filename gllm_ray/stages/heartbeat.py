@@ -129,7 +129,7 @@ async def _watch_stage(stage: ActorHandle, name: str, config: RecoveryConfig) ->
                 f"{name} hangs: it has not answered for {timeout_s:.1f} s "
                 "(recovery.heartbeat_timeout_s)"
             ) from None
-        if step is None:
+        if step is None or step.batch_id < 0:  # who joins its edges has another limit
             continue
         limit_s = max_step_s(step.num_tokens, config)
         if step.elapsed_s > limit_s:

@@ -207,7 +207,8 @@ class StageKeeper:
         stages = [*zip(self.group.stages, map(name_stage, self.group.infos), strict=True)]
         timeout_s = self._config.recovery.heartbeat_timeout_s
         try:
-            await ask_all(stage.leave_edges.remote() for stage, _ in stages)
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                await ask_all(stage.leave_edges.remote() for stage, _ in stages)
             await all_stages(settle(stage, name, timeout_s) for stage, name in stages)
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 return await connect_stages(self.group)

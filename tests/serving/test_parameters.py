@@ -207,6 +207,7 @@ def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "user", "content": ""}] * 4097}, "messages"),
+        ({"messages": [{"role": "user", "content": []}] * 4097}, "messages"),
         ({"messages": [{"role": "user", "content": [TEXT] * 2049}] * 2}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
