@@ -200,6 +200,7 @@ def test_nothing_is_kept_of_outputs_that_ended_or_were_given_up(tokenizer, pipel
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", "unclosed group"),
         ({"structured_outputs": {"grammar": "start: y"}}, "structured_outputs", 'name: "y"'),
         ({"structured_outputs": {"grammar": "root ::= ("}}, "structured_outputs", "GBNF"),
+        ({"structured_outputs": {"grammar": "\n" * 32_000}}, "structured_outputs", "'root'"),
         (
             {"structured_outputs": {"grammar": "\n" * 400_000}},
             "structured_outputs",

@@ -138,6 +138,7 @@ def test_a_request_that_no_engine_takes_in_its_time_is_refused_and_aborted():
         endpoint.may_add.clear()
         with pytest.raises(OverloadedError, match="waited longer than it may"):
             await collect(client.generate(make_request("a", queue_timeout_s=0.01)))
+        await settle()
         assert endpoint.aborted == ["a"]
 
     run_with_client(scenario)
