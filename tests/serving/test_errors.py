@@ -17,6 +17,7 @@ from gllm_ray.errors import (
     PipelineError,
     SchedulerLostError,
     StageLostError,
+    StagesFailedError,
     StageTimeoutError,
 )
 from gllm_ray.serving.errors import install_error_handlers
@@ -55,6 +56,7 @@ TABLE = [
     (StageLostError("broke"), 503, "engine_unavailable", "5"),
     (SchedulerLostError("broke"), 503, "engine_unavailable", "5"),
     (StageTimeoutError("hangs"), 503, "engine_unavailable", "5"),
+    (StagesFailedError("two of them"), 503, "engine_unavailable", "5"),
     (ConfigError("/secret/path"), 500, "server_error", None),
     (ZeroDivisionError("/secret/path"), 500, "server_error", None),
 ]

@@ -132,7 +132,9 @@ def test_ranks_that_would_cut_a_head_are_refused_with_the_number():
     with pytest.raises(ConfigError, match=r"tensor_parallel=3: 40 attention heads"):
         shape.check_shards(3)
     shape.check_shards(8)
-    grouped = parse_model_shape(QWEN2_5_32B | {"num_key_value_heads": 10})
+    grouped = parse_model_shape(
+        QWEN2_5_32B | {"num_key_value_heads": 10, "intermediate_size": 20_480}
+    )
     with pytest.raises(ConfigError, match=r"tensor_parallel=4: 10 KV heads .* multiple of it"):
         grouped.check_shards(4)
     for num_shards in (1, 2, 5, 10, 20):

@@ -63,7 +63,7 @@ def test_splits_that_come_to_the_same_layers_are_one_choice():
     assert [each.cut.layers for each in choices] == [(3, 3), (2, 4), (2, 2, 2), (1, 2, 3)]
 
 
-@pytest.mark.parametrize(("stages", "searched"), [([2], "[2]"), (None, "[1, 2, 4, 8]")])
+@pytest.mark.parametrize(("stages", "searched"), [([2], "[2]"), (None, "[1, 2, 4]")])
 def test_layers_for_a_depth_that_is_not_searched_are_refused(stages, searched):
     with pytest.raises(ConfigError, match="is for 3 stages") as refusal:
         plan(search={"stages": stages, "layers": ["auto", [1, 2, 3]]})
