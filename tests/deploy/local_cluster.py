@@ -19,6 +19,7 @@ import pytest
 from gllm_ray.demo.serve_process import free_port
 from gllm_ray.strict_yaml import read_documents
 from tests.deploy.manifests import DEPLOY, ROOT
+from tests.process_titles import titles
 
 PORT = 8000  # as the configuration says
 START_TIMEOUT_S = 60
@@ -90,9 +91,7 @@ class LocalCluster:
         """The titles of processes on the workers, by process id."""
         found = {}
         for process in self._processes[1:]:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    found[child.pid] = " ".join(child.cmdline())
+            found |= titles(process.pid)
         return found
 
     def run(self, *command, timeout_s=110):

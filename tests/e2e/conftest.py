@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gllm_ray.config import resolve_package_path
 from gllm_ray.demo.chat import get_json
+from tests.process_titles import titles
 
 REPOSITORY = Path(__file__).parents[2]
 READY_TIMEOUT_S = 115
@@ -65,6 +66,10 @@ class Service:
     def processes(self):
         """Everything the demo has started."""
         return psutil.Process(self._demo.pid).children(recursive=True)
+
+    def titles(self):
+        """Everything the demo has started that is alive, by process id."""
+        return titles(self._demo.pid)
 
     def press_ctrl_c(self):
         self._demo.send_signal(signal.SIGINT)

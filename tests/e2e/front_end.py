@@ -18,13 +18,13 @@ from pathlib import Path
 
 import httpx
 import openai
-import psutil
 import yaml
 from ray import serve
 
 from gllm_ray.config import FRONT_END_NAME
 from gllm_ray.serving.app import build_app
 from tests.local_ray import local_serve
+from tests.process_titles import titles
 
 CONFIG = Path(__file__).parents[2] / "configs" / "two_models.yaml"
 NAME, MODEL, OTHER = "two-models", "demo", "demo-bfloat16"
@@ -64,15 +64,8 @@ def deploy(**deployment):
 
 def pids(deployment):
     """The replicas of a deployment."""
-    title = re.compile(rf"ray::ServeReplica:{NAME}:{re.escape(deployment)}(\.\w+)?$")
-    processes = psutil.Process().children(recursive=True)
-    return [each.pid for each in processes if title.match(title_of(each))]
-
-
-def title_of(process):
-    with contextlib.suppress(psutil.Error):  # it has just ended
-        return " ".join(process.cmdline()).strip()
-    return ""
+    replica = re.compile(rf"ray::ServeReplica:{NAME}:{re.escape(deployment)}(\.\w+)?$")
+    return [pid for pid, title in titles().items() if replica.match(title)]
 
 
 def kill(deployment):

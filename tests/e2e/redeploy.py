@@ -10,12 +10,12 @@ import threading
 import time
 
 import openai
-import psutil
 from ray import serve
 
 from gllm_ray.demo.chat import get_json
 from gllm_ray.serving.app import build_app
 from tests.local_ray import local_serve
+from tests.process_titles import titles
 
 NUM_STAGES = 1
 NUM_CLIENTS = 4
@@ -48,8 +48,7 @@ def wait_until_drained():
 
 
 def count_stages():
-    processes = psutil.Process().children(recursive=True)
-    return sum(process.name().startswith("ray::StageActor") for process in processes)
+    return sum(title.startswith("ray::StageActor") for title in titles().values())
 
 
 class Clients:

@@ -6,10 +6,10 @@ from gllm_ray.cli import main
 
 
 def test_the_running_service_is_measured_over_http(service, tmp_path, capsys):
-    stage = next(each for each in service.processes() if "StageActor" in each.name())
+    stage = next(pid for pid, title in service.titles().items() if "StageActor" in title)
     file = tmp_path / "serve.json"
     arguments = ["--num-prompts", "6", "--input-len", "20", "--output-len", "8"]
-    arguments += ["--request-rate", "20", "--num-warmups", "2", "--pid", str(stage.pid)]
+    arguments += ["--request-rate", "20", "--num-warmups", "2", "--pid", str(stage)]
     assert main(["bench", "serve", service.base_url, *arguments, "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     figures, conditions = result["run"]["figures"], result["run"]["conditions"]

@@ -19,9 +19,7 @@ NUM_TOKENS = 300
 
 
 def processes_of(service, actor):
-    names = ((process.pid, process.name()) for process in service.processes())
-    # The system cuts long names.
-    return [pid for pid, name in names if name.startswith(f"ray::{actor}"[:15])]
+    return [pid for pid, title in service.titles().items() if title.startswith(f"ray::{actor}")]
 
 
 @pytest.mark.parametrize(("actor", "number"), [("StageActor", 2), ("SchedulerActor", 1)])
@@ -109,8 +107,8 @@ def test_serving_goes_on_while_the_controller_of_serve_is_replaced(service, trut
 
 def placement_groups(service):
     """Those that exist on the Ray of the service."""
-    commands = [" ".join(process.cmdline()) for process in service.processes()]
-    address = next(filter(None, (re.search(r"--gcs-address=(\S+)", each) for each in commands)))
+    titles = service.titles().values()
+    address = next(filter(None, (re.search(r"--gcs-address=(\S+)", each) for each in titles)))
     code = (
         "import ray; from ray.util.placement_group import placement_group_table; "
         f"ray.init(address={address.group(1)!r}, logging_level='ERROR', log_to_driver=False); "

@@ -12,13 +12,13 @@ import sys
 import time
 
 import httpx
-import psutil
 from ray import serve
 from ray.util.placement_group import placement_group_table
 
 from gllm_ray.messages import GenerationRequest
 from gllm_ray.serving.app import build_app
 from tests.local_ray import local_serve
+from tests.process_titles import titles
 
 MODEL = "demo"
 # Odd numbers, so that no two replicas have counted the same.
@@ -81,8 +81,7 @@ def count_hits(handle):
 
 
 def replicas():
-    processes = psutil.Process().children(recursive=True)
-    return {each.pid for each in processes if each.name().startswith("ray::ServeRepli")}
+    return {pid for pid, title in titles().items() if title.startswith("ray::ServeReplica")}
 
 
 def lose_a_replica():

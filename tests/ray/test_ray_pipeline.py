@@ -1,7 +1,6 @@
 """What only a pipeline of Ray actors can do, or suffer."""
 
 import asyncio
-import contextlib
 import itertools
 import os
 import re
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import torch
@@ -32,6 +30,7 @@ from tests.pipelines import (
     make_batch,
     make_service_config,
 )
+from tests.process_titles import titles
 
 NUM_STAGES = 3
 LONG_CHUNK = range(88)  # tokens that keep a stage busy for some milliseconds
@@ -64,12 +63,7 @@ def stage_processes(kind: str = "StageActor") -> set[int]:
     Args:
         kind: A pattern with which the name of the actors' class begins.
     """
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended in the meantime
-            if re.search(f"ray::{kind}", " ".join(process.cmdline())):
-                found.add(process.pid)
-    return found
+    return {pid for pid, title in titles().items() if re.search(f"ray::{kind}", title)}
 
 
 def beside_steps(method: ActorMethod) -> ActorMethod:
