@@ -1,4 +1,4 @@
-"""Results of benchmarks as Markdown, on the terminal and in the README."""
+"""Results of benchmarks as Markdown, on the terminal and in `results/README.md`."""
 
 from collections.abc import Callable, Sequence
 from itertools import groupby

@@ -205,14 +205,36 @@ def test_what_is_no_result_has_no_table(tmp_path, capsys, text):
     assert f"{file}: must be JSON of format gllm_ray.bench.v1" in capsys.readouterr().err
 
 
-def test_the_readme_has_the_tables_of_the_committed_results():
-    root = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "gllm_ray/bench/results"
+
+
+def committed(*names):
+    return [read_result(RESULTS / f"{name}.json") for name in names]
+
+
+def test_the_readmes_have_the_tables_of_the_committed_results():
+    everything = (RESULTS / "README.md").read_text("utf-8")
     stages = ("stage", "stage_15m", "stage_15m_direct", "stage_500m", "stage_500m_direct")
     names = ("serve", "engine", *stages, "transport", "front", "compare")
-    results = [read_result(root / f"gllm_ray/bench/results/{name}.json") for name in names]
-    recovery = read_result(root / "gllm_ray/bench/results/recovery.json")
-    assert result_tables([recovery]) in (root / "README.md").read_text("utf-8")
-    assert result_tables(results, ["ttft", "tpot"]) in (root / "README.md").read_text("utf-8")
-    beside_vllm = (root / "gllm_ray/bench/results").glob("compare_vllm_*.json")
-    table = result_tables([read_result(file) for file in sorted(beside_vllm)], ["ttft", "tpot"])
-    assert table in (root / "README.md").read_text("utf-8")
+    assert result_tables(committed(*names), ["ttft", "tpot"]) in everything
+    assert result_tables(committed("recovery")) in everything
+    beside_vllm = sorted(file.stem for file in RESULTS.glob("compare_vllm_*.json"))
+    assert result_tables(committed(*beside_vllm), ["ttft", "tpot"]) in everything
+    shown = result_tables(committed("serve", "engine", "transport"), ["ttft", "tpot"])
+    assert shown in (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "requests"),
+    [
+        ("poisson50", "one by one, at half of the rate of vLLM's burst"),
+        ("poisson85", "one by one, at 85 % of it"),
+        ("burst", "64 at once"),
+    ],
+)
+def test_the_readme_has_the_committed_ratios_beside_vllm(name, requests):
+    (result,) = committed(f"compare_vllm_epyc_{name}")
+    figures = ("output_tokens_per_s", "ttft_p50_s", "tpot_p99_s")
+    cells = [requests, *(f"{result['ratios'][figure]['median']:.2f} x" for figure in figures)]
+    assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text("utf-8")
