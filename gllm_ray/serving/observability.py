@@ -11,7 +11,8 @@ from typing import NamedTuple, NoReturn
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from gllm_ray.errors import GllmRayError, PipelineError
-from gllm_ray.messages import EngineLoad, GenerationRequest, TokenEvent
+from gllm_ray.messages import EngineLoad, FinishReason, GenerationRequest, TokenEvent
+from gllm_ray.serving.text_stream import OutputCompleteError
 
 METRIC_PREFIX = "gllm_ray_"  # Ray puts `ray_` before it
 _REPORT_PERIOD_S = 5.0
@@ -99,7 +100,10 @@ class ServiceMetrics:
     async def observe(
         self, request: GenerationRequest, events: AsyncGenerator[list[TokenEvent], None]
     ) -> AsyncGenerator[list[TokenEvent], None]:
-        """Yield the events of a request, and measure it; closing this closes `events`."""
+        """Yield the events of a request, and measure it; closing this closes `events`.
+
+        `OutputCompleteError`, thrown into it, ends the request as one that is complete.
+        """
         start_s, first_s, num_tokens = time.monotonic(), None, 0
         reason = "abort"
         try:
@@ -114,6 +118,8 @@ class ServiceMetrics:
                     self._num_output_tokens += num_new
                     reason = step[-1].finish_reason or reason
                     yield step
+        except OutputCompleteError:
+            reason = FinishReason.STOP
         except GllmRayError:
             reason = "error"
             raise

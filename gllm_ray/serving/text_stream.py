@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -51,10 +51,14 @@ class TextDelta:
     scored: tuple[ScoredToken, ...] = ()
 
 
+class OutputCompleteError(Exception):
+    """Thrown into events of which no more are needed, for the text has come to a stop string."""
+
+
 async def text_deltas(
     index: int, events: AsyncGenerator[list[TokenEvent], None], detokenizer: Detokenizer
 ) -> AsyncGenerator[TextDelta, None]:
-    """Turn each list of events into one delta; a complete stop string closes `events`.
+    """Turn each list of events into one delta; a complete stop string ends `events`.
 
     Raises:
         OverloadedError: The request waited too long for its first token.
@@ -65,6 +69,9 @@ async def text_deltas(
             delta = _text_delta(index, step, detokenizer)
             yield delta
             if delta.finish_reason is not None:
+                if step[-1].finish_reason is not delta.finish_reason:
+                    with suppress(OutputCompleteError, StopAsyncIteration):
+                        await events.athrow(OutputCompleteError)
                 return
 
 
