@@ -31,12 +31,10 @@ class Checkpoint:
 
     Attributes:
         directory: Where config.json lies.
-        model_type: The architecture, in transformers' spelling.
         max_model_len: Tokens of prompt and output a sequence may have.
     """
 
     directory: Path
-    model_type: str
     max_model_len: int
 
 
@@ -68,7 +66,6 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
         find_weight_files(model)
     return Checkpoint(
         directory=directory,
-        model_type=model_type,
         max_model_len=_max_model_len(model, config),
     )
 

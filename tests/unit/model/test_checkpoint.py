@@ -36,7 +36,6 @@ def test_a_servable_checkpoint_tells_its_length(checkpoint_dir):
     path = checkpoint_dir()
     checkpoint = open_path(path)
     assert checkpoint.directory == path
-    assert checkpoint.model_type == "llama"
     assert checkpoint.max_model_len == 128
     assert weight_files(path) == weight_files(path, range(1)) == ["model.safetensors"]
 
