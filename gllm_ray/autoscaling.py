@@ -3,9 +3,9 @@
 Ray Serve and the simulator ask the same object.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from statistics import fmean, median_low
 
 from gllm_ray.autoscaling_config import ScalingRule
@@ -19,13 +19,15 @@ class ReplicaSignals:
     Attributes:
         num_waiting_tokens: Prompt tokens to compute that are not yet scheduled.
         arriving_tokens_per_s: Those that come a second.
-        prefill_capacity_tokens_per_s: Prompt tokens scheduled a second while others had to wait;
-            0: they never had to.
+        drain_tokens_per_s: Prompt tokens scheduled a second while others had to wait; 0: they never
+            had to.
+        prefill_capacity_tokens_per_s: The same of those that waited for nothing but their prefill.
         kv_utilization: Share of the KV blocks in use, 0 to 1.
     """
 
     num_waiting_tokens: float
     arriving_tokens_per_s: float
+    drain_tokens_per_s: float
     prefill_capacity_tokens_per_s: float
     kv_utilization: float
 
@@ -53,6 +55,7 @@ class SignalMeter:
         return ReplicaSignals(
             num_waiting_tokens=computed_ratio * load.num_waiting_tokens,
             arriving_tokens_per_s=computed_ratio * num_tokens / elapsed_s if elapsed_s > 0 else 0.0,
+            drain_tokens_per_s=load.drain_tokens_per_s,
             prefill_capacity_tokens_per_s=load.prefill_capacity_tokens_per_s,
             kv_utilization=load.kv_utilization,
         )
@@ -137,15 +140,18 @@ class Autoscaler:
 
     def _wanted_for_prompts(self, load: DeploymentLoad) -> float:
         rule, signals = self._rule, load.signals
-        capacities = [each.prefill_capacity_tokens_per_s for each in signals]
-        if not any(capacities):
-            return 0.0
-        tokens_per_s = fmean(capacity for capacity in capacities if capacity)
+        capacity = _mean_told(each.prefill_capacity_tokens_per_s for each in signals)
+        drain = _mean_told(each.drain_tokens_per_s for each in signals)
         arriving_tokens_per_s = sum(each.arriving_tokens_per_s for each in signals)
-        for_new = arriving_tokens_per_s / (tokens_per_s * rule.target_prefill_utilization)
-        queues = [
-            each.num_waiting_tokens / tokens_per_s / rule.target_queue_time_s for each in signals
-        ]
+        for_new = arriving_tokens_per_s / (capacity * rule.target_prefill_utilization)
+        queues = [each.num_waiting_tokens / drain / rule.target_queue_time_s for each in signals]
+        if not queues:
+            return for_new
         num_clogged = sum(queue > 1 for queue in queues)
         started = min(len(queues) * median_low(queues), rule.max_growth * load.num_running)
         return max(for_new, min(for_new + num_clogged, max(load.num_replicas, started)))
+
+
+def _mean_told(rates: Iterable[float]) -> float:
+    """The mean of those that are known; infinite if none is."""
+    return fmean([rate for rate in rates if rate] or [inf])

@@ -291,8 +291,10 @@ class EngineLoad:
             sequence's included, that were looked up in the prefix cache.
         num_prefix_hit_tokens: Those of them that were found there, and not computed again.
         num_prompt_tokens: Prompt tokens of the requests accepted since the start.
-        prefill_capacity_tokens_per_s: Prompt tokens scheduled a second while others had to wait,
-            in the last 10 s of that; 0: none had to.
+        drain_tokens_per_s: Prompt tokens scheduled a second while others had to wait, in the last
+            10 s of that; 0: none had to.
+        prefill_capacity_tokens_per_s: The same while half of the KV blocks were free, so that they
+            waited for nothing but their prefill.
     """
 
     num_requests: int
@@ -304,6 +306,7 @@ class EngineLoad:
     num_prefix_queried_tokens: int
     num_prefix_hit_tokens: int
     num_prompt_tokens: int
+    drain_tokens_per_s: float
     prefill_capacity_tokens_per_s: float
 
 

@@ -6,8 +6,45 @@ from gllm_ray.scheduling.settings import SchedulerSettings
 from gllm_ray.scheduling.waiting_queue import WaitingQueue
 
 _RATE_WINDOW_S = 10.0
+# Where fewer of the KV blocks are free, prompts may wait for those, and policies hold them back.
+_MIN_FREE_KV_RATIO = 0.5
 _MIN_RETRY_AFTER_S = 1.0
 _MAX_RETRY_AFTER_S = 600.0
+
+
+class BacklogRate:
+    """The rate of prefill in the last 10 s of backlog.
+
+    Attributes:
+        tokens_per_s: The rate; 0: there has been no backlog.
+    """
+
+    def __init__(self) -> None:
+        self.tokens_per_s = 0.0
+        self._num_tokens = 0  # scheduled since `_since_s`
+        self._since_s: float | None = None
+        self._seen_s = 0.0  # of backlog, up to the window
+
+    def note(self, num_tokens: int, now_s: float, *, is_backlogged: bool) -> None:
+        """Learn from a micro-batch.
+
+        Args:
+            num_tokens: Its prefill tokens.
+            now_s: When it was formed.
+            is_backlogged: Whether requests go on waiting.
+        """
+        if self._since_s is not None and now_s > self._since_s:
+            elapsed_s = now_s - self._since_s
+            # The mean of all that was seen, until that is more than the window.
+            self._seen_s = min(self._seen_s + elapsed_s, _RATE_WINDOW_S)
+            weight = min(1.0, elapsed_s / self._seen_s)
+            self.tokens_per_s += weight * (self._num_tokens / elapsed_s - self.tokens_per_s)
+            self._since_s, self._num_tokens = now_s, 0
+        self._num_tokens += num_tokens
+        if not is_backlogged:
+            self._since_s, self._num_tokens = None, 0
+        elif self._since_s is None:
+            self._since_s = now_s
 
 
 class AdmissionControl:
@@ -18,8 +55,8 @@ class AdmissionControl:
 
     Attributes:
         num_prompt_tokens: Prompt tokens of all requests that it let in.
-        tokens_per_s: Rate of prefill in the last 10 s in which requests had to wait for it; 0: they
-            never had to.
+        drain_tokens_per_s: How fast waiting prompts have been worked off; 0: none had to wait.
+        prefill_tokens_per_s: The same of those that waited for nothing but their prefill.
     """
 
     def __init__(self, settings: SchedulerSettings) -> None:
@@ -28,10 +65,17 @@ class AdmissionControl:
         self._max_tokens = min(settings.max_model_len, num_slots + 1)
         self._queue = settings.queue
         self.num_prompt_tokens = 0
-        self.tokens_per_s = 0.0
-        self._num_tokens = 0  # scheduled since `_since_s`
-        self._since_s: float | None = None
-        self._seen_s = 0.0  # of backlog, up to the window
+        self._drain, self._prefill = BacklogRate(), BacklogRate()
+
+    @property
+    def drain_tokens_per_s(self) -> float:
+        """See above."""
+        return self._drain.tokens_per_s
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """See above."""
+        return self._prefill.tokens_per_s
 
     def check(self, request: GenerationRequest, waiting: WaitingQueue) -> None:
         """Let a request join those that wait.
@@ -74,29 +118,24 @@ class AdmissionControl:
 
     def drain_time_s(self, num_tokens: int) -> float:
         """Seconds until the tokens that wait will have been scheduled, at the recent rate."""
-        estimate = num_tokens / self.tokens_per_s if self.tokens_per_s else 0.0
+        rate = self.drain_tokens_per_s
+        estimate = num_tokens / rate if rate else 0.0
         return min(max(estimate, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S)
 
-    def note_scheduled(self, num_tokens: int, now_s: float, *, is_backlogged: bool) -> None:
-        """Learn the rate of prefill, from the times when requests had to wait for it.
+    def note_scheduled(
+        self, num_tokens: int, now_s: float, *, is_backlogged: bool, free_kv_ratio: float
+    ) -> None:
+        """Learn how fast waiting prompts are worked off.
 
         Args:
             num_tokens: Prefill tokens of a micro-batch.
             now_s: When it was formed.
             is_backlogged: Whether requests go on waiting.
+            free_kv_ratio: Share of the KV blocks that are free, 0 to 1.
         """
-        if self._since_s is not None and now_s > self._since_s:
-            elapsed_s = now_s - self._since_s
-            # The mean of all that was seen, until that is more than the window.
-            self._seen_s = min(self._seen_s + elapsed_s, _RATE_WINDOW_S)
-            weight = min(1.0, elapsed_s / self._seen_s)
-            self.tokens_per_s += weight * (self._num_tokens / elapsed_s - self.tokens_per_s)
-            self._since_s, self._num_tokens = now_s, 0
-        self._num_tokens += num_tokens
-        if not is_backlogged:
-            self._since_s, self._num_tokens = None, 0
-        elif self._since_s is None:
-            self._since_s = now_s
+        has_room = free_kv_ratio >= _MIN_FREE_KV_RATIO
+        self._drain.note(num_tokens, now_s, is_backlogged=is_backlogged)
+        self._prefill.note(num_tokens, now_s, is_backlogged=is_backlogged and has_room)
 
     def _refuse(self, given: str, limit: int, waiting: WaitingQueue) -> None:
         retry_after_s = self.drain_time_s(waiting.num_tokens)

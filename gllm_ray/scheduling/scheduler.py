@@ -139,7 +139,8 @@ class Scheduler:
             num_prefix_queried_tokens=self.num_prefix_queried_tokens,
             num_prefix_hit_tokens=self.num_prefix_hit_tokens,
             num_prompt_tokens=self._admission.num_prompt_tokens,
-            prefill_capacity_tokens_per_s=self._admission.tokens_per_s,
+            drain_tokens_per_s=self._admission.drain_tokens_per_s,
+            prefill_capacity_tokens_per_s=self._admission.prefill_tokens_per_s,
         )
 
     def request_of(self, seq_id: int) -> GenerationRequest:
@@ -364,7 +365,10 @@ class Scheduler:
         batch, _, load = self._flights.add(step, self._pool.take_copies(), self._pool.take_ended())
         self._stage_times.expect(batch.batch_id, load)
         self._admission.note_scheduled(
-            load.num_prefill_tokens, now_s, is_backlogged=bool(self._pool.waiting)
+            load.num_prefill_tokens,
+            now_s,
+            is_backlogged=bool(self._pool.waiting),
+            free_kv_ratio=1 - self.kv_utilization,
         )
         return batch
 

@@ -51,6 +51,7 @@ def told(num_waiting_tokens, arriving_tokens_per_s=0.0):
     return {
         "num_waiting_tokens": dict.fromkeys(REPLICAS, num_waiting_tokens),
         "arriving_tokens_per_s": dict.fromkeys(REPLICAS, arriving_tokens_per_s),
+        "drain_tokens_per_s": dict.fromkeys(REPLICAS, 1000.0),
         "prefill_capacity_tokens_per_s": dict.fromkeys(REPLICAS, 1000.0),
         "kv_utilization": dict.fromkeys(REPLICAS, 0.0),
         "running_requests": dict.fromkeys(REPLICAS, 7.0),  # Serve's own

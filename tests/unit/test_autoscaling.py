@@ -1,5 +1,7 @@
 """How many replicas there should be."""
 
+from dataclasses import fields, replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from gllm_ray.messages import EngineLoad
 IDLE = ReplicaSignals(
     num_waiting_tokens=0.0,
     arriving_tokens_per_s=0.0,
+    drain_tokens_per_s=1000.0,
     prefill_capacity_tokens_per_s=1000.0,
     kv_utilization=0.0,
 )
@@ -18,6 +21,7 @@ IDLE = ReplicaSignals(
 OVERLOADED = ReplicaSignals(
     num_waiting_tokens=1e6,
     arriving_tokens_per_s=1000.0,
+    drain_tokens_per_s=1000.0,
     prefill_capacity_tokens_per_s=1000.0,
     kv_utilization=0.0,
 )
@@ -38,12 +42,7 @@ def rule(**options):
 
 
 def signals(**values):
-    return ReplicaSignals(
-        num_waiting_tokens=values.get("num_waiting_tokens", 0.0),
-        arriving_tokens_per_s=values.get("arriving_tokens_per_s", 0.0),
-        prefill_capacity_tokens_per_s=values.get("prefill_capacity_tokens_per_s", 0.0),
-        kv_utilization=values.get("kv_utilization", 0.0),
-    )
+    return ReplicaSignals(**{field.name: 0.0 for field in fields(ReplicaSignals)} | values)
 
 
 def load(num_requests=0, num_replicas=1, num_running=None, signals=()):
@@ -73,6 +72,7 @@ def engine_load(**values):
             "num_prefix_queried_tokens": 0,
             "num_prefix_hit_tokens": 0,
             "num_prompt_tokens": 0,
+            "drain_tokens_per_s": 0.0,
             "prefill_capacity_tokens_per_s": 0.0,
         }
         | values
@@ -131,7 +131,7 @@ def test_the_last_replica_goes_alone_after_a_delay_of_its_own():
     ids=lambda value: next(iter(value)),
 )
 def test_each_signal_wants_so_many_that_each_replica_bears_its_target(options, each):
-    told = [signals(prefill_capacity_tokens_per_s=1000.0, **each)] * 5
+    told = [replace(IDLE, **each)] * 5
     assert decide_at_once(load(num_replicas=5, signals=told), **options) == 15
 
 
@@ -153,6 +153,7 @@ def test_a_replica_that_never_had_a_queue_is_as_fast_as_those_that_had():
         signals(
             num_waiting_tokens=4000,
             arriving_tokens_per_s=1200.0,
+            drain_tokens_per_s=1000.0,
             prefill_capacity_tokens_per_s=1000.0,
         ),
     ]
@@ -168,15 +169,18 @@ def test_no_more_are_wanted_while_those_start_that_a_queue_has_asked_for():
     assert decide_at_once(running, max_growth=2.0) == 4
 
 
+def test_how_slowly_prompts_once_waited_for_kv_blocks_keeps_no_replica():
+    freed = signals(drain_tokens_per_s=0.3, arriving_tokens_per_s=2.0, kv_utilization=0.1)
+    assert decide_at_once(load(1, num_replicas=3, signals=[freed] * 3)) == 1
+
+
 def test_a_queue_starts_at_least_one_replica():
     told = [OVERLOADED]
     assert decide_at_once(load(signals=told), max_growth=1.1) == 2
 
 
 def test_a_queue_that_new_requests_can_avoid_keeps_replicas_for_them_and_starts_none():
-    clogged = signals(
-        num_waiting_tokens=10**6, arriving_tokens_per_s=750.0, prefill_capacity_tokens_per_s=1000.0
-    )
+    clogged = replace(IDLE, num_waiting_tokens=10**6, arriving_tokens_per_s=750.0)
     told = [clogged, clogged, IDLE, IDLE, IDLE, IDLE]
     options = {"target_prefill_utilization": 0.75}
     assert decide_at_once(load(num_replicas=6, signals=told), **options) == 4
@@ -202,6 +206,7 @@ looks = st.lists(
                 ReplicaSignals,
                 num_waiting_tokens=st.floats(0, 1e6),
                 arriving_tokens_per_s=st.floats(0, 1e5),
+                drain_tokens_per_s=st.sampled_from([0.0, 1e3, 1e4]),
                 prefill_capacity_tokens_per_s=st.sampled_from([0.0, 1e3, 1e4]),
                 kv_utilization=st.floats(0, 1),
             ),

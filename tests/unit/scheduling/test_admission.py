@@ -101,6 +101,22 @@ def test_the_rate_is_learnt_from_busy_times_alone():
     assert refusal(scheduler, now_s).retry_after_s == pytest.approx(120 / 20, rel=0.1)
 
 
+@pytest.mark.parametrize(("num_blocks", "is_known"), [(64, True), (16, False)])
+def test_the_rate_of_prefill_is_learnt_while_prompts_wait_for_nothing_else(num_blocks, is_known):
+    policy = TokenThrottlingConfig(max_prefill_tokens=8, min_prefill_tokens=8, kv_threshold=0.0)
+    scheduler = make_scheduler(num_stages=1, num_blocks=num_blocks, policy=policy)
+    for name in "abcdef":
+        scheduler.add(make_request(name, num_prompt_tokens=40, max_tokens=1))
+    now_s = 0.0
+    while not scheduler.is_idle:
+        batch = scheduler.schedule(now_s)
+        now_s += batch.num_tokens / 20
+        scheduler.commit(result_of(batch), now_s)
+    load = scheduler.load()
+    assert load.drain_tokens_per_s == pytest.approx(20)
+    assert load.prefill_capacity_tokens_per_s == (pytest.approx(20) if is_known else 0)
+
+
 def test_a_request_ends_at_its_deadline_unless_it_was_admitted():
     scheduler = make_scheduler(num_stages=1, num_blocks=4, queue=QueueLimits(timeout_s=5.0))
     for request_id, timeout_s in [("runs", None), ("waits", None), ("hurries", 1.0)]:
