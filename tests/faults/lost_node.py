@@ -47,8 +47,8 @@ async def lose_node(cluster, service, http, lost, moment) -> dict:
     }
 
 
-async def scenario(cluster: Cluster) -> list[dict]:
-    config = make_config(2, heartbeat_timeout_s=3, calm_s=0.01)
+async def scenario(cluster: Cluster, control_plane: str) -> list[dict]:
+    config = make_config(2, control_plane=control_plane, heartbeat_timeout_s=3, calm_s=0.01)
     config = config.model_copy(
         update={"pipeline": config.pipeline.model_copy(update={"cpus_per_stage": 1.0})}
     )
@@ -84,7 +84,7 @@ def main() -> None:
     )
     try:
         ray.init(address=cluster.address, log_to_driver=False)
-        print(json.dumps(asyncio.run(scenario(cluster))))  # noqa: T201
+        print(json.dumps(asyncio.run(scenario(cluster, sys.argv[1]))))  # noqa: T201
     finally:
         ray.shutdown()
         cluster.shutdown()

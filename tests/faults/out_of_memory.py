@@ -25,12 +25,14 @@ def hoard(stage_actor) -> None:
     stage_actor.hoard = bytearray(os.urandom(4096)) * (HOARD_BYTES // 4096)
 
 
-async def scenario() -> dict:
-    async with serving(make_config(2, calm_s=0.01)) as (service, http):
+async def scenario(control_plane: str) -> dict:
+    config = make_config(2, control_plane=control_plane, calm_s=0.01)
+    async with serving(config) as (service, http):
         before = await service.pids()
         answers = asyncio.create_task(complete_all(http, MOMENT))
         await reach(http, MOMENT)
-        service.replica.group.stages[1].__ray_call__.remote(hoard)
+        hoarder = service.replica.group.stages[1]
+        hoarder.__ray_call__.options(concurrency_group="ctl").remote(hoard)
         answers = await answers
         load = await service.replica.load()
         after = await service.pids()
@@ -51,7 +53,7 @@ def main() -> None:
         "RAY_memory_usage_threshold": str(in_use + LIMIT_BYTES / memory.total),
     }
     with local_ray(num_cpus=4):
-        outcome = asyncio.run(scenario())
+        outcome = asyncio.run(scenario(sys.argv[1]))
         check_nothing_is_left_behind()
         print(json.dumps(outcome))  # noqa: T201
 

@@ -51,17 +51,20 @@ as_actor = ray.remote(
 
 
 @pytest.mark.chaos
-def test_the_request_that_kills_a_stage_each_time_fails_alone(ray_cluster, monkeypatch, caplog):
+def test_the_request_that_kills_a_stage_each_time_fails_alone(
+    ray_cluster, control_plane, monkeypatch, caplog
+):
     innocent = make_request("innocent", max_tokens=10)
     poison = make_request("poison", prompt=(POISON, 1, 2, 3), max_tokens=10)
 
     async def scenario():
-        async with running(make_config(2)) as pipeline:
+        others = stage_processes(r"\w*Stage")
+        async with running(make_config(2, control_plane=control_plane)) as pipeline:
             expected = await pipeline.collect(innocent)
             failed, answer = await pipeline.collect_all([poison, innocent])
             load = await pipeline.replica.load()
             await pipeline.replica.check_health()
-            assert stage_processes("PoisonedStage") == set(await pipeline.pids())
+            assert stage_processes(r"\w*Stage") - others == set(await pipeline.pids())
         return expected, answer, failed, load
 
     monkeypatch.setattr(placement, "StageActor", as_actor(PoisonedStage))
@@ -76,10 +79,10 @@ def test_the_request_that_kills_a_stage_each_time_fails_alone(ray_cluster, monke
 
 
 def test_a_stage_that_answers_and_makes_no_progress_is_found_by_the_deadline_of_its_step(
-    ray_cluster, monkeypatch
+    ray_cluster, control_plane, monkeypatch
 ):
     async def scenario():
-        config = make_config(1, enabled=False, step_timeout_s=1)
+        config = make_config(1, control_plane=control_plane, enabled=False, step_timeout_s=1)
         async with running(config) as pipeline:
             (event,) = await pipeline.collect(make_request("a"))
             with pytest.raises(StageTimeoutError) as caught:
@@ -101,10 +104,13 @@ async def kill_new_stages(spared):
 
 
 @pytest.mark.chaos
-def test_a_crash_loop_ends_every_request_once_with_its_first_cause(ray_cluster, caplog):
+def test_a_crash_loop_ends_every_request_once_with_its_first_cause(
+    ray_cluster, control_plane, caplog
+):
     async def scenario():
         others = stage_processes()
-        async with running(make_config(2, max_attempts=2)) as pipeline:
+        config = make_config(2, control_plane=control_plane, max_attempts=2)
+        async with running(config) as pipeline:
             first, _ = await pipeline.pids()
             streams = asyncio.gather(
                 *(pipeline.collect(make_request(n, max_tokens=400)) for n in "ab"),

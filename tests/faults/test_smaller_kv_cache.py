@@ -43,9 +43,9 @@ def room(tmp_path, monkeypatch, ray_cluster):
     return room
 
 
-def test_another_scheduler_goes_on_with_fewer_blocks(room, caplog):
+def test_another_scheduler_goes_on_with_fewer_blocks(room, control_plane, caplog):
     async def scenario():
-        async with running(make_config(2)) as pipeline:
+        async with running(make_config(2, control_plane=control_plane)) as pipeline:
             expected = await pipeline.collect_all(make_requests())
             num_blocks = pipeline.replica.group.num_blocks - 7
             room.write_text(str(num_blocks))
@@ -70,9 +70,12 @@ async def while_healthy(replica):
         await asyncio.sleep(0.05)
 
 
-def test_a_stage_without_room_for_one_sequence_is_refused_with_the_reason(room, caplog):
+def test_a_stage_without_room_for_one_sequence_is_refused_with_the_reason(
+    room, control_plane, caplog
+):
     async def scenario():
-        async with running(make_config(2, max_attempts=1)) as pipeline:
+        config = make_config(2, control_plane=control_plane, max_attempts=1)
+        async with running(config) as pipeline:
             room.write_text("3")
             await pipeline.harm(1)
             await until(lambda: logged(caplog, "the repair failed: "), 30)
