@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gllm_ray.batch.answers import Answers, HttpAnswers, look_up_model
+from gllm_ray.batch.api_key import API_KEY_VARIABLE, key_headers
 from gllm_ray.batch.job import BatchJob, JobResult
 from gllm_ray.batch.locations import fetch, is_remote
 from gllm_ray.batch.records import URLS, BatchRow, Mistake, read_jsonl
@@ -32,7 +33,6 @@ _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which Ray sets for the entrypoint of a job
 _URL_MAX_IN_FLIGHT = 128
 _URL_TIMEOUT_S = 3600
-_API_KEY_VARIABLE = "OPENAI_API_KEY"  # as OpenAI's client has it
 _SIGNAL_STATUS = 128
 
 
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--api-key-env",
         metavar="NAME",
         help="with --url: the environment variable that has the service's API key "
-        f"(default: {_API_KEY_VARIABLE}, if it is set)",
+        f"(default: {API_KEY_VARIABLE}, if it is set)",
     )
     parser.add_argument(
         "--retry-errors", action="store_true", help="run the rows again that failed before"
@@ -198,7 +198,7 @@ async def _job_of_url(options: argparse.Namespace, source: Path) -> BatchJob:
     if options.address is not None:
         raise ConfigError("--address: must be left out with --url, which needs no Ray")
     url = options.url.rstrip("/")
-    headers = _authorization(options.api_key_env)
+    headers = key_headers(options.api_key_env)
     model = await look_up_model(url, headers)
     checks = RequestChecks(
         model_name=model["id"], builder=None, is_single=_suffix(options.output) in TABLE_SUFFIXES
@@ -210,19 +210,6 @@ async def _job_of_url(options: argparse.Namespace, source: Path) -> BatchJob:
 
     max_in_flight = options.max_in_flight or _URL_MAX_IN_FLIGHT
     return _make_job(options, source, checks, model, start, max_in_flight)
-
-
-def _authorization(variable: str | None) -> dict[str, str]:
-    """The headers that show an API key, which comes from the environment: logs tell options."""
-    name = variable or _API_KEY_VARIABLE
-    key = os.environ.get(name, "").strip()
-    if not key:
-        if variable is not None:
-            raise ConfigError(f"--api-key-env={name}: there is no such variable, or it is empty")
-        return {}
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"{name}: has characters that no HTTP header may have")
-    return {"Authorization": f"Bearer {key}"}
 
 
 def _make_job(

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import aiohttp
 
+from gllm_ray.batch.api_key import key_headers
 from gllm_ray.bench.load_generator import RequestRecord
 from gllm_ray.bench.prompts import LoadRequest
 from gllm_ray.errors import PipelineError
@@ -46,11 +47,16 @@ class CompletionsClient:
     async def open(
         cls, base_url: str, *, ignore_eos: bool, extra_body: Mapping[str, Any], timeout_s: float
     ) -> AsyncIterator[Self]:
-        """A client with a session of its own; a request may take `timeout_s`."""
+        """A client with a session of its own; a request may take `timeout_s`.
+
+        It shows the API key that the environment has for OpenAI's client, if any.
+        """
         # A server may close an idle connection just as it is used again.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=timeout_s)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        async with aiohttp.ClientSession(
+            connector=connector, timeout=timeout, headers=key_headers()
+        ) as session:
             yield cls(session, base_url, ignore_eos=ignore_eos, extra_body=extra_body)
 
     async def send(self, request: LoadRequest, record: RequestRecord) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 
+from gllm_ray.batch.api_key import key_headers
 from gllm_ray.bench.command_process import CommandProcess
 from gllm_ray.bench.completions_client import CompletionsClient
 from gllm_ray.bench.load_generator import RequestRecord
@@ -179,7 +180,7 @@ async def _served_model(base_url: str) -> str | None:
     """The first model that a service lists; None if it lists none."""
     with contextlib.suppress(aiohttp.ClientError, ValueError, LookupError, TypeError):
         async with (
-            aiohttp.ClientSession() as session,
+            aiohttp.ClientSession(headers=key_headers()) as session,
             session.get(f"{base_url}/v1/models") as response,
         ):
             return str((await response.json())["data"][0]["id"])

@@ -42,6 +42,14 @@ class FrontEndConfig(StrictModel):
         description="Front ends, in percent, that a redeployment starts before it stops old ones; "
         "0: it stops some first, and no model answers until they have finished.",
     )
+    api_key_env: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        json_schema_extra={"allowed": "a variable's name of letters, digits and _, or null"},
+        description="Environment variable of the front ends with the API keys of the service, "
+        "white space between them; whoever shows none gets a 401, save on /health. None: none is "
+        "asked for.",
+    )
 
 
 class ModelsConfig(StrictModel):
@@ -56,6 +64,11 @@ class ModelsConfig(StrictModel):
             raise ValueError("models=[]: must list at least one")
         first: dict[str, int] = {}
         for i, config in enumerate(self.models):
+            if config.deployment.api_key_env is not None:
+                raise ValueError(
+                    f"models[{i}].deployment.api_key_env={config.deployment.api_key_env!r}: must "
+                    "be frontend.api_key_env, for the front end answers HTTP"
+                )
             name = deployment_name(config)
             if name == FRONT_END_NAME or first.setdefault(name, i) != i:
                 other = f"that of models[{first[name]}]" if name in first else "the front end's"

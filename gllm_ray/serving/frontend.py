@@ -25,6 +25,7 @@ from gllm_ray.errors import OverloadedError, PipelineError
 from gllm_ray.messages import GenerationRequest, TokenEvent
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.model.tokenizer import Tokenizer
+from gllm_ray.serving.api_keys import read_api_keys
 from gllm_ray.serving.observability import ServiceMetrics, log_with_serve
 from gllm_ray.serving.openai_api import build_api
 from gllm_ray.stages.ray_errors import translate_ray_error
@@ -138,6 +139,7 @@ class FrontEnd:
 
     async def __init__(self, config: ModelsConfig, *handles: DeploymentHandle) -> None:
         log_with_serve()
+        self._api_keys = read_api_keys(config.frontend.api_key_env)
         # In turn: of threads that import transformers together, one may find it half done.
         tokenizers = [
             await asyncio.to_thread(Tokenizer.for_model, model.model) for model in config.models
@@ -151,4 +153,4 @@ class FrontEnd:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is initialized; the routes then close over it."""
-        return build_api(*self._models)
+        return build_api(*self._models, api_keys=self._api_keys)

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from gllm_ray.errors import InvalidRequestError, PipelineError
 from gllm_ray.messages import GenerationRequest, TokenEvent
 from gllm_ray.model.tokenizer import Tokenizer
+from gllm_ray.serving.api_keys import KeyCheck
 from gllm_ray.serving.errors import BodyLimit, install_error_handlers
 from gllm_ray.serving.generation_requests import RequestBuilder
 from gllm_ray.serving.openai_protocol import (
@@ -59,13 +60,25 @@ class GenerationService(TokenService, Protocol):
         """What is served, on which stages, and how busy it is; as JSON has it."""
 
 
-def build_api(*services: GenerationService, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """The application that serves one model, or several."""
+def build_api(
+    *services: GenerationService,
+    api_keys: Collection[str] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> FastAPI:
+    """The application that serves one model, or several.
+
+    Args:
+        services: One for each model.
+        api_keys: Of which requests must show one; empty: they need none.
+        max_body_bytes: The most the body of a request may have.
+    """
     # FastAPI's pages of documentation load scripts from elsewhere.
     app = FastAPI(title="gllm_ray", docs_url=None, redoc_url=None)
     app.state.services = {service.model_name: service for service in services}
     app.state.created = int(time.time())
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
+    if api_keys:
+        app.add_middleware(KeyCheck, keys=api_keys)
     install_error_handlers(app)
     app.include_router(router)
     return app

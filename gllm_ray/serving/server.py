@@ -23,6 +23,7 @@ from gllm_ray.engine.client import EngineClient
 from gllm_ray.garbage import no_garbage_collection, relax_garbage_collector
 from gllm_ray.messages import GenerationRequest, StageInfo, TokenEvent
 from gllm_ray.model.tokenizer import Tokenizer
+from gllm_ray.serving.api_keys import read_api_keys
 from gllm_ray.serving.callers import CallerWatch
 from gllm_ray.serving.observability import ServiceMetrics, log_with_serve
 from gllm_ray.serving.openai_api import build_api
@@ -112,6 +113,7 @@ class LLMServer(PipelineOwner):
 
     async def _prepare(self) -> dict[str, float]:
         clock = PhaseClock()
+        self._api_keys = read_api_keys(self._config.deployment.api_key_env)
         # Beside the stages, because it takes seconds where weights may take minutes.
         self.tokenizer = await asyncio.to_thread(Tokenizer.for_model, self._config.model)
         clock.end("tokenizer")
@@ -119,7 +121,7 @@ class LLMServer(PipelineOwner):
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is initialized; the routes then close over it."""
-        return build_api(self)
+        return build_api(self, api_keys=self._api_keys)
 
     # A generator itself, so that Serve lets a handle call it.
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:

@@ -18,9 +18,9 @@ BODIES = {
 
 
 @asynccontextmanager
-async def http_client(*services, max_body_bytes=2**20):
+async def http_client(*services, **options):
     """Yield an HTTP client of the routes over a service, or several."""
-    app = build_api(*services, max_body_bytes=max_body_bytes)
+    app = build_api(*services, **{"max_body_bytes": 2**20} | options)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         yield http
@@ -35,6 +35,7 @@ async def local_api(
     pipeline=None,
     hold_after=None,
     max_body_bytes=2**20,
+    api_keys=(),
     **service_options,
 ):
     """Yield the service and an HTTP client; the model says `text` and ends, or follows `script`."""
@@ -43,7 +44,7 @@ async def local_api(
     pipeline = pipeline or ScriptedPipeline(script, hold_after=hold_after)
     async with (
         LocalService(tokenizer, pipeline, **service_options) as service,
-        http_client(service, max_body_bytes=max_body_bytes) as http,
+        http_client(service, max_body_bytes=max_body_bytes, api_keys=api_keys) as http,
     ):
         yield service, http
 
