@@ -13,7 +13,7 @@ help: ## Show this list.
 demo: $(INSTALLED) ## Serve the embedded model until Ctrl-C; ONCE=1 ends after one answer.
 	@$(BIN)/python -m gllm_ray.demo $(if $(ONCE),--once)
 
-test: $(INSTALLED) ## Run the whole test suite.
+test: $(INSTALLED) ## Run the tests, but for those of `make chaos` and `make slow`.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: $(INSTALLED) ## Run the slow tests of faults, which `make test` leaves out.

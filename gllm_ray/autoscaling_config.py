@@ -20,8 +20,8 @@ class AutoscalingConfig(StrictModel):
         default=0.8,
         gt=0,
         le=1,
-        description="Share of that rate, as it was while half of the KV blocks were free, at which "
-        "prompts should come to a replica.",
+        description="Share of that rate, as it was while at least half of the KV blocks were "
+        "free, at which prompts should come to a replica.",
     )
     target_kv_utilization: float = Field(
         default=0.8, gt=0, le=1, description="Share of its KV blocks that should be in use."
