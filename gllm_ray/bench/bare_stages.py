@@ -84,7 +84,7 @@ def _receive_all(pipes: Sequence[Connection]) -> list[Any]:
 
 def _gpu_of(config: ServiceConfig, stage_id: int) -> str:
     """The GPU of a stage, of those that this process may use."""
-    index = int(stage_id * config.pipeline.gpus_per_stage)
+    index = stage_id // int(1 / config.pipeline.gpus_per_stage)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[index] if visible else str(index)
 

@@ -6,7 +6,8 @@ decodes at the first position of a reserved block, so that they change nothing e
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +32,8 @@ def cuda_capture() -> Capture:
     def capture(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         function()  # compiles kernels and takes workspaces, which a graph cannot do
         torch.cuda.synchronize()
+        with _refuse_waits():  # of which a capture would be left half done
+            function()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             output = function()
@@ -42,6 +45,16 @@ def cuda_capture() -> Capture:
         return replay
 
     return capture
+
+
+@contextmanager
+def _refuse_waits() -> Iterator[None]:
+    """Within it, what waits for the device raises a `RuntimeError`."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,9 +45,10 @@ class LocalPipeline:
         Raises:
             ConfigError: The model cannot be served with this configuration.
         """
-        workers = tuple(
-            StageWorker(config, stage_id) for stage_id in range(config.pipeline.num_stages)
-        )
+        num_stages, share = config.pipeline.num_stages, config.pipeline.gpus_per_stage
+        together = config.pipeline.model_copy(update={"gpus_per_stage": share / num_stages})
+        config = config.model_copy(update={"pipeline": together})
+        workers = tuple(StageWorker(config, stage_id) for stage_id in range(num_stages))
         stages = tuple(worker.load() for worker in workers)
         for stage in stages:
             logger.info("%s", describe_stage(stage))

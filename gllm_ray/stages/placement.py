@@ -79,8 +79,7 @@ def num_cpu_threads(pipeline: PipelineConfig) -> int:
 def stage_environment(pipeline: PipelineConfig) -> dict[str, str]:
     """What must stand in a stage's environment before torch is imported there."""
     if pipeline.device == "cuda":
-        # Else torch ends this process, with its weights, when it notices that a neighbour is gone.
-        return {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", **_NAME_LOOKUPS}
+        return {**_NCCL_WITHOUT_END, **_NAME_LOOKUPS}
     return {
         "OMP_NUM_THREADS": str(num_cpu_threads(pipeline)),
         # Idle threads of one stage must not spin on the cores of another.
@@ -91,6 +90,14 @@ def stage_environment(pipeline: PipelineConfig) -> dict[str, str]:
     }
 
 
+# Else torch ends this process, with its weights, when it notices that a neighbour is gone, or first
+# waits for minutes to write down what went on.
+_NCCL_WITHOUT_END = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
+}
 # Torch looks up the name of each peer that it connects to. Where a name server loses a question,
 # that would hold up a pipeline's repair for 5 s each time.
 _NAME_LOOKUPS = {"RES_OPTIONS": "timeout:1 attempts:3"}

@@ -5,6 +5,7 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from gllm_ray.stages.heartbeat import first_fault, name_stage, ping, settle
 from gllm_ray.stages.placement import start_stage
 from gllm_ray.stages.ray_errors import ask
 from gllm_ray.stages.stage_group import (
+    CONNECT_TIMEOUT_S,
     StageGroup,
     all_stages,
     ask_all,
@@ -30,9 +32,6 @@ from gllm_ray.stages.supervised_pipeline import Fault
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-# Connecting takes milliseconds, or as long as one end of an edge waits for the other.
-_CONNECT_TIMEOUT_S = 90.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +116,11 @@ class StageKeeper:
     async def _repair(self, detect_s: float) -> None:
         begun_s = time.monotonic()
         self._broken = self._broken or await self._find_lost()
-        restarts_s = await self._replace_broken()
+        leaving = asyncio.create_task(self._leave_edges())
+        try:
+            restarts_s = await self._replace_broken()
+        finally:
+            await _cancel(leaving)
         reloaded_s = time.monotonic()
         await self._connect()
         if restarts_s:
@@ -136,6 +139,12 @@ class StageKeeper:
                 times.reloaded_s - times.restarted_s,
                 times.connected_s - times.reloaded_s,
             )
+
+    async def _leave_edges(self) -> None:
+        """End at once what the other stages wait for: NCCL bears no wait as long as a reload."""
+        others = [stage for i, stage in enumerate(self.group.stages) if i not in self._broken]
+        with suppress(PipelineError):  # who is lost is found when the stages are connected
+            await ask_all(stage.leave_edges.remote() for stage in others)
 
     async def _find_lost(self) -> frozenset[int]:
         """The stages that are dead or do not answer."""
@@ -207,14 +216,14 @@ class StageKeeper:
         stages = [*zip(self.group.stages, map(name_stage, self.group.infos), strict=True)]
         timeout_s = self._config.recovery.heartbeat_timeout_s
         try:
-            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await ask_all(stage.leave_edges.remote() for stage, _ in stages)
             await all_stages(settle(stage, name, timeout_s) for stage, name in stages)
-            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 return await connect_stages(self.group)
         except TimeoutError:
             raise StageTimeoutError(
-                f"the stages were not connected in {_CONNECT_TIMEOUT_S:.0f} s: one of them hangs"
+                f"the stages were not connected in {CONNECT_TIMEOUT_S:.0f} s: one of them hangs"
             ) from None
         except StagesFailedError as error:
             # Who cannot reach a lost neighbour fails, too.

@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
 from gllm_ray.config import ServiceConfig
-from gllm_ray.errors import GllmRayError, StagesFailedError
+from gllm_ray.errors import GllmRayError, StagesFailedError, StageTimeoutError
 from gllm_ray.messages import InboxAddress, StageInfo
 from gllm_ray.model.checkpoint import open_checkpoint
 from gllm_ray.partition import describe_stage, size_kv_cache
@@ -28,6 +28,9 @@ from gllm_ray.stages.timeline import PhaseClock
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Connecting takes milliseconds, or as long as one end of an edge waits for the other.
+CONNECT_TIMEOUT_S = 90.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,15 @@ async def start_stage_group(
             epoch=0,
             ring=config.pipeline.ring,
         )
-        group = await connect_stages(group)
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                group = await connect_stages(group)
+        except TimeoutError:
+            raise StageTimeoutError(
+                f"the stages were not connected in {CONNECT_TIMEOUT_S:.0f} s; can the nodes reach "
+                "each other on every port, and NCCL on the interface that it chose "
+                "(NCCL_SOCKET_IFNAME)?"
+            ) from None
         clock.end("connect")
     except BaseException:
         await stop_stages(stages)

@@ -212,6 +212,9 @@ def join_edge(
     Raises:
         RuntimeError: The other end did not join in time.
     """
+    # NCCL would wait for the other end for ever.
+    store.set(f"end {end}", "here")
+    store.wait([f"end {1 - end}"], _TIMEOUT)
     if transport == "cuda_ipc":
         shared = meet_on_card(CudaCard(), store, end, max_in_flight)
         if shared is not None:

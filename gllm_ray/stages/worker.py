@@ -177,7 +177,11 @@ class StageWorker:
             output = self._forward(inputs, hidden)
         if not self.is_last:
             return output
-        return draw_tokens(output, batch, self._grammars)
+        sampled = draw_tokens(output, batch, self._grammars)
+        if not sampled.token_ids and self._device.type == "cuda":
+            # Its answer says that all stages are through with it; tokens were waited for.
+            torch.cuda.current_stream(self._device).synchronize()
+        return sampled
 
     def forget_sequences(self) -> None:
         """All that goes on is going to be prefilled again."""

@@ -45,7 +45,9 @@ def test_tokens_equal_generate_on_the_cpu(name, options, small_model):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "qwen3_moe"])
 def test_decodes_run_from_graphs(name, small_model):
-    pipeline = start(small_model(name).path)
+    if name in ("gpt_oss", "qwen3_moe") and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("before Hopper torch waits for the device to multiply by experts")
+    pipeline = start(small_model(name).path, dtype="bfloat16")
     assert all(worker._graphs is not None for worker in pipeline._workers)
 
 

@@ -41,6 +41,13 @@ class FakeGpu:
         self.num_waits += 1
         return _zeros(tensor.shape)
 
+    def stream(self, _):
+        """The only one."""
+        return self
+
+    def synchronize(self):
+        self.num_waits += 1
+
     def take(self, model: nn.Module) -> None:
         """Move the weights here; tied ones stay tied."""
         moved: dict[torch.Tensor, torch.Tensor] = {}

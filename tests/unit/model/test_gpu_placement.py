@@ -121,6 +121,17 @@ def test_a_micro_batch_stays_on_the_gpu_until_its_tokens_are_drawn(name, stage_i
         assert card.num_waits == 0
 
 
+def test_a_micro_batch_that_draws_nothing_is_told_once_it_is_computed(gpu, checkpoint, monkeypatch):
+    worker = load(checkpoint("llama"), 1)
+    batch = MicroBatch(batch_id=0, sequences=(sequence(0, 4, 5, None),))
+    with gpu() as card:
+        monkeypatch.setattr(torch.cuda, "current_stream", card.stream)
+        move(worker, card)
+        output = worker.execute(batch, hidden_states(worker, 5))
+    assert output.token_ids == ()
+    assert card.num_waits == 1
+
+
 @pytest.mark.parametrize("stage_id", [0, 1])
 def test_decodes_from_graphs_stay_on_the_gpu(stage_id, gpu, checkpoint):
     worker = load(checkpoint("gemma2"), stage_id)
