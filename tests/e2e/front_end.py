@@ -185,7 +185,7 @@ def leaving_client(api):
     """A client goes in the middle of a stream, another while it waits for a whole answer."""
     url = f"{api.base_url}/v1/completions"
     with httpx.stream("POST", url, json=LONG | STREAM, timeout=LIMIT_S) as answer:
-        next(answer.iter_lines())
+        first_line = next(answer.iter_lines())
         with_stream = load()["num_requests"]
     after_stream = until_idle()
     with ThreadPoolExecutor(1) as threads:
@@ -194,6 +194,7 @@ def leaving_client(api):
             time.sleep(0.05)
         left = type(waiting.exception()).__name__
     return {
+        "first_line": first_line,
         "left": left,
         "open": [with_stream, with_whole],
         "idle": [after_stream, until_idle()],

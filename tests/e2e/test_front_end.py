@@ -59,6 +59,7 @@ def test_answers_are_those_without_the_death_of_the_only_replica(outcome):
 @pytest.mark.slow
 def test_a_client_that_leaves_ends_its_requests_in_the_replica(directory):
     leaving = outcomes(directory, "leaving_client")["leaving_client"]
+    assert '"choices"' in leaving["first_line"]
     assert leaving["left"] == "ReadTimeout"
     assert all(leaving["open"])
     for seconds, load in leaving["idle"]:
