@@ -185,7 +185,8 @@ def leaving_client(api):
     """A client goes in the middle of a stream, another while it waits for a whole answer."""
     url = f"{api.base_url}/v1/completions"
     with httpx.stream("POST", url, json=LONG | STREAM, timeout=LIMIT_S) as answer:
-        first_line = next(answer.iter_lines())
+        lines = answer.iter_lines()  # without which httpx hangs up
+        first_line = next(lines)
         with_stream = load()["num_requests"]
     after_stream = until_idle()
     with ThreadPoolExecutor(1) as threads:
