@@ -36,7 +36,7 @@ def compiled_kinds(model):
     return {type(part).__name__.removeprefix(type(model).__name__[:5]) for part in parts}
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2", "phimoe"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2", "phimoe", "gpt_oss"])
 def test_compiled_parts_compute_the_same_and_are_compiled_for_any_number_of_rows(name):
     model = check(name, "eager")
     assert any(kind.endswith("Norm") for kind in compiled_kinds(model))
