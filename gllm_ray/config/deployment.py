@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from gllm_ray.autoscaling_config import AutoscalingConfig, ScalingRule
+from gllm_ray.config.api_key import ApiKeyVariable
 from gllm_ray.strict_schema import StrictModel
 
 
@@ -37,14 +38,7 @@ class DeploymentConfig(StrictModel):
         description="Replicas, in percent, that a redeployment starts before it stops old ones, on "
         "free devices; 0: it stops some first.",
     )
-    api_key_env: str | None = Field(
-        default=None,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        json_schema_extra={"allowed": "a variable's name of letters, digits and _, or null"},
-        description="Environment variable of the replicas with the API keys of the service, white "
-        "space between them; whoever shows none gets a 401, save on /health. None: none is asked "
-        "for.",
-    )
+    api_key_env: ApiKeyVariable = None
 
     @property
     def scaling_rule(self) -> ScalingRule:

@@ -5,6 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from gllm_ray.config.api_key import ApiKeyVariable
 from gllm_ray.config.service import ServiceConfig
 from gllm_ray.strict_schema import StrictModel
 
@@ -42,14 +43,7 @@ class FrontEndConfig(StrictModel):
         description="Front ends, in percent, that a redeployment starts before it stops old ones; "
         "0: it stops some first, and no model answers until they have finished.",
     )
-    api_key_env: str | None = Field(
-        default=None,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        json_schema_extra={"allowed": "a variable's name of letters, digits and _, or null"},
-        description="Environment variable of the front ends with the API keys of the service, "
-        "white space between them; whoever shows none gets a 401, save on /health. None: none is "
-        "asked for.",
-    )
+    api_key_env: ApiKeyVariable = None
 
 
 class ModelsConfig(StrictModel):
