@@ -46,6 +46,7 @@ class LocalPipeline:
             ConfigError: The model cannot be served with this configuration.
         """
         num_stages, share = config.pipeline.num_stages, config.pipeline.gpus_per_stage
+        # On a GPU they all take memory of the same one.
         together = config.pipeline.model_copy(update={"gpus_per_stage": share / num_stages})
         config = config.model_copy(update={"pipeline": together})
         workers = tuple(StageWorker(config, stage_id) for stage_id in range(num_stages))

@@ -91,13 +91,25 @@ class StepQueue:
 
     def _is_answered(self, batch_id: int, continues: int | None) -> bool:
         if self._max_in_flight is not None:
-            return continues is None or continues in self._answers
+            return continues is None or self._has_come(continues)
         oldest = next(iter(self._answers), batch_id)
         if oldest != batch_id:
             raise RuntimeError(
                 f"a message was lost: micro-batch {batch_id} is due, the answer to {oldest} came"
             )
         return bool(self._answers)
+
+    def _has_come(self, continues: int) -> bool:
+        """Whether the answer is here that a micro-batch continues."""
+        if continues in self._answers:
+            return True
+        latest = next(reversed(self._answers), continues)
+        if latest > continues:  # they come in order
+            raise RuntimeError(
+                f"a message was lost: the answer to micro-batch {continues} is due, that to "
+                f"{latest} came"
+            )
+        return False
 
     def _take_answer(self, batch_id: int, continues: int | None) -> object | StepFailure:
         if self._max_in_flight is None:

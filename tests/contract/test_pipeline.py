@@ -38,8 +38,9 @@ Stages = LocalStages | RayStages
         (RayStages, 1, {}),
         (RayStages, 2, {}),
         (RayStages, 2, {"activation_transport": "object_store"}),
-        (RayStages, 1, {"control_plane": "direct", "ring": True}),
-        (RayStages, 2, {"control_plane": "direct", "ring": True}),
+        # In flight are at most eight, two chunks of each prompt.
+        (RayStages, 1, {"control_plane": "direct", "ring": True, "max_in_flight": 8}),
+        (RayStages, 2, {"control_plane": "direct", "ring": True, "max_in_flight": 8}),
     ],
     ids=lambda param: "-".join(map(str, (param[0].__name__, param[1], *param[2].values()))),
 )

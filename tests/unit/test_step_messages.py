@@ -142,18 +142,19 @@ def test_a_failure_of_the_stage_before_is_told_and_not_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "messages",
+    ("messages", "is_first"),
     [
-        [batch_message(1, None, b""), [ANSWER, 0, None]],
-        [[ANSWER, 1, None], batch_message(0, None, b"")],
+        ([batch_message(1, None, b""), [ANSWER, 0, None]], False),
+        ([[ANSWER, 1, None], batch_message(0, None, b"")], False),
+        ([batch_message(2, 0, b""), [ANSWER, 1, None]], True),
     ],
-    ids=["micro-batch", "answer"],
+    ids=["micro-batch", "answer", "answer by the ring"],
 )
 def test_a_lost_message_is_noticed_as_soon_as_the_next_one_of_its_kind_is_there(
-    messages: list[Message],
+    messages: list[Message], is_first: bool
 ) -> None:
     with pytest.raises(RuntimeError, match="a message was lost"):
-        steps_of(messages, is_first=False)
+        steps_of(messages, is_first=is_first)
 
 
 def test_who_waits_for_steps_looks_up_when_the_stage_is_no_more_connected() -> None:
