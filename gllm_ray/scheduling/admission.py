@@ -55,8 +55,8 @@ class AdmissionControl:
 
     Attributes:
         num_prompt_tokens: Prompt tokens of all requests that it let in.
-        drain_tokens_per_s: How fast waiting prompts have been worked off; 0: none had to wait.
-        prefill_tokens_per_s: The same of those that waited for nothing but their prefill.
+        drain: How fast waiting prompts have been worked off.
+        prefill: The same of those that waited for nothing but their prefill.
     """
 
     def __init__(self, settings: SchedulerSettings) -> None:
@@ -65,17 +65,7 @@ class AdmissionControl:
         self._max_tokens = min(settings.max_model_len, num_slots + 1)
         self._queue = settings.queue
         self.num_prompt_tokens = 0
-        self._drain, self._prefill = BacklogRate(), BacklogRate()
-
-    @property
-    def drain_tokens_per_s(self) -> float:
-        """See above."""
-        return self._drain.tokens_per_s
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """See above."""
-        return self._prefill.tokens_per_s
+        self.drain, self.prefill = BacklogRate(), BacklogRate()
 
     def check(self, request: GenerationRequest, waiting: WaitingQueue) -> None:
         """Let a request join those that wait.
@@ -118,7 +108,7 @@ class AdmissionControl:
 
     def drain_time_s(self, num_tokens: int) -> float:
         """Seconds until the tokens that wait will have been scheduled, at the recent rate."""
-        rate = self.drain_tokens_per_s
+        rate = self.drain.tokens_per_s
         estimate = num_tokens / rate if rate else 0.0
         return min(max(estimate, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S)
 
@@ -134,8 +124,8 @@ class AdmissionControl:
             free_kv_ratio: Share of the KV blocks that are free, 0 to 1.
         """
         has_room = free_kv_ratio >= _MIN_FREE_KV_RATIO
-        self._drain.note(num_tokens, now_s, is_backlogged=is_backlogged)
-        self._prefill.note(num_tokens, now_s, is_backlogged=is_backlogged and has_room)
+        self.drain.note(num_tokens, now_s, is_backlogged=is_backlogged)
+        self.prefill.note(num_tokens, now_s, is_backlogged=is_backlogged and has_room)
 
     def _refuse(self, given: str, limit: int, waiting: WaitingQueue) -> None:
         retry_after_s = self.drain_time_s(waiting.num_tokens)

@@ -139,8 +139,8 @@ class Scheduler:
             num_prefix_queried_tokens=self.num_prefix_queried_tokens,
             num_prefix_hit_tokens=self.num_prefix_hit_tokens,
             num_prompt_tokens=self._admission.num_prompt_tokens,
-            drain_tokens_per_s=self._admission.drain_tokens_per_s,
-            prefill_capacity_tokens_per_s=self._admission.prefill_tokens_per_s,
+            drain_tokens_per_s=self._admission.drain.tokens_per_s,
+            prefill_capacity_tokens_per_s=self._admission.prefill.tokens_per_s,
         )
 
     def request_of(self, seq_id: int) -> GenerationRequest:
