@@ -66,7 +66,8 @@ class StageActor:
         return self._stage.run(epoch, onward)
 
     def settle(self) -> None:
-        """Return after the steps before."""
+        """See `Stage.settle`."""
+        self._stage.settle()
 
     @ray.method(concurrency_group="ctl")
     def leave_edges(self) -> None:

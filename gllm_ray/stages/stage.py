@@ -219,6 +219,15 @@ class Stage:
             self._latest_computed = batch.batch_id
             return [output, times]
 
+    def settle(self) -> None:
+        """Return after the steps before, and after all that they began on a device.
+
+        The stages before the last one do not wait for their GPU, so that one which hangs shows here
+        and not in their steps.
+        """
+        if self._worker.device.type == "cuda":
+            torch.cuda.synchronize(self._worker.device)
+
     def step_under_way(self) -> StepUnderWay | None:
         """What the stage does now, the time in which it waits for its neighbours included."""
         if (under_way := self._under_way) is None:
