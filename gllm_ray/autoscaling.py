@@ -81,7 +81,7 @@ class DeploymentLoad:
 class Autoscaler:
     """Follows the load of a deployment from look to look.
 
-    So many replicas are wanted that each bears its target, of the signal that asks for most:
+    As many replicas are wanted as keep each at its target, by the signal that asks for most:
     requests, prompts that come, KV blocks. What waits at a replica cannot go to another, and who
     comes avoids it. So where the predicted queue time exceeds its target, the replicas there are
     stay, to stand in for the clogged ones, and where that is so at most of them, others start: in

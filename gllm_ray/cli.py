@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gllm_ray import __version__
-from gllm_ray.bench.command import add_bench_parser, add_profile_parser
+from gllm_ray.bench.command import add_bench_parser
+from gllm_ray.bench.profile_command import add_profile_parser
 from gllm_ray.config import FrontEndConfig, ServiceConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.manifests.command import (

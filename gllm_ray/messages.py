@@ -283,7 +283,7 @@ class EngineLoad:
     Attributes:
         num_requests: Requests accepted and not ended.
         num_waiting_requests: Those of them that hold no KV blocks.
-        num_waiting_tokens: Prompt tokens not yet scheduled.
+        num_waiting_tokens: Prompt tokens not yet scheduled, cached ones included.
         num_in_flight: Micro-batches submitted and not committed.
         kv_utilization: Share of the KV blocks in use, 0 to 1; cached ones are not.
         num_preemptions: Preemptions since the start.

@@ -63,7 +63,7 @@ class PrefixRouter(Generic[Replica]):
 
     Args:
         rng: Draws the two.
-        max_keys: Of each replica, those last used; about as many as its KV cache has room for.
+        max_keys: Of each replica, those last used that are remembered.
         request_tokens: Prompt tokens that weigh as much as generating an answer.
     """
 

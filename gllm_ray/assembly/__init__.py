@@ -1,1 +1,1 @@
-"""Puts schedulers, engines and pipelines together: the only layer that names concrete classes."""
+"""Puts the schedulers, engines and pipelines of a service together, and names their classes."""

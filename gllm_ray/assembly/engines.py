@@ -1,12 +1,15 @@
 """A scheduler, and an engine over a pipeline, from a configuration."""
 
-from gllm_ray.assembly.length_predictors import build_length_predictor
-from gllm_ray.config import ServiceConfig
+from pathlib import Path
+
+from gllm_ray.config import SchedulerConfig, ServiceConfig
 from gllm_ray.engine.engine import Engine
+from gllm_ray.engine.length_log import LoggedPredictor
 from gllm_ray.engine.supervisor import Supervisor
 from gllm_ray.interfaces import Pipeline
-from gllm_ray.scheduler_factory import make_cost_model, make_settings
+from gllm_ray.scheduler_factory import make_cost_model, make_length_predictor, make_settings
 from gllm_ray.scheduling import Scheduler, make_policy
+from gllm_ray.scheduling.length_predictor import LengthPredictor
 
 
 def build_engine(
@@ -39,3 +42,15 @@ def build_scheduler(config: ServiceConfig, *, num_blocks: int, max_model_len: in
         cost=make_cost_model(config.scheduler),
         predictor=build_length_predictor(config.scheduler),
     )
+
+
+def build_length_predictor(config: SchedulerConfig) -> LengthPredictor:
+    """The predictor that a configuration names; with a log if that names one, too.
+
+    Raises:
+        ConfigError: The classifier's file cannot be read, or is none.
+    """
+    predictor = make_length_predictor(config.length_predictor)
+    if config.length_log is None:
+        return predictor
+    return LoggedPredictor(predictor, Path(config.length_log), config.length_log_max_bytes)

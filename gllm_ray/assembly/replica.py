@@ -171,28 +171,28 @@ class PipelineReplica:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _repair_for_ever(self) -> SchedulerLostError:
-        told = ""
+        last_failure = ""
         try:
             while True:
-                told = await self._repair_once(told)
+                last_failure = await self._repair_once(last_failure)
         except SchedulerLostError as error:
             return error
 
-    async def _repair_once(self, told: str) -> str:
+    async def _repair_once(self, last_failure: str) -> str:
         """Repair the stages at the next fault, or try again.
 
         Args:
-            told: What the latest repair failed of; empty if it did not.
+            last_failure: Why the latest repair failed; empty if it did not.
 
         Returns:
-            What this one failed of.
+            Why this one failed; empty if it did not.
         """
         watching = asyncio.create_task(self._watch())
         try:
             fault = await self._scheduler.next_fault()
         finally:
             watching.cancel()
-        if fault.cause != told:
+        if fault.cause != last_failure:
             logger.warning(_STANDS_STILL, fault.cause)
         try:
             await self._stages.repair(fault)
@@ -219,7 +219,7 @@ class PipelineReplica:
             raise error
         logger.warning(_STANDS_STILL, error)
         while True:
-            await asyncio.sleep(self._crash_loop.delay_s(error, time.monotonic()))
+            await asyncio.sleep(self._crash_loop.note_fault(error, time.monotonic()))
             try:
                 await self._start_scheduler(str(error))
             except GllmRayError as another:

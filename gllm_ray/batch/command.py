@@ -15,12 +15,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gllm_ray.batch.answers import Answers, HttpAnswers, look_up_model
-from gllm_ray.batch.api_key import API_KEY_VARIABLE, key_headers
+from gllm_ray.batch.api_key import key_headers
 from gllm_ray.batch.job import BatchJob, JobResult
 from gllm_ray.batch.locations import fetch, is_remote
-from gllm_ray.batch.records import URLS, BatchRow, Mistake, read_jsonl
+from gllm_ray.batch.options import (
+    URL_MAX_IN_FLIGHT,
+    URL_TIMEOUT_S,
+    make_parser,
+    row_template,
+    suffix_of,
+)
+from gllm_ray.batch.records import BatchRow, Mistake, read_jsonl
 from gllm_ray.batch.requests import RequestChecks
-from gllm_ray.batch.tables import TABLE_SUFFIXES, RowTemplate, parse_params, read_table
+from gllm_ray.batch.tables import TABLE_SUFFIXES, read_table
 from gllm_ray.batch.workspace import errors_name, open_workspace
 from gllm_ray.config import ModelConfig, ServiceConfig
 from gllm_ray.errors import ConfigError, GllmRayError
@@ -29,10 +36,7 @@ from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serve_file import load_only_service
 from gllm_ray.serving.generation_requests import RequestBuilder
 
-_JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which Ray sets for the entrypoint of a job
-_URL_MAX_IN_FLIGHT = 128
-_URL_TIMEOUT_S = 3600
 _SIGNAL_STATUS = 128
 
 
@@ -43,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         0: every row succeeded. 2: some failed. 1: nothing was run, or the job broke off. 143 or
         130: SIGTERM or SIGINT stopped it. A job that did not end goes on when it is run again.
     """
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     return run_to_status(_run(options), options.output)
 
@@ -81,70 +85,6 @@ def _errors_of(output: str) -> str:
     return output.removesuffix(name) + errors_name(name)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m gllm_ray.batch",
-        description="Run a file of requests to its end, through a pipeline of its own or a service "
-        "that runs. Started again, it goes on where it was.",
-    )
-    who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--config", type=Path, metavar="FILE", help="whose pipeline to start")
-    who.add_argument("--url", help="the address of a service that runs, as http://host:port")
-    files = "a path, or a URI such as s3://bucket/name"
-    parser.add_argument(
-        "--input", required=True, help=f"OpenAI's batch JSONL, Parquet or CSV; {files}"
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        help=f"JSONL; for a table Parquet or CSV, too; {files}. Rows that failed go to "
-        "NAME.errors.jsonl beside it",
-    )
-    parser.add_argument(
-        "--address", help="with --config: the Ray cluster to join (default: RAY_ADDRESS, or a new)"
-    )
-    parser.add_argument(
-        "--max-in-flight",
-        type=_positive,
-        metavar="N",
-        help="rows that run at once (default: deployment.max_ongoing_requests of the "
-        f"configuration; with --url {_URL_MAX_IN_FLIGHT})",
-    )
-    parser.add_argument(
-        "--timeout-s",
-        type=_positive,
-        metavar="S",
-        help=f"with --url: seconds a row may take (default: {_URL_TIMEOUT_S})",
-    )
-    parser.add_argument(
-        "--api-key-env",
-        metavar="NAME",
-        help="with --url: the environment variable that has the service's API key "
-        f"(default: {API_KEY_VARIABLE}, if it is set)",
-    )
-    parser.add_argument(
-        "--retry-errors", action="store_true", help="run the rows again that failed before"
-    )
-    table = parser.add_argument_group("tables")
-    table.add_argument("--prompt-column", metavar="COLUMN", help="where the prompt lies")
-    table.add_argument(
-        "--template",
-        help="a Jinja template of the prompt over the row's columns, such as 'Sum up: {{ text }}'; "
-        "`prompt` is the prompt column",
-    )
-    table.add_argument("--id-column", metavar="COLUMN", help="the custom id (default: row-N)")
-    table.add_argument("--endpoint", choices=URLS, help=f"the route (default: {URLS[0]})")
-    table.add_argument("--params", help='more of the body, as JSON: {"max_tokens": 64, "seed": 1}')
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
-
-
 async def _run(options: argparse.Namespace) -> JobResult:
     _refuse_lost_output(options.output)
     with tempfile.TemporaryDirectory(prefix="gllm_ray_input") as directory:
@@ -177,7 +117,7 @@ async def _job_of_config(options: argparse.Namespace, source: Path) -> BatchJob:
     checks = RequestChecks(
         model_name=config.model.name,
         builder=RequestBuilder(tokenizer, checkpoint.max_model_len),
-        is_single=_suffix(options.output) in TABLE_SUFFIXES,
+        is_single=suffix_of(options.output) in TABLE_SUFFIXES,
     )
 
     @asynccontextmanager
@@ -201,14 +141,14 @@ async def _job_of_url(options: argparse.Namespace, source: Path) -> BatchJob:
     headers = key_headers(options.api_key_env)
     model = await look_up_model(url, headers)
     checks = RequestChecks(
-        model_name=model["id"], builder=None, is_single=_suffix(options.output) in TABLE_SUFFIXES
+        model_name=model["id"], builder=None, is_single=suffix_of(options.output) in TABLE_SUFFIXES
     )
 
     def start() -> AbstractAsyncContextManager[Answers]:
-        timeout_s = options.timeout_s or _URL_TIMEOUT_S
+        timeout_s = options.timeout_s or URL_TIMEOUT_S
         return HttpAnswers.open(url, headers=headers, timeout_s=timeout_s)
 
-    max_in_flight = options.max_in_flight or _URL_MAX_IN_FLIGHT
+    max_in_flight = options.max_in_flight or URL_MAX_IN_FLIGHT
     return _make_job(options, source, checks, model, start, max_in_flight)
 
 
@@ -220,7 +160,7 @@ def _make_job(
     start: Callable[[], AbstractAsyncContextManager[Answers]],
     max_in_flight: int,
 ) -> BatchJob:
-    template = _row_template(options, checks.model_name)
+    template = row_template(options, checks.model_name)
     settings = None
 
     def read_rows() -> Iterator[BatchRow | Mistake]:
@@ -240,51 +180,13 @@ def _make_job(
         name=options.input,
         source=source,
         read_rows=read_rows,
-        output_suffix=_suffix(options.output),
+        output_suffix=suffix_of(options.output),
         identity={"input_sha256": sha256, "model": model, "requests": settings},
         checks=checks,
         start_answers=start,
         max_in_flight=max_in_flight,
         retry_errors=options.retry_errors,
     )
-
-
-def _row_template(options: argparse.Namespace, model_name: str) -> RowTemplate | None:
-    """How rows of a table become requests; None for JSONL, which has them."""
-    source, output = _suffix(options.input), _suffix(options.output)
-    for option, suffix in (("--input", source), ("--output", output)):
-        if suffix not in (*_JSONL_SUFFIXES, *TABLE_SUFFIXES):
-            allowed = ", ".join((*_JSONL_SUFFIXES, *TABLE_SUFFIXES))
-            raise ConfigError(f"{option}: the name must end with one of {allowed}, not {suffix!r}")
-    given = {
-        "--prompt-column": options.prompt_column,
-        "--template": options.template,
-        "--id-column": options.id_column,
-        "--endpoint": options.endpoint,
-        "--params": options.params,
-    }
-    if source in _JSONL_SUFFIXES:
-        unused = [option for option, value in given.items() if value is not None]
-        if unused:
-            raise ConfigError(f"{unused[0]}: must be left out, the lines of {source} have it")
-        if output in TABLE_SUFFIXES:
-            raise ConfigError(f"--output: must be JSONL when the input is {source}")
-        return None
-    if options.prompt_column is None and options.template is None:
-        raise ConfigError(f"{source}: needs --prompt-column, --template, or both")
-    return RowTemplate(
-        model=model_name,
-        url=options.endpoint or URLS[0],
-        prompt_column=options.prompt_column,
-        template=options.template,
-        id_column=options.id_column,
-        params=parse_params(options.params or "{}"),
-    )
-
-
-def _suffix(location: str) -> str:
-    path = location.partition("?")[0] if is_remote(location) else location
-    return PurePosixPath(path).suffix
 
 
 def _identify_model(model: ModelConfig, directory: Path) -> dict[str, Any]:

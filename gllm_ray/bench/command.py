@@ -1,8 +1,7 @@
-"""`gllm-ray bench` and `gllm-ray profile`: what measures, as commands."""
+"""`gllm-ray bench`: what measures, as commands."""
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 import tempfile
@@ -19,12 +18,12 @@ from gllm_ray.bench.policy_runs import Effort
 from gllm_ray.bench.policy_scenarios import SCENARIOS
 from gllm_ray.bench.policy_table import policy_table
 from gllm_ray.bench.random_checkpoint import SHAPES, write_random_checkpoint
+from gllm_ray.bench.result_file import write_json
 from gllm_ray.bench.scheduler import SchedulerBenchResult, bench_scheduler
 from gllm_ray.bench.service_command import add_service_benchmarks
 from gllm_ray.bench.simulator import SimulatorBenchResult, bench_simulator
 from gllm_ray.errors import GllmRayError
 from gllm_ray.policy_config import POLICY_CONFIGS
-from gllm_ray.serve_file import load_only_service
 from gllm_ray.simulation.length_config import LengthsConfig
 
 _REPRODUCTION = "reproduction"
@@ -83,7 +82,7 @@ def _bench_scheduler(options: argparse.Namespace) -> int:
         print(result.table_row(), flush=True)
         results.append(result.as_json())
     if options.output is not None:
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(options.output, results)
     return 0
 
 
@@ -135,58 +134,9 @@ def _bench_fidelity(options: argparse.Namespace) -> int:
     finally:
         ray.shutdown()
     if options.output is not None:
-        _write_json(options.output, {"machine": machine, "models": results})
+        write_json(options.output, {"machine": machine, "models": results})
+        print(f"wrote {options.output}")
     return 0
-
-
-def add_profile_parser(commands: Any) -> None:  # noqa: ANN401
-    """Add `profile` to the commands of a parser."""
-    parser = commands.add_parser(
-        "profile",
-        help="measure the stages of a service on this machine, for the simulator",
-        description="Load every stage of a service into this process, and measure how long it "
-        "takes for micro-batches of all kinds and sizes. Nothing else should run meanwhile.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("file", type=Path, metavar="SERVE_CONFIG.yaml", help="has one service")
-    parser.add_argument("--output", type=Path, required=True, help="the profile, as JSON")
-    parser.add_argument(
-        "--calibration", type=Path, help="write what `scheduler.cost_calibration` names, too"
-    )
-    parser.add_argument("--seconds", type=float, default=60, help="at most; then the rest is left")
-    parser.add_argument("--repeats", type=positive, default=5, help="of each micro-batch")
-    parser.set_defaults(run=_profile)
-
-
-def _profile(options: argparse.Namespace) -> int:
-    from gllm_ray.bench.service_profile import (  # it imports torch
-        calibrate,
-        profile_service,
-        service_layout,
-    )
-
-    try:
-        config = load_only_service(options.file)
-        layout = service_layout(config) if options.calibration else None
-        profile = profile_service(
-            config, max_s=options.seconds, repeats=options.repeats, on_progress=_show_progress
-        )
-        _write_json(options.output, profile.model_dump())
-        if layout is not None:
-            _write_json(options.calibration, calibrate(layout, profile).to_calibration())
-    except (GllmRayError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
-
-
-def _show_progress(num_done: int, num_all: int) -> None:
-    print(f"measured {num_done} of {num_all} micro-batches", file=sys.stderr)
 
 
 def _add_policies(benchmarks: Any) -> None:  # noqa: ANN401
@@ -220,7 +170,7 @@ def _bench_policies(options: argparse.Namespace) -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
 
     def write(results: dict[str, Any]) -> None:
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(options.output, results)
         options.output.with_suffix(".md").write_text(policy_table(results))
         done = [scenario["name"] for scenario in results["scenarios"]]
         print(f"wrote {options.output}: {'; '.join(done)}", file=sys.stderr, flush=True)
@@ -277,7 +227,7 @@ def _bench_simulator(options: argparse.Namespace) -> int:
             print(result.table_row(), flush=True)
             results.append(result.as_json())
     if options.output is not None:
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(options.output, results)
     return 0
 
 
@@ -288,7 +238,7 @@ def _bench_large_simulations(options: argparse.Namespace) -> int:
         print(result.table_row(), flush=True)
         results.append(result.as_json())
     if options.output is not None:
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(options.output, results)
     return 0
 
 

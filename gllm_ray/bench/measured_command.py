@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def measure_and_report(options: argparse.Namespace, measure: Callable[[], "Result"]) -> int:
     """Measure, print the table and write the JSON; 1 if that fails, or a request did."""
-    from gllm_ray.bench.result_file import failures, write_result
+    from gllm_ray.bench.result_file import failures, write_json
     from gllm_ray.bench.result_table import result_tables
 
     # As a Ctrl-C does, a SIGTERM ends what was started.
@@ -24,7 +24,7 @@ def measure_and_report(options: argparse.Namespace, measure: Callable[[], "Resul
         latencies = getattr(options, "percentile_metrics", [])
         print(result_tables([result], latencies))
         if options.json is not None:
-            write_result(options.json, result)
+            write_json(options.json, result)
             print(f"\nwrote {options.json}")
     except (GllmRayError, OSError) as error:
         print(error, file=sys.stderr)

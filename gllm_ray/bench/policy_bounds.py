@@ -43,7 +43,7 @@ class OfflineBound:
 
     Attributes:
         work_s: Of the slowest stage, without a bubble and at the best tile.
-        fill_s: It waits so long for its first row, and others compute so long after its last.
+        fill_s: How long it waits for its first row, and the others compute after its last.
         longest_s: The request with most output, were it alone: each token takes a round trip.
     """
 

@@ -156,7 +156,7 @@ def _several(num_tokens: int, longest: int) -> tuple[Span, ...]:
 def _cut(
     num_tokens: int, longest: int, *, num_chunks: int, first_start: int = 0
 ) -> tuple[Span, ...]:
-    """Chunks of about one length: so many, or more where one would be longer than the longest.
+    """Chunks of about one length: `num_chunks`, or more where one would exceed the longest.
 
     Later ones start later, as those of prompts of which more is computed already.
     """

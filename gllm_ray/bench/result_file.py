@@ -32,16 +32,16 @@ def make_result(benchmark: str, *, device: str = "cpu", **content: Any) -> Resul
     }
 
 
-def write_result(path: Path, result: Result) -> None:
-    """Write a result to a file."""
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def write_json(path: Path, value: object) -> None:
+    """Write what `json` can to a file."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def read_result(path: Path) -> Result:
     """Read a result from a file.
 
     Raises:
-        ConfigError: There is no such file, or `write_result` has not written it.
+        ConfigError: There is no such file, or no benchmark has written it.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))

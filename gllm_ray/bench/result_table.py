@@ -26,7 +26,7 @@ def result_tables(results: Sequence[Result], latencies: Sequence[str] = tuple(LA
     """A table for each kind of benchmark, and what they were measured on.
 
     Args:
-        results: As `write_result` writes them.
+        results: As `make_result` makes them.
         latencies: Some of `LATENCIES`; the others are left out.
     """
     ordered = sorted(results, key=lambda result: list(_TABLES).index(_kind(result)))

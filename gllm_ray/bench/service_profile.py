@@ -64,7 +64,7 @@ async def _profile_service(
 
 
 def pipeline_limits(config: ServiceConfig, num_blocks: int) -> PipelineLimits:
-    """The largest micro-batch of a service whose stages have so many KV blocks."""
+    """The largest micro-batch of a service whose stages have `num_blocks` KV blocks."""
     return PipelineLimits(
         max_decodes=config.scheduler.max_decodes,
         max_batch_tokens=config.scheduler.max_batch_tokens,

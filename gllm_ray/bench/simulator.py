@@ -89,7 +89,7 @@ class SimulatorBenchResult:
 def saturable_deployment(
     policy: PolicyConfig, *, num_stages: int, num_running: int = 256, num_replicas: int = 1
 ) -> Deployment:
-    """Pipelines of L20 whose KV caches each have room for about so many ShareGPT sequences."""
+    """Pipelines of L20 whose KV caches have room for about `num_running` ShareGPT sequences."""
     layout = PipelineLayout.split(parse_model_shape(_MODEL), num_stages)
     cost = RooflineCost(layout, find_device("L20"), find_host("graphs"))
     fit = fit_scheduler_cost(cost, "fit to the roofline")

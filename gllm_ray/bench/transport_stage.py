@@ -62,7 +62,7 @@ class TransportStage(Stage):
 
     @_beside_steps
     def resize(self, num_bytes: int) -> None:
-        """Send hidden states of so many bytes from now on."""
+        """Send hidden states of `num_bytes` from now on."""
         self._worker = PassThroughWorker(self._config, self._stage_id, num_bytes)
 
     @_beside_steps

@@ -27,6 +27,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PORTS = cycle(random.sample(range(20_000, 32_768), 32_768 - 20_000))
 _NUM_TRIED_PORTS = 1000
 _STOP_TIMEOUT_S = 30.0
+_NUM_TAIL_LINES = 30
 _KILL_TIMEOUT_S = 5.0
 
 
@@ -97,9 +98,9 @@ class ServeProcess:
         with self.log_file.open(encoding="utf-8", errors="replace") as log:
             yield from log
 
-    def log_tail(self, num_lines: int = 30) -> str:
+    def log_tail(self) -> str:
         """The last lines of the log, for an error message."""
-        return f"{''.join(list(self.log_lines())[-num_lines:])}(whole log: {self.log_file})"
+        return f"{''.join(list(self.log_lines())[-_NUM_TAIL_LINES:])}(whole log: {self.log_file})"
 
 
 def _program(name: str) -> Path:

@@ -58,9 +58,7 @@ class EngineClient:
         Raises:
             PipelineError: The engine is broken.
         """
-        if self._failure is not None:
-            # Without this, each raise would add its frames to the one before.
-            raise self._failure.with_traceback(None)
+        self._raise_if_broken()
 
     async def generate(
         self,
@@ -86,7 +84,7 @@ class EngineClient:
             OverloadedError: The engine takes no requests now, or none within `queue_timeout_s`.
             PipelineError: The engine is broken, or broke while it held the request.
         """
-        await self.check_health()
+        self._raise_if_broken()
         if request.request_id in self._streams:
             raise InvalidRequestError(f"request_id={request.request_id!r} is in use already")
         stream = self._streams[request.request_id] = _Stream()
@@ -133,11 +131,16 @@ class EngineClient:
 
     async def _take(self, stream: _Stream) -> list[TokenEvent]:
         while not stream.events:
-            await self.check_health()
+            self._raise_if_broken()
             stream.has_news.clear()
             await stream.has_news.wait()
         events, stream.events = stream.events, []
         return events
+
+    def _raise_if_broken(self) -> None:
+        if self._failure is not None:
+            # Without this, each raise would add its frames to the one before.
+            raise self._failure.with_traceback(None)
 
     async def _abort(self, request_id: str) -> None:
         await asyncio.shield(self._begin_abort(request_id))

@@ -18,51 +18,41 @@ class CrashLoop:
 
     Args:
         config: How many there may be, and what ends a row.
-
-    Attributes:
-        first_cause: Of the first fault of the row.
-        num_faults: In the row.
     """
 
     def __init__(self, config: RecoveryConfig) -> None:
-        self.first_cause = ""
-        self.num_faults = 0
         self._config = config
+        self._first_cause = ""
+        self._num_faults = 0  # in the row
         self._calm_at_s = float("-inf")
 
-    def note_fault(self, cause: str, now_s: float, *, is_explained: bool = False) -> float | None:
+    def note_fault(
+        self, error: PipelineError, now_s: float, *, is_explained: bool = False
+    ) -> float:
         """Count a fault, unless it is explained by something else than the stages' state.
 
         Returns:
-            Seconds to wait before the pipeline is repaired, or None to give up.
+            Seconds to wait before the pipeline is repaired.
+
+        Raises:
+            PipelineError: To give up; tells the first cause of the row.
         """
         if now_s >= self._calm_at_s:
-            self.num_faults, self.first_cause = 0, cause
+            self._num_faults, self._first_cause = 0, str(error)
         self._calm_at_s = float("inf")  # until the repair
         if is_explained:
             return 0.0
-        self.num_faults += 1
-        if self.num_faults > self._config.max_attempts:
-            return None
-        if self.num_faults == 1:
-            return 0.0
-        # The exponent is bounded because a float's is.
-        delay_s = self._config.backoff_s * 2.0 ** min(self.num_faults - 2, 64)
-        return min(delay_s, self._config.max_backoff_s)
-
-    def delay_s(self, error: PipelineError, now_s: float, *, is_explained: bool = False) -> float:
-        """Count a fault; see `note_fault`.
-
-        Raises:
-            PipelineError: To give up; tells the first cause.
-        """
-        delay_s = self.note_fault(str(error), now_s, is_explained=is_explained)
-        if delay_s is None:
+        self._num_faults += 1
+        if self._num_faults > self._config.max_attempts:
             raise PipelineError(
-                f"gave up after {self.num_faults} faults in a row; the first: {self.first_cause}",
+                f"gave up after {self._num_faults} faults in a row; the first: {self._first_cause}",
                 public_message=error.public_message,
             )
-        return delay_s
+        if self._num_faults == 1:
+            return 0.0
+        # The exponent is bounded because a float's is.
+        delay_s = self._config.backoff_s * 2.0 ** min(self._num_faults - 2, 64)
+        return min(delay_s, self._config.max_backoff_s)
 
     def note_repair(self, now_s: float) -> None:
         """The pipeline works again; from here on the calm counts."""

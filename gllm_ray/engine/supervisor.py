@@ -75,13 +75,15 @@ class Supervisor:
         if blamed is not None:
             deliver(scheduler.fail(blamed, _POISON))
         self._apply(scheduler)
-        delay_s = self._crash_loop.delay_s(error, _now_s(), is_explained=self._search.is_explained)
+        delay_s = self._crash_loop.note_fault(
+            error, _now_s(), is_explained=self._search.is_explained
+        )
         while True:
             await asyncio.sleep(delay_s)
             try:
                 await self._pipeline.repair()
             except PipelineError as another:
-                delay_s = self._crash_loop.delay_s(another, _now_s())
+                delay_s = self._crash_loop.note_fault(another, _now_s())
             else:
                 break
         self._crash_loop.note_repair(_now_s())

@@ -156,7 +156,7 @@ class DecodeGraphs:
 
 
 def _first_rows(inputs: PackedInputs, size: int) -> PackedInputs:
-    """The same memory, as a micro-batch of so many decodes, all of them drawn from."""
+    """The same memory, as a micro-batch of `size` decodes, all of them drawn from."""
     row_starts, context_lens, block_tables = inputs.tables
     return replace(
         inputs,

@@ -17,8 +17,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _BFLOAT16_FEATURES = {"amx_bf16", "bf16", "sve_bf16", "svebf16"}
 _INT8_MAX = 127
 _MIN_QUANTIZED_SHARE = 0.5
-# Weights are converted so many rows at a time, to need next to no memory beside them; a multiple
-# of every panel size.
+# Rows of a weight that are converted at a time, to need next to no memory beside it; a multiple of
+# every panel size.
 _CONVERTED_ROWS = 64
 _ALIGNMENT_BYTES = 64  # of torch's own memory, and of a vector load
 

@@ -48,7 +48,7 @@ class LinearCostModel:
 
 
 def priced_rows(num_tokens: int, tile: int) -> int:
-    """The rows that a micro-batch of so many tokens costs."""
+    """The rows whose cost a micro-batch of `num_tokens` has."""
     return -(-num_tokens // tile) * tile
 
 

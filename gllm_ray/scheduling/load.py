@@ -69,9 +69,9 @@ class LoadView:
         now_s: The driver's clock, from any origin; stands still if the driver has none.
         batch_id: Id the next micro-batch will have; counts up by one.
         num_stages: Depth of the pipeline.
-        num_in_flight: Micro-batches submitted and not yet committed.
+        num_in_flight: Micro-batches in flight, but for the one that counts as committed.
         num_tokens_in_flight: Their rows.
-        max_in_flight: How many there may be.
+        max_in_flight: How many there may be, counted alike.
         num_waiting_tokens: Prompt tokens not yet scheduled, of waiting and prefilling sequences.
         num_prefilling: Sequences that hold blocks for a prompt that is not wholly scheduled.
         prefill_start: Position at which the next prefill chunk starts, prefix hits aside.

@@ -83,11 +83,6 @@ class Scheduler:
         return len(self._pool.waiting)
 
     @property
-    def num_waiting_tokens(self) -> int:
-        """Prompt tokens not yet scheduled, whatever the prefix cache knows of them."""
-        return self._pool.num_waiting_tokens
-
-    @property
     def is_idle(self) -> bool:
         """No request is alive, and none that has ended is in flight."""
         return not self._pool
@@ -103,24 +98,9 @@ class Scheduler:
         return self._flights.latest_load
 
     @property
-    def num_preemptions(self) -> int:
-        """Preemptions so far."""
-        return self._pool.num_preemptions
-
-    @property
     def kv_utilization(self) -> float:
         """Share of the KV blocks in use, 0 to 1; blocks that are only cached are not."""
         return 1 - self._pool.allocator.num_free_blocks / self._pool.allocator.num_blocks
-
-    @property
-    def num_prefix_queried_tokens(self) -> int:
-        """Tokens of admitted prompts that were looked up in the prefix cache."""
-        return self._pool.prefix_cache.num_queried_tokens
-
-    @property
-    def num_prefix_hit_tokens(self) -> int:
-        """Those of them that were found there."""
-        return self._pool.prefix_cache.num_hit_tokens
 
     @property
     def next_deadline_s(self) -> float | None:
@@ -132,12 +112,12 @@ class Scheduler:
         return EngineLoad(
             num_requests=self.num_requests,
             num_waiting_requests=self.num_waiting_requests,
-            num_waiting_tokens=self.num_waiting_tokens,
+            num_waiting_tokens=self._pool.num_waiting_tokens,
             num_in_flight=self.num_in_flight,
             kv_utilization=self.kv_utilization,
-            num_preemptions=self.num_preemptions,
-            num_prefix_queried_tokens=self.num_prefix_queried_tokens,
-            num_prefix_hit_tokens=self.num_prefix_hit_tokens,
+            num_preemptions=self._pool.num_preemptions,
+            num_prefix_queried_tokens=self._pool.prefix_cache.num_queried_tokens,
+            num_prefix_hit_tokens=self._pool.prefix_cache.num_hit_tokens,
             num_prompt_tokens=self._admission.num_prompt_tokens,
             drain_tokens_per_s=self._admission.drain.tokens_per_s,
             prefill_capacity_tokens_per_s=self._admission.prefill.tokens_per_s,
@@ -243,8 +223,9 @@ class Scheduler:
             if sequence.is_aborted:
                 events += self._drop(sequence)
         num_tokens = 0
-        logprobs = result.logprobs or (None,) * len(step.sampling)
-        for sequence, token_id, told in zip(step.sampling, result.token_ids, logprobs, strict=True):
+        all_logprobs = result.logprobs or (None,) * len(step.sampling)
+        sampled = zip(step.sampling, result.token_ids, all_logprobs, strict=True)
+        for sequence, token_id, logprobs in sampled:
             sequence.num_in_flight -= 1
             if sequence.is_aborted or sequence.has_ended:
                 events += self._drop(sequence)
@@ -256,25 +237,16 @@ class Scheduler:
                 sequence.token_ids.append(token_id)
             sequence.token_s = now_s
             if token_id in sequence.stop_token_ids:
-                events.append(self._finish(sequence, FinishReason.STOP, token_id, told))
+                events.append(self._finish(sequence, FinishReason.STOP, token_id, logprobs))
             elif len(sequence.token_ids) == sequence.max_num_tokens:
-                events.append(self._finish(sequence, FinishReason.LENGTH, token_id, told))
+                events.append(self._finish(sequence, FinishReason.LENGTH, token_id, logprobs))
             else:
                 if not is_anticipated:
                     ready[sequence.seq_id] = sequence
-                fields = (sequence.request_id, token_id, None, None, None, told)
+                fields = (sequence.request_id, token_id, None, None, None, logprobs)
                 events.append(tuple.__new__(TokenEvent, fields))
         self._pool.count_output(num_tokens)
         return events
-
-    def _fail_sampled(self, step: Step, result: MicroBatchResult) -> list[TokenEvent]:
-        """End the requests that no token may follow."""
-        failed = [(step.sampling[index], why) for index, why in result.failures]
-        return [
-            self._finish(sequence, FinishReason.BLAMED, error=why)
-            for sequence, why in failed
-            if not sequence.is_aborted and not sequence.has_ended
-        ]
 
     def fail_all(self, message: str) -> list[TokenEvent]:
         """End every request with an error, because the pipeline is gone.
@@ -371,6 +343,15 @@ class Scheduler:
             free_kv_ratio=1 - self.kv_utilization,
         )
         return batch
+
+    def _fail_sampled(self, step: Step, result: MicroBatchResult) -> list[TokenEvent]:
+        """End the requests that no token may follow."""
+        failed = [(step.sampling[index], why) for index, why in result.failures]
+        return [
+            self._finish(sequence, FinishReason.BLAMED, error=why)
+            for sequence, why in failed
+            if not sequence.is_aborted and not sequence.has_ended
+        ]
 
     def _drop(self, sequence: Sequence) -> list[TokenEvent]:
         """Forget a sequence that takes no more tokens, unless a later micro-batch holds it."""

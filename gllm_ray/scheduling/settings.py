@@ -28,8 +28,8 @@ class SchedulerSettings:
         block_size: Tokens a block holds.
         max_model_len: Prompt and output tokens a sequence may have.
         max_decodes: Decodes in one micro-batch, at most.
-        max_in_flight: Micro-batches submitted and not yet committed, at most; None: as many as
-            stages, and those that the policy wants ahead.
+        max_in_flight: Micro-batches in flight at most, the ring's additional one aside; None: as
+            many as stages, and those that the policy wants ahead.
         ring: Whether one more micro-batch may be in flight, whose decodes continue those of the
             oldest one before its tokens are known here.
         prefix_caching: Whether sequences share the blocks of a common prefix.

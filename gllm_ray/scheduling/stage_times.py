@@ -3,7 +3,7 @@
 from gllm_ray.messages import StageTime
 from gllm_ray.scheduling.load import CostModel, StepLoad
 
-# A device that computes asynchronously tells the times of so many micro-batches late, at most.
+# By how many micro-batches a device that computes asynchronously may be late with their times.
 _MAX_LATE = 64
 
 

@@ -14,7 +14,7 @@ from gllm_ray.serving.request_schema import RequestSchema
 
 _MAX_NAME_CHARS = 1024
 _MAX_GRAMMAR_CHARS = 2**18
-# To translate it takes longer than in proportion to its length: a quarter of a second for so much.
+# Translating takes longer than in proportion to the length: a quarter of a second at this one.
 _MAX_GBNF_CHARS = 2**15
 # How a line begins that a grammar in Lark's syntax has to have, and no other has.
 _LARK_LINE = re.compile(r"[ \t]*(%llguidance\b|start[ \t]*:(?!:=))")

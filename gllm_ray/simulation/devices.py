@@ -61,7 +61,7 @@ class Device(Calibration):
         return self.peak_flops[dtype]
 
     def tiled_rows(self, num_rows: float) -> int:
-        """The rows a matrix product computes for so many."""
+        """The rows that a matrix product of `num_rows` computes, those that fill tiles included."""
         rows = ceil(num_rows)
         if rows > self.tile:
             return -(-rows // self.tile) * self.tile
@@ -91,7 +91,7 @@ class Device(Calibration):
         return self.gemm_launch_s + slower * knee
 
     def elementwise_time_s(self, num_bytes: float) -> float:
-        """The time of reading and writing so many bytes, without a floor."""
+        """The time of reading and writing `num_bytes`, without a floor."""
         return num_bytes / self.bandwidth_bytes_s / self.elementwise_efficiency
 
 

@@ -10,7 +10,7 @@ Dataset = Literal[
     "sharegpt", "sharegpt_8k", "azure_conversation", "azure_code", "arxiv_summarization"
 ]
 _NAMES = ", ".join(get_args(Dataset))
-# Datasets that were cut, so that prompt and output together have at most so many tokens.
+# Datasets that were cut, and the most tokens that prompt and output together have in each.
 _MAX_TOTAL_TOKENS = {"sharegpt_8k": 8192, "arxiv_summarization": 16384}
 _LENGTH = (
     f"a number of tokens >= 1, a dataset ({_NAMES}), or a mapping whose name is dataset, fixed, "

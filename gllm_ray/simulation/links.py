@@ -10,7 +10,7 @@ from gllm_ray.strict_schema import StrictModel
 
 
 class AllReduceFit(StrictModel):
-    """All-reduces of so many ranks, measured."""
+    """All-reduces of a number of ranks, measured."""
 
     num_ranks: int = Field(ge=2, description="Devices that take part.")
     latency_s: float = Field(ge=0, description="An all-reduce of no bytes.")

@@ -47,7 +47,7 @@ class MonotoneTable:
         self._known: dict[int, float] = {}
 
     def time_s(self, num_rows: int) -> float:
-        """The value at so many rows."""
+        """The value at `num_rows`."""
         time_s = self._known.get(num_rows)
         if time_s is None:
             time_s = self._known[num_rows] = self._interpolate(num_rows)

@@ -41,7 +41,7 @@ class PipelineLayout:
     def explicit(
         cls, model: ModelShape, num_layers: Sequence[int], tensor_parallel: int = 1
     ) -> Self:
-        """Give each stage so many layers.
+        """Give each stage its number of layers.
 
         Raises:
             ConfigError: They do not add up, or the devices cannot share a layer.

@@ -98,7 +98,7 @@ class SearchConfig(StrictModel):
     )
 
     def depths(self, num_gpus: int) -> tuple[int, ...]:
-        """Numbers of stages to try with so many GPUs."""
+        """Numbers of stages to try with `num_gpus`."""
         powers = (1 << exponent for exponent in range(num_gpus.bit_length()))
         return self.stages or tuple(powers)
 

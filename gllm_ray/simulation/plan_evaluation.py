@@ -126,7 +126,7 @@ def _meets(config: PlanConfig, choice: Choice, rate: float) -> bool:
 
 
 def _simulate(config: PlanConfig, choice: Choice, *, share: int = 1, rate: float = 1.0) -> Outcome:
-    """Simulate a choice at a multiple of the rate; with a share, one replica of so many."""
+    """Simulate a choice at a multiple of the rate; with a share, one of every `share` replicas."""
     deployment = _deployment(config, choice, choice.num_replicas // share)
     workload = Workload(_at_rate(config.workload, rate), config.seed, share=share)
     report = Simulation(deployment, workload, seed=config.seed).run().report
@@ -136,7 +136,7 @@ def _simulate(config: PlanConfig, choice: Choice, *, share: int = 1, rate: float
 def _at_rate(
     workload: SyntheticWorkloadConfig | TraceWorkloadConfig, rate: float
 ) -> SyntheticWorkloadConfig | TraceWorkloadConfig:
-    """So many times the requests in the same time."""
+    """`rate` times the requests in the same time."""
     num_requests = workload.num_requests and ceil(workload.num_requests * rate)
     rate_scale = workload.rate_scale * rate
     return workload.model_copy(update={"num_requests": num_requests, "rate_scale": rate_scale})

@@ -20,7 +20,7 @@ TABLE_HEAD = "  ".join(_HEADS)
 
 
 def at_rate(config: SimulationConfig, rate_per_s: float) -> SimulationConfig:
-    """The same requests, at so many a second.
+    """The same requests, at another rate.
 
     Raises:
         ConfigError: Arrivals are neither Poisson nor gamma.

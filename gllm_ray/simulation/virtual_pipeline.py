@@ -259,7 +259,7 @@ def uniform_links(link: Link | None, num_stages: int) -> tuple[Link, ...]:
 
 
 def mixed_links(intra: Link, inter: Link, stages_per_node: Sequence[int]) -> tuple[Link, ...]:
-    """Links within nodes that hold so many stages each, and between these nodes."""
+    """Links within nodes, given the number of stages on each, and between these nodes."""
     links: list[Link] = []
     for num_stages in stages_per_node:
         links += [intra] * (num_stages - 1) + [inter]

@@ -28,7 +28,7 @@ class Workload:
     Args:
         config: What the requests are like.
         seed: Of everything that is drawn.
-        share: Of every so many requests one is drawn, which keeps its time: what one of so many
+        share: One of every `share` requests is drawn, and keeps its time: what one of `share`
             replicas gets.
     """
 

@@ -114,14 +114,14 @@ class TenantConfig(StrictModel):
 class _AnyWorkloadConfig(StrictModel):
     """What every workload has."""
 
-    num_requests: int | None = Field(default=None, ge=1, description="Stop after so many requests.")
+    num_requests: int | None = Field(default=None, ge=1, description="Stop after this many.")
     duration_s: float | None = Field(
         default=None, gt=0, description="Leave out what comes later, in seconds of the simulation."
     )
     rate_scale: float = Field(
         default=1.0,
         gt=0,
-        description="Requests come so many times as fast: all arrival times are divided by it.",
+        description="How many times as fast requests come: all arrival times are divided by it.",
     )
     max_tokens: int | None = Field(
         default=None,

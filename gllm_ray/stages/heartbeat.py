@@ -35,7 +35,7 @@ def max_step_s(num_tokens: int, config: RecoveryConfig) -> float:
     return config.step_timeout_s * max(1.0, num_tokens / _STEP_TOKENS)
 
 
-async def ping(stage: ActorHandle, name: str, timeout_s: float) -> StepUnderWay | None:
+async def ask_step(stage: ActorHandle, name: str, timeout_s: float) -> StepUnderWay | None:
     """Ask a stage what it computes.
 
     Raises:
@@ -60,7 +60,7 @@ async def settle(stage: ActorHandle, name: str, timeout_s: float) -> None:
     settled = asyncio.ensure_future(ask(stage.settle.remote(), name))
     try:
         while not (await asyncio.wait([settled], timeout=timeout_s))[0]:
-            if await ping(stage, name, timeout_s) is None:
+            if await ask_step(stage, name, timeout_s) is None:
                 raise StageTimeoutError(
                     f"{name} hangs: it computes nothing and took no call for {timeout_s:.1f} s "
                     "(recovery.heartbeat_timeout_s)"
@@ -123,7 +123,7 @@ async def _watch_stage(stage: ActorHandle, name: str, config: RecoveryConfig) ->
         await asyncio.sleep(config.heartbeat_s)
         timeout_s = config.heartbeat_timeout_s
         try:
-            step = await ping(stage, name, timeout_s)
+            step = await ask_step(stage, name, timeout_s)
         except TimeoutError:
             raise StageTimeoutError(
                 f"{name} hangs: it has not answered for {timeout_s:.1f} s "

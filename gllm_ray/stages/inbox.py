@@ -16,7 +16,7 @@ from gllm_ray.messages import InboxAddress
 
 Message = list[object]
 
-# What a writer that goes has still to send is sent for so long.
+# How long a writer that closes goes on sending what is left.
 _LINGER_MS = 1000
 # How long a reader waits at a time.
 _PATIENCE_MS = 1000
@@ -37,7 +37,7 @@ class Inbox:
         self._socket.rcvtimeo = _PATIENCE_MS
         public_key, self._socket.curve_secretkey = zmq.curve_keypair()
         self._socket.curve_server = True
-        self._socket.bind(f"tcp://{_spell(host)}:*")
+        self._socket.bind(f"tcp://{_in_url(host)}:*")
         port = int(self._socket.last_endpoint.rpartition(b":")[2])
         self.address = InboxAddress(host, port, public_key)
 
@@ -76,7 +76,7 @@ class Outbox:
         self._socket.sndhwm = 0  # unlimited, for what is in flight is bounded
         self._socket.curve_publickey, self._socket.curve_secretkey = zmq.curve_keypair()
         self._socket.curve_serverkey = address.public_key
-        self._socket.connect(f"tcp://{_spell(address.host)}:{address.port}")
+        self._socket.connect(f"tcp://{_in_url(address.host)}:{address.port}")
 
     def write(self, message: Sequence[object]) -> None:
         """Send a message of numbers, texts, bytes, arrays, and lists of those; never waits.
@@ -97,7 +97,7 @@ def _new_socket(kind: int) -> zmq.Socket[bytes]:
     return socket
 
 
-def _spell(host: str) -> str:
+def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 

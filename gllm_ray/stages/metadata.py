@@ -54,7 +54,7 @@ class _SequenceMemory:
 
 
 class MetadataEncoder:
-    """Spells micro-batches, in order, for the `MetadataDecoder` of each stage."""
+    """Encodes micro-batches, in order, for the `MetadataDecoder` of each stage."""
 
     def __init__(self) -> None:
         self._memory = _SequenceMemory()
@@ -82,7 +82,7 @@ class MetadataEncoder:
 
 
 class MetadataDecoder:
-    """Reads what a `MetadataEncoder` spelled, from its first micro-batch on."""
+    """Decodes what a `MetadataEncoder` encoded, from its first micro-batch on."""
 
     def __init__(self) -> None:
         self._memory = _SequenceMemory()

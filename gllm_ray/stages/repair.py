@@ -16,7 +16,7 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import PipelineError, StageLostError, StagesFailedError, StageTimeoutError
 from gllm_ray.messages import StageInfo
 from gllm_ray.partition import size_kv_cache
-from gllm_ray.stages.heartbeat import first_fault, name_stage, ping, settle
+from gllm_ray.stages.heartbeat import ask_step, first_fault, name_stage, settle
 from gllm_ray.stages.placement import start_stage
 from gllm_ray.stages.ray_errors import ask
 from gllm_ray.stages.stage_group import (
@@ -150,8 +150,8 @@ class StageKeeper:
         """The stages that are dead or do not answer."""
         timeout_s = self._config.recovery.heartbeat_timeout_s
         named = zip(self.group.stages, map(name_stage, self.group.infos), strict=True)
-        pings = (ping(stage, name, timeout_s) for stage, name in named)
-        answers = await asyncio.gather(*pings, return_exceptions=True)
+        asked = (ask_step(stage, name, timeout_s) for stage, name in named)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
         is_lost = [isinstance(answer, (StageLostError, TimeoutError)) for answer in answers]
         return frozenset(itertools.compress(range(len(is_lost)), is_lost))
 
@@ -226,7 +226,7 @@ class StageKeeper:
                 f"the stages were not connected in {CONNECT_TIMEOUT_S:.0f} s: one of them hangs"
             ) from None
         except StagesFailedError as error:
-            # Who cannot reach a lost neighbour fails, too.
+            # A stage whose neighbour is lost fails, too.
             self._broken |= await self._find_lost() or error.stage_ids
             raise
 

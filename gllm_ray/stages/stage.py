@@ -177,7 +177,7 @@ class Stage:
 
         Args:
             epoch: The epoch the caller believes the pipeline is in.
-            metadata: The `MicroBatch`, as the caller's `MetadataEncoder` spelled it.
+            metadata: The `MicroBatch`, as the caller's `MetadataEncoder` encoded it.
             previous: The answer of the previous stage's step: orders the two, carries its failure,
                 and on the object store its hidden states. For the first stage the last stage's
                 answer to the micro-batch that this one continues; None if it continues none.

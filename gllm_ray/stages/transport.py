@@ -142,16 +142,12 @@ class BySizeChannel:
     waits idly, and the longer the busier the cores are.
 
     Args:
-        large: Takes what is larger than `max_carried_bytes`.
-        max_carried_bytes: Of the largest that goes with the answer.
+        large: Takes what is larger than `MAX_CARRIED_BYTES`.
     """
 
-    def __init__(
-        self, large: ActivationChannel, max_carried_bytes: int = MAX_CARRIED_BYTES
-    ) -> None:
+    def __init__(self, large: ActivationChannel) -> None:
         self._small = CarriedChannel()
         self._large = large
-        self._max_carried_bytes = max_carried_bytes
 
     def send(self, batch_id: int, hidden: torch.Tensor) -> object:
         """See `ActivationChannel`."""
@@ -170,7 +166,7 @@ class BySizeChannel:
         self._large.close()
 
     def _channel_of(self, hidden: torch.Tensor) -> ActivationChannel:
-        return self._small if hidden.nbytes <= self._max_carried_bytes else self._large
+        return self._small if hidden.nbytes <= MAX_CARRIED_BYTES else self._large
 
 
 def resolve_transport(pipeline: PipelineConfig) -> Transport:

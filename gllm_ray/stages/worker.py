@@ -157,23 +157,23 @@ class StageWorker:
 
     @torch.inference_mode()
     def execute(
-        self, batch: MicroBatch, hidden: torch.Tensor | None, sampled: Sequence[int] = ()
+        self, batch: MicroBatch, hidden: torch.Tensor | None, continued: Sequence[int] = ()
     ) -> torch.Tensor | SampledTokens:
         """Run a micro-batch through this stage.
 
         Args:
             batch: What to compute; every stage gets the same.
             hidden: `[num_tokens, hidden_size]` from the previous stage, None on the first.
-            sampled: For the first stage, the tokens of the micro-batch that this one continues.
+            continued: For the first stage, the tokens of the micro-batch that this one continues.
 
         Returns:
             Hidden states of the same shape, or on the last stage a token for each sequence whose
             `sampling` is set.
         """
         if self._graphs is not None and self._graphs.takes(batch):
-            output = self._graphs.run(batch, hidden, sampled)
+            output = self._graphs.run(batch, hidden, continued)
         else:
-            inputs = pack(batch, self._config.kv_cache.block_size, self._device, sampled)
+            inputs = pack(batch, self._config.kv_cache.block_size, self._device, continued)
             output = self._forward(inputs, hidden)
         if not self.is_last:
             return output

@@ -120,7 +120,8 @@ def run_rounds(
         for prompts in rounds
     ]
     tokens = asyncio.run(_collect(Engine(scheduler, recorder), requests, aborted))
-    return Run(tokens, recorder.batches, scheduler.num_preemptions, scheduler.num_prefix_hit_tokens)
+    load = scheduler.load()
+    return Run(tokens, recorder.batches, load.num_preemptions, load.num_prefix_hit_tokens)
 
 
 async def _collect(

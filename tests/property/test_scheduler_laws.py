@@ -704,8 +704,8 @@ def test_preemption_chunking_and_prefix_caching_do_not_change_the_tokens(setting
         )
     )
     roomy.run(todo)
-    assert roomy.scheduler.num_preemptions == 0
-    assert roomy.scheduler.num_prefix_queried_tokens == 0
+    assert roomy.scheduler.load().num_preemptions == 0
+    assert roomy.scheduler.load().num_prefix_queried_tokens == 0
     assert squeezed.outputs == roomy.outputs
     assert squeezed.ends == roomy.ends
 

@@ -109,6 +109,6 @@ def test_the_outputs_of_a_prompt_compute_it_once(tokenizer, num_prompt_tokens, n
             body = BODIES[COMPLETION_PATH] | {"prompt": prompt, "max_tokens": 3, "n": 4}
             response = await http.post(COMPLETION_PATH, json=body)
             assert response.json()["usage"]["completion_tokens"] == 12
-            assert service.scheduler.num_prefix_hit_tokens == 3 * num_shared
+            assert service.scheduler.load().num_prefix_hit_tokens == 3 * num_shared
 
     asyncio.run(main())

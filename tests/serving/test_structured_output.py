@@ -162,7 +162,7 @@ def test_outputs_do_not_depend_on_how_they_are_scheduled(tokenizer, pipeline, sc
         answers = await texts_of(
             client, is_chat=True, is_streamed=False, n=12, seed=5, extra_body=wanted
         )
-        return answers, service.scheduler.num_preemptions
+        return answers, service.scheduler.load().num_preemptions
 
     expected, _ = ask_demo(tokenizer, pipeline, ask)
     answers, num_preemptions = ask_demo(tokenizer, pipeline, ask, **scheduler)

@@ -359,7 +359,7 @@ def test_a_restored_request_is_not_refused_and_does_not_expire():
             OpenRequest(request=make_request(name, queue_timeout_s=1.0), output_token_ids=(100,))
         )
     assert [event.request_id for event in scheduler.expire(now_s=100.0)] == ["a"]
-    assert scheduler.num_waiting_tokens == 2 * 9
+    assert scheduler.load().num_waiting_tokens == 2 * 9
 
 
 def test_a_restored_request_keeps_its_priority_and_ends_after_the_tokens_it_asked_for():

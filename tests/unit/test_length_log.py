@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gllm_ray.assembly.length_predictors import build_length_predictor
+from gllm_ray.assembly.engines import build_length_predictor
 from gllm_ray.config import SchedulerConfig
 from gllm_ray.engine.length_log import LoggedPredictor
 from gllm_ray.errors import ConfigError

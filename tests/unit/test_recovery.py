@@ -2,11 +2,13 @@
 
 from math import ceil, log2
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gllm_ray.config import RecoveryConfig
 from gllm_ray.engine.recovery import CrashLoop, PoisonSearch
+from gllm_ray.errors import PipelineError
 from gllm_ray.messages import FinishReason, TokenEvent
 
 
@@ -14,42 +16,58 @@ def make_loop(**options):
     return CrashLoop(RecoveryConfig(**options))
 
 
+def note(loop, cause="x", now_s=0.0, **options):
+    """What is to be waited, or the last words."""
+    try:
+        return loop.note_fault(PipelineError(cause), now_s, **options)
+    except PipelineError as error:
+        return str(error)
+
+
+def gave_up(num_faults, first_cause="x"):
+    return f"gave up after {num_faults} faults in a row; the first: {first_cause}"
+
+
 def test_the_first_attempt_comes_at_once_and_each_next_one_later_up_to_a_bound():
     loop = make_loop(max_attempts=6, backoff_s=0.5, max_backoff_s=3)
-    delays = [loop.note_fault("x", now_s=0.0) for _ in range(7)]
-    assert delays == [0.0, 0.5, 1.0, 2.0, 3.0, 3.0, None]
+    assert [note(loop) for _ in range(7)] == [0.0, 0.5, 1.0, 2.0, 3.0, 3.0, gave_up(7)]
 
 
-def test_the_first_cause_of_a_row_is_kept():
+def test_the_first_cause_of_a_row_is_told():
     loop = make_loop(max_attempts=2)
-    assert [loop.note_fault(cause, now_s=0.0) for cause in ("a", "b", "c")][-1] is None
-    assert (loop.first_cause, loop.num_faults) == ("a", 3)
+    assert [note(loop, cause) for cause in ("a", "b", "c")][-1] == gave_up(3, "a")
+
+
+def test_what_a_client_may_read_is_that_of_the_latest_cause():
+    loop = make_loop(max_attempts=1)
+    note(loop)
+    with pytest.raises(PipelineError) as caught:
+        loop.note_fault(PipelineError("on host h", public_message="lost"), 0.0)
+    assert caught.value.public_message == "lost"
 
 
 def test_a_row_ends_when_it_was_calm_long_enough_after_a_repair():
     loop = make_loop(max_attempts=1, calm_s=10)
-    assert loop.note_fault("a", now_s=0.0) == 0.0
+    assert note(loop, "a") == 0.0
     loop.note_repair(now_s=5.0)
-    assert loop.note_fault("b", now_s=15.0) == 0.0
-    assert loop.first_cause == "b"
+    assert note(loop, "b", now_s=15.0) == 0.0
     loop.note_repair(now_s=16.0)
-    assert loop.note_fault("c", now_s=25.9) is None
+    assert note(loop, "c", now_s=25.9) == gave_up(2, "b")
 
 
 def test_the_time_of_a_repair_is_no_calm():
     loop = make_loop(max_attempts=1, calm_s=10)
-    loop.note_fault("a", now_s=0.0)
-    assert loop.note_fault("b", now_s=1000.0) is None
+    note(loop, "a")
+    assert note(loop, "b", now_s=1000.0) == gave_up(2, "a")
 
 
 def test_an_explained_fault_does_not_count_and_a_forgiven_row_is_over():
     loop = make_loop(max_attempts=1, calm_s=10)
-    loop.note_fault("a", now_s=0.0)
-    assert loop.note_fault("b", now_s=1.0, is_explained=True) == 0.0
-    assert loop.num_faults == 1
+    note(loop, "a")
+    assert note(loop, "b", now_s=1.0, is_explained=True) == 0.0
     loop.note_repair(now_s=2.0)
     loop.forgive()
-    assert loop.note_fault("c", now_s=3.0) == 0.0
+    assert note(loop, "c", now_s=3.0) == 0.0
 
 
 @given(st.integers(1, 2000), st.floats(0, 10), st.floats(0, 100))
@@ -57,10 +75,10 @@ def test_a_delay_never_falls_and_never_exceeds_its_bound(max_attempts, backoff_s
     loop = make_loop(
         max_attempts=max_attempts, backoff_s=backoff_s, max_backoff_s=backoff_s + more_s
     )
-    delays = [loop.note_fault("x", now_s=0.0) for _ in range(max_attempts)]
+    delays = [note(loop) for _ in range(max_attempts)]
     assert delays == sorted(delays)
     assert delays[-1] <= backoff_s + more_s
-    assert loop.note_fault("x", now_s=0.0) is None
+    assert note(loop) == gave_up(max_attempts + 1)
 
 
 def is_admitted(search, name):

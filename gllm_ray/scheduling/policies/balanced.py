@@ -20,18 +20,18 @@ _MAX_ROW_COST = 1.2
 _MAX_DEEP_ROW_COST, _MIN_DEEP_ROW_COST = 1.06, 1.03
 _NEARLY = 1.1  # micro-batches nine tenths full count as full
 _UNCALIBRATED_ROWS = 512  # where that is not known
-# A backlog is deep from so many rounds on, and until half of them are left. The pipeline then takes
+# Rounds from which on a backlog is deep, until half of them are left. The pipeline then takes
 # one more micro-batch than it has stages.
 _DEEP_ROUNDS = 8
 _MIN_PREFILL_SHARE = 0.25  # of the rows of these rounds, however many decodes there are
-# So many rounds at least take the KV cache from empty to full: near full, prefill takes up what
+# Rounds that it takes at least to fill the KV cache: near full, prefill takes up what
 # ended sequences release, evenly.
 _KV_ROUNDS = 12
 _NUM_SIZES = 4  # of chunks that are compared
 # The largest chunk is taken whose drain takes at most this share longer than the shortest: for so
 # little, fewer micro-batches are better.
 _NEARLY_SOONEST = 1.05
-# Over so many rows, a multiple of every tile, and so much context a marginal cost is taken.
+# Steps over which marginal costs are taken: rows, a multiple of every tile, and context.
 _STEP_ROWS = 256
 _STEP_CONTEXT = 65_536
 _MAX_WEIGHT = 1e6  # contexts then do not matter
@@ -212,7 +212,7 @@ class BalancedPolicy:
 
 
 def _decodes(view: LoadView, number: float) -> StepLoad:
-    """The load of so many decodes of average context."""
+    """The load of `number` decodes of average context."""
     context = view.num_context_tokens * number / max(1, view.num_decoding)
     return StepLoad(ceil(number), round(context))
 

@@ -62,7 +62,7 @@ def test_retry_after_is_the_time_the_backlog_takes_at_the_recent_rate():
         scheduler.commit(result_of(batch), now_s)
     for index in range(40, 40 + 40 - scheduler.num_waiting_requests):
         scheduler.add(make_request(str(index), num_prompt_tokens=30, max_tokens=1))
-    expected_s = scheduler.num_waiting_tokens / 20
+    expected_s = scheduler.load().num_waiting_tokens / 20
     assert refusal(scheduler).retry_after_s == pytest.approx(expected_s, rel=0.1)
 
 
@@ -142,7 +142,7 @@ def test_a_request_that_was_preempted_does_not_expire():
     )
     for request_id in "ab":
         scheduler.add(make_request(request_id, num_prompt_tokens=7, max_tokens=8))
-    while not scheduler.num_preemptions:
+    while not scheduler.load().num_preemptions:
         scheduler.commit(result_of(scheduler.schedule()))
     assert scheduler.num_waiting_requests == 1
     assert scheduler.expire(100.0) == []

@@ -17,7 +17,7 @@ def load_of_96_decodes(policy):
     )
     for index in range(96):
         scheduler.add(make_request(f"d{index}", num_prompt_tokens=17, max_tokens=256))
-    while scheduler.num_waiting_tokens:
+    while scheduler.load().num_waiting_tokens:
         scheduler.commit(result_of(scheduler.schedule()))
     for index in range(12):
         scheduler.add(make_request(f"w{index}", num_prompt_tokens=512, max_tokens=8))

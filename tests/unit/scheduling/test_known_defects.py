@@ -26,7 +26,7 @@ def prefilled(names, *, num_prompt_tokens=4, max_tokens=16, **options):
         scheduler.add(
             make_request(name, num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens)
         )
-    while scheduler.num_waiting_tokens:
+    while scheduler.load().num_waiting_tokens:
         scheduler.commit(result_of(scheduler.schedule()))
     return scheduler
 
@@ -50,7 +50,7 @@ def test_decodes_go_on_where_the_kv_cache_has_no_room_for_prefill(policy):
     scheduler.add(make_request("waits", num_prompt_tokens=8))
     batch = scheduler.schedule()
     assert [item.seq_id for item in batch.sequences] == [0, 1]
-    assert scheduler.num_preemptions == 0
+    assert scheduler.load().num_preemptions == 0
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_decode_with_room_in_its_last_block_preempts_nobody(policy):
         batch = scheduler.schedule()
         assert len(batch.sequences) == 2
         scheduler.commit(result_of(batch))
-    assert scheduler.num_preemptions == 0
+    assert scheduler.load().num_preemptions == 0
 
 
 @each_policy
@@ -195,8 +195,8 @@ def test_no_victim_is_in_flight_and_each_starts_over_with_a_higher_epoch(policy)
             for item in (item for other in in_flight for item in other.sequences):
                 assert scheduler._pool[item.seq_id].epoch == item.epoch
         scheduler.commit(result_of(in_flight.pop(0)))
-    assert scheduler.num_preemptions > 0
-    assert sum(epochs.values()) == scheduler.num_preemptions
+    assert scheduler.load().num_preemptions > 0
+    assert sum(epochs.values()) == scheduler.load().num_preemptions
 
 
 @each_policy

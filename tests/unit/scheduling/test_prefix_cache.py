@@ -172,7 +172,7 @@ def test_a_preempted_sequence_finds_its_own_blocks_again():
     items = []
     while not scheduler.is_idle:
         items += commit_next(scheduler).sequences
-    assert scheduler.num_preemptions == 1
+    assert scheduler.load().num_preemptions == 1
     back = next(item for item in items if item.epoch == 1)
     before = [item for item in items if item.seq_id == back.seq_id and item.epoch == 0]
     assert back.start > 0
@@ -222,8 +222,8 @@ def test_counters_tell_queried_and_found_tokens():
     scheduler = make_scheduler()
     for num_prompt_tokens in (9, 12, 12):
         first_item(scheduler, make_request(num_prompt_tokens=num_prompt_tokens))
-    assert scheduler.num_prefix_queried_tokens == 33
-    assert scheduler.num_prefix_hit_tokens == 0 + 8 + 11
+    assert scheduler.load().num_prefix_queried_tokens == 33
+    assert scheduler.load().num_prefix_hit_tokens == 0 + 8 + 11
 
 
 def test_a_request_that_waits_for_blocks_is_counted_once():
@@ -233,17 +233,17 @@ def test_a_request_that_waits_for_blocks_is_counted_once():
     batch = scheduler.schedule()
     assert scheduler.schedule() is None
     assert scheduler.schedule() is None
-    assert scheduler.num_prefix_queried_tokens == 9
+    assert scheduler.load().num_prefix_queried_tokens == 9
     scheduler.commit(result_of(batch))
     run_to_the_end(scheduler)
-    assert scheduler.num_prefix_queried_tokens == 18
+    assert scheduler.load().num_prefix_queried_tokens == 18
 
 
 def test_without_prefix_caching_nothing_is_found_or_counted():
     scheduler = make_scheduler(prefix_caching=False)
     starts = [first_item(scheduler, make_request(num_prompt_tokens=9)).start for _ in range(2)]
     assert starts == [0, 0]
-    assert scheduler.num_prefix_queried_tokens == scheduler.num_prefix_hit_tokens == 0
+    assert scheduler.load().num_prefix_queried_tokens == scheduler.load().num_prefix_hit_tokens == 0
 
 
 def test_a_prompt_without_room_comes_in_when_another_has_computed_enough_of_its_prefix():

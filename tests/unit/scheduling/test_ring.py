@@ -120,10 +120,10 @@ def test_nothing_is_preempted_for_a_token_that_is_not_known_or_while_it_is_not()
         scheduler.add(make_request(name, num_prompt_tokens=8, max_tokens=8))
     prompts = scheduler.schedule()
     assert scheduler.schedule() is None  # each misses a block, and both are in flight
-    assert scheduler.num_preemptions == 0
+    assert scheduler.load().num_preemptions == 0
     scheduler.commit(result_of(prompts))
     assert len(scheduler.schedule().sequences) == 1
-    assert scheduler.num_preemptions == 1
+    assert scheduler.load().num_preemptions == 1
 
 
 def test_a_sequence_that_begins_again_forgets_a_token_that_is_not_known():

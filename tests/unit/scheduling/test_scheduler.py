@@ -36,7 +36,7 @@ def test_decodes_are_spread_over_as_many_micro_batches_as_stages():
     scheduler = make_scheduler(num_stages=4, num_blocks=256)
     for name in "abcdefgh":
         scheduler.add(make_request(name, num_prompt_tokens=4, max_tokens=16))
-    while scheduler.num_waiting_tokens:
+    while scheduler.load().num_waiting_tokens:
         scheduler.commit(result_of(scheduler.schedule()))
     batches = [scheduler.schedule() for _ in range(4)]
     assert [len(b.sequences) for b in batches] == [2, 2, 2, 2]
@@ -71,9 +71,9 @@ def test_the_youngest_is_preempted_and_returns_to_the_front():
     while not scheduler.is_idle:
         for event in scheduler.commit(result_of(scheduler.schedule())):
             outputs[event.request_id].append(event.token_id)
-        if scheduler.num_preemptions == 1:
+        if scheduler.load().num_preemptions == 1:
             assert [s.request.request_id for s in scheduler._pool.waiting][:1] == ["c"]
-    assert scheduler.num_preemptions > 0
+    assert scheduler.load().num_preemptions > 0
     assert {name: len(tokens) for name, tokens in outputs.items()} == dict.fromkeys("abc", 16)
 
 
@@ -131,7 +131,7 @@ def test_of_two_priorities_the_lower_number_is_admitted_first_and_preempted_last
     scheduler.add(make_request("sooner", num_prompt_tokens=7, max_tokens=8, priority=0))
     batch = scheduler.schedule()
     assert [item.seq_id for item in batch.sequences] == [1, 0]
-    while not scheduler.num_preemptions:
+    while not scheduler.load().num_preemptions:
         scheduler.commit(result_of(batch))
         batch = scheduler.schedule()
     assert [s.request.request_id for s in scheduler._pool.waiting] == ["later"]
