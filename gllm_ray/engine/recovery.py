@@ -75,8 +75,9 @@ class PoisonSearch:
     breaks the pipeline with nobody else in flight; and does so twice, unless others got tokens
     since the search began: it may be the stages that are broken.
 
-    So the search ends: after about 2 log2(n) faults of n suspects if one is to blame, and after
-    some 4 n at most.
+    So each fault narrows the search or widens it to who was in flight: who was found innocent is a
+    suspect again if it was in flight at a fault that is not the trial's. The search ends after
+    about 2 log2(n) faults of n suspects if one is to blame for all of them.
 
     Attributes:
         is_explained: The latest fault was that of a trial, and requests got tokens since the one
@@ -120,6 +121,8 @@ class PoisonSearch:
         self.is_explained = self.is_solved = False
         if self._groups:
             guilty = [n for n in self._groups[0] if n in self._on_trial and n in in_flight]
+            if not guilty:  # a token proves only so much: one of these broke at a later one
+                self._innocent.difference_update(in_flight)
             known = self._innocent.union(*self._groups)
             if newcomers := [name for name in in_flight if name not in known]:
                 self._groups.append(newcomers)

@@ -2,8 +2,8 @@
 
 from gllm_ray.errors import InvalidRequestError, OverloadedError
 from gllm_ray.messages import GenerationRequest
+from gllm_ray.scheduling.pool import SequencePool
 from gllm_ray.scheduling.settings import SchedulerSettings
-from gllm_ray.scheduling.waiting_queue import WaitingQueue
 
 _RATE_WINDOW_S = 10.0
 # Where fewer of the KV blocks are free, prompts may wait for those, and policies hold them back.
@@ -42,9 +42,13 @@ class BacklogRate:
             self._since_s, self._num_tokens = now_s, 0
         self._num_tokens += num_tokens
         if not is_backlogged:
-            self._since_s, self._num_tokens = None, 0
+            self.pause()
         elif self._since_s is None:
             self._since_s = now_s
+
+    def pause(self) -> None:
+        """What follows, up to the next micro-batch, is no time of backlog."""
+        self._since_s, self._num_tokens = None, 0
 
 
 class AdmissionControl:
@@ -52,6 +56,7 @@ class AdmissionControl:
 
     Args:
         settings: The limits.
+        pool: What waits, and what it may hold.
 
     Attributes:
         num_prompt_tokens: Prompt tokens of all requests that it let in.
@@ -59,15 +64,16 @@ class AdmissionControl:
         prefill: The same of those that waited for nothing but their prefill.
     """
 
-    def __init__(self, settings: SchedulerSettings) -> None:
+    def __init__(self, settings: SchedulerSettings, pool: SequencePool) -> None:
         # The last output token is returned, never computed, so it needs no place in the KV cache.
         num_slots = settings.num_blocks * settings.block_size
         self._max_tokens = min(settings.max_model_len, num_slots + 1)
         self._queue = settings.queue
+        self._pool = pool
         self.num_prompt_tokens = 0
         self.drain, self.prefill = BacklogRate(), BacklogRate()
 
-    def check(self, request: GenerationRequest, waiting: WaitingQueue) -> None:
+    def check(self, request: GenerationRequest) -> None:
         """Let a request join those that wait.
 
         Raises:
@@ -75,16 +81,17 @@ class AdmissionControl:
             OverloadedError: Too much waits already.
         """
         self.check_size(request)
+        waiting = self._pool.waiting
         num_prompt_tokens = len(request.prompt_token_ids)
         if self._queue.max_requests is not None and len(waiting) >= self._queue.max_requests:
-            self._refuse(f"{len(waiting)} requests wait", self._queue.max_requests, waiting)
+            self._refuse(f"{len(waiting)} requests wait", self._queue.max_requests)
         if (
             self._queue.max_tokens is not None
             and waiting
             and waiting.num_tokens + num_prompt_tokens > self._queue.max_tokens
         ):
             given = f"{waiting.num_tokens} tokens wait, and the prompt has {num_prompt_tokens}"
-            self._refuse(given, self._queue.max_tokens, waiting)
+            self._refuse(given, self._queue.max_tokens)
         self.num_prompt_tokens += num_prompt_tokens
 
     def check_size(self, request: GenerationRequest) -> None:
@@ -106,29 +113,32 @@ class AdmissionControl:
                 code="context_length_exceeded",
             )
 
-    def drain_time_s(self, num_tokens: int) -> float:
+    def drain_time_s(self) -> float:
         """Seconds until the tokens that wait will have been scheduled, at the recent rate."""
         rate = self.drain.tokens_per_s
+        num_tokens = self._pool.waiting.num_tokens * self._pool.prefix_cache.computed_ratio
         estimate = num_tokens / rate if rate else 0.0
         return min(max(estimate, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S)
 
-    def note_scheduled(
-        self, num_tokens: int, now_s: float, *, is_backlogged: bool, free_kv_ratio: float
-    ) -> None:
+    def note_scheduled(self, num_tokens: int, now_s: float) -> None:
         """Learn how fast waiting prompts are worked off.
 
         Args:
             num_tokens: Prefill tokens of a micro-batch.
             now_s: When it was formed.
-            is_backlogged: Whether requests go on waiting.
-            free_kv_ratio: Share of the KV blocks that are free, 0 to 1.
         """
-        has_room = free_kv_ratio >= _MIN_FREE_KV_RATIO
+        is_backlogged = bool(self._pool.waiting)
+        has_room = 1 - self._pool.allocator.utilization >= _MIN_FREE_KV_RATIO
         self.drain.note(num_tokens, now_s, is_backlogged=is_backlogged)
         self.prefill.note(num_tokens, now_s, is_backlogged=is_backlogged and has_room)
 
-    def _refuse(self, given: str, limit: int, waiting: WaitingQueue) -> None:
-        retry_after_s = self.drain_time_s(waiting.num_tokens)
+    def note_break(self) -> None:
+        """Nothing is worked off until the pipeline is repaired."""
+        self.drain.pause()
+        self.prefill.pause()
+
+    def _refuse(self, given: str, limit: int) -> None:
+        retry_after_s = self.drain_time_s()
         raise OverloadedError(
             f"the service is full: {given}; the limit is {limit}; "
             f"send the request again in {retry_after_s:.0f} s",

@@ -39,6 +39,11 @@ class BlockAllocator:
         num_fresh = self.num_blocks - len(self._num_references)
         return num_fresh + len(self._free) + len(self._cached)
 
+    @property
+    def utilization(self) -> float:
+        """Share of the blocks in use, 0 to 1; blocks that are only cached are not."""
+        return 1 - self.num_free_blocks / self.num_blocks
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold the KV of `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)

@@ -41,6 +41,11 @@ class PrefixCache:
         self._is_enabled = is_enabled
         self._pack = Struct(f"<{allocator.block_size}q").pack
 
+    @property
+    def computed_ratio(self) -> float:
+        """Share of the tokens of admitted sequences that were not found, 0 to 1."""
+        return 1 - self.num_hit_tokens / (self.num_queried_tokens or 1)
+
     def find(self, sequence: Sequence) -> PrefixHit:
         """What can be reused by a sequence that holds no block."""
         if not self._is_enabled:

@@ -65,8 +65,8 @@ class Scheduler:
         self._settings = settings
         self._cost = cost
         self._predictor = predictor
-        self._admission = AdmissionControl(settings)
         self._pool = SequencePool(settings, overtaking=policy.overtaking)
+        self._admission = AdmissionControl(settings, self._pool)
         self._flights = Flights(settings, policy.num_ahead)
         self._stage_times = StageTimes(cost, settings.num_stages, self._flights.max_in_flight)
         self._seq_ids: dict[str, int] = {}
@@ -100,7 +100,7 @@ class Scheduler:
     @property
     def kv_utilization(self) -> float:
         """Share of the KV blocks in use, 0 to 1; blocks that are only cached are not."""
-        return 1 - self._pool.allocator.num_free_blocks / self._pool.allocator.num_blocks
+        return self._pool.allocator.utilization
 
     @property
     def next_deadline_s(self) -> float | None:
@@ -134,11 +134,8 @@ class Scheduler:
             InvalidRequestError: The request can never be served.
             OverloadedError: Too much waits already.
         """
-        if request.request_id in self._seq_ids:
-            raise InvalidRequestError(
-                f"request id {request.request_id!r} is in use; choose another"
-            )
-        self._admission.check(request, self._pool.waiting)
+        self._refuse_used_id(request.request_id)
+        self._admission.check(request)
         timeout_s = request.queue_timeout_s
         if timeout_s is None:
             timeout_s = self._settings.queue.timeout_s
@@ -154,6 +151,7 @@ class Scheduler:
         Raises:
             InvalidRequestError: The other one had more room, and here it can never be served.
         """
+        self._refuse_used_id(open_request.request.request_id)
         self._admission.check_size(open_request.request)
         sequence = self._new_sequence(open_request.request)
         sequence.token_ids += open_request.output_token_ids
@@ -179,7 +177,7 @@ class Scheduler:
         """End the requests that waited for their first micro-batch until their deadline."""
         events = []
         expired = list(self._pool.waiting.take_expired(now_s))
-        retry_after_s = self._admission.drain_time_s(self._pool.waiting.num_tokens)
+        retry_after_s = self._admission.drain_time_s()
         message = (
             "the request waited longer than it may, because the service is full; "
             f"send it again in {retry_after_s:.0f} s"
@@ -273,6 +271,7 @@ class Scheduler:
         """
         lost = [s for flight in self._flights for s in (*flight.step.sampling, *flight.step.others)]
         self._flights.clear()
+        self._admission.note_break()
         events = []
         for sequence in list(self._pool):
             sequence.num_in_flight = 0
@@ -336,12 +335,7 @@ class Scheduler:
         """Put in flight what was selected."""
         batch, _, load = self._flights.add(step, self._pool.take_copies(), self._pool.take_ended())
         self._stage_times.expect(batch.batch_id, load)
-        self._admission.note_scheduled(
-            load.num_prefill_tokens,
-            now_s,
-            is_backlogged=bool(self._pool.waiting),
-            free_kv_ratio=1 - self.kv_utilization,
-        )
+        self._admission.note_scheduled(load.num_prefill_tokens, now_s)
         return batch
 
     def _fail_sampled(self, step: Step, result: MicroBatchResult) -> list[TokenEvent]:
@@ -361,6 +355,10 @@ class Scheduler:
             return [self._finish(sequence, FinishReason.ABORT)]
         self._pool.forget(sequence)
         return []
+
+    def _refuse_used_id(self, request_id: str) -> None:
+        if request_id in self._seq_ids:
+            raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
 
     def _new_sequence(self, request: GenerationRequest) -> Sequence:
         sequence = Sequence(self._next_seq_id, request)

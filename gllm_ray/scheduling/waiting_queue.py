@@ -1,10 +1,10 @@
 """The order in which waiting sequences get their blocks: priority, fairness, arrival."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from heapq import heapify, heappop, heappush, nlargest
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Generic, TypeVar
 
 from gllm_ray.scheduling.sequence import Rank, Sequence
@@ -34,8 +34,10 @@ class WaitingQueue:
 
     Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI '24, Algorithm 2.
         Deviations: prompt tokens alone are charged, and when a request comes, which gives the
-        order of charging at admission because they are known; virtual time goes on with the
-        service given, as in weighted fair queueing, lest ever new tenants hold it.
+        order of charging at admission because they are known. What leaves without being admitted
+        is given back to what its tenant sends from then on, and not to what waits already. Virtual
+        time goes on with the service given, as in weighted fair queueing, lest ever new tenants
+        hold it.
 
     Args:
         fair_share: Whether tenants take turns.
@@ -56,7 +58,8 @@ class WaitingQueue:
         self._virtual_time = 0.0  # tokens
         self._num_tokens_before = 0  # of all prompts that ever came
         self._num_pops = 0
-        self._may_enter: Callable[[int], bool] | None = None  # None: all may
+        self._held_back: AbstractSet[int] = frozenset()
+        self._admitted: AbstractSet[int] | None = None  # None: all that are not held back
 
     def __len__(self) -> int:
         return len(self._members)
@@ -93,16 +96,19 @@ class WaitingQueue:
 
     def hold_back(self, seq_ids: AbstractSet[int]) -> None:
         """Hold these back, whether they are here or come later, and nobody else."""
-        self._may_enter = (lambda seq_id: seq_id not in seq_ids) if seq_ids else None
+        self._held_back, self._admitted = seq_ids, None
 
     def admit_only(self, seq_ids: AbstractSet[int]) -> None:
         """Hold all others back, whether they are here or come later."""
-        self._may_enter = seq_ids.__contains__
+        self._held_back, self._admitted = frozenset(), seq_ids
 
     def head(self) -> Sequence | None:
         """The sequence to admit next."""
-        if self._may_enter is not None:
-            return next((s for s in self if self._may_enter(s.seq_id)), None)
+        if self._admitted is not None:
+            admitted = (self._members[i] for i in self._admitted if i in self._members)
+            return min(admitted, key=attrgetter("rank"), default=None)
+        if self._held_back:
+            return next((s for s in self if s.seq_id not in self._held_back), None)
         is_aged = self._num_pops % _AGING_INTERVAL == _AGING_INTERVAL - 1
         first = self._ages.first() if is_aged else self._ranks.first()
         return None if first is None else self._members[first[-1]]
@@ -115,7 +121,7 @@ class WaitingQueue:
         served = sequence.num_tokens / len(self._num_waiting)
         counter = due - self._overtaking * sequence.num_prompt_tokens
         self._virtual_time = max(self._virtual_time + served, counter)
-        if sequence.rank != first and self._may_enter is None:
+        if sequence.rank != first and self._admitted is None and not self._held_back:
             sequence.rank = (_AGED_PRIORITY, due, seq_id)
         self._num_pops += 1
         self._forget(sequence)

@@ -243,3 +243,15 @@ def test_a_trial_that_breaks_while_others_get_tokens_explains_its_fault():
     assert search.alone == {"b"}
     assert search.note_fault({"b": 0}) == "b"  # "a" got a token since the search began
     assert search.is_solved
+
+
+def test_an_innocent_that_breaks_the_pipeline_at_a_later_token_is_a_suspect_again():
+    search = PoisonSearch()
+    for _ in range(2):
+        search.note_fault({"a": 0, "b": 0})
+    search.note_events([TokenEvent("a", 1)])  # "b" is on trial now, and waits for room
+    assert search.note_fault({"a": 1}) is None
+    assert not is_admitted(search, "a")
+    search.note_events([TokenEvent("b", 1)])
+    assert is_admitted(search, "a")
+    assert search.note_fault({"a": 1}) == "a"

@@ -6,7 +6,7 @@ import pytest
 
 from gllm_ray.errors import OverloadedError
 from gllm_ray.messages import FinishReason
-from gllm_ray.policy_config import TokenThrottlingConfig
+from gllm_ray.policy_config import ChunkedPrefillConfig, TokenThrottlingConfig
 from gllm_ray.scheduling import QueueLimits
 from tests.factories import make_request, make_scheduler, result_of
 
@@ -115,6 +115,46 @@ def test_the_rate_of_prefill_is_learnt_while_prompts_wait_for_nothing_else(num_b
     load = scheduler.load()
     assert load.drain_tokens_per_s == pytest.approx(20)
     assert load.prefill_capacity_tokens_per_s == (pytest.approx(20) if is_known else 0)
+
+
+def test_what_the_prefix_cache_has_does_not_count_in_retry_after():
+    scheduler = make_scheduler(
+        num_stages=1,
+        num_blocks=1000,
+        prefix_caching=True,
+        policy=ChunkedPrefillConfig(token_budget=40),
+        queue=QueueLimits(max_requests=60),
+    )
+    for index in range(60):
+        scheduler.add(make_request(str(index), prompt=[7] * 60 + [index] * 20, max_tokens=1))
+    now_s, told_s = 0.0, None
+    while scheduler.num_waiting_requests:
+        if now_s > 30 and told_s is None:
+            while scheduler.num_waiting_requests < 60:
+                name = f"late {scheduler.num_requests}"
+                prompt = [7] * 60 + [100 + scheduler.num_requests] * 20
+                scheduler.add(make_request(name, prompt=prompt, max_tokens=1))
+            told_s, asked_s = refusal(scheduler).retry_after_s, now_s
+        batch = scheduler.schedule(now_s)
+        now_s += batch.num_tokens / 20
+        scheduler.commit(result_of(batch), now_s)
+    assert told_s == pytest.approx(now_s - asked_s, rel=0.15)
+
+
+def test_the_time_of_a_repair_is_no_backlog():
+    scheduler = make_scheduler(num_stages=1, num_blocks=16, queue=QueueLimits(max_requests=40))
+    for index in range(40):
+        scheduler.add(make_request(str(index), num_prompt_tokens=30, max_tokens=1))
+    now_s = 0.0
+    for _ in range(10):
+        batch = scheduler.schedule(now_s)
+        now_s += batch.num_tokens / 20
+        scheduler.commit(result_of(batch), now_s)
+    before = scheduler.load().drain_tokens_per_s
+    scheduler.schedule(now_s)
+    scheduler.requeue_all()
+    scheduler.schedule(now_s + 600)
+    assert scheduler.load().drain_tokens_per_s == before == pytest.approx(20, rel=0.1)
 
 
 def test_a_request_ends_at_its_deadline_unless_it_was_admitted():
