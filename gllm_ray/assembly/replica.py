@@ -52,6 +52,7 @@ class PipelineReplica:
         self._stages = StageKeeper(config, group, placement_group)
         self._endpoint = JournaledEndpoint(scheduler)
         self._crash_loop = CrashLoop(config.recovery)
+        self._stopped_s: float | None = None  # since when the pipeline stands still
         self._supervision = asyncio.create_task(self._supervise())
 
     @classmethod
@@ -93,6 +94,11 @@ class PipelineReplica:
     def latest_repair(self) -> RepairTimes | None:
         """When the latest repair that replaced stages came how far."""
         return self._stages.latest_repair
+
+    @property
+    def standstill_s(self) -> float:
+        """How long it has been under repair; 0: it runs."""
+        return 0.0 if self._stopped_s is None else time.monotonic() - self._stopped_s
 
     async def add(self, request: GenerationRequest) -> None:
         """Accept a request; see `EngineEndpoint.add`."""
@@ -192,6 +198,7 @@ class PipelineReplica:
             fault = await self._scheduler.next_fault()
         finally:
             watching.cancel()
+        self._note_stop()
         if fault.cause != last_failure:
             logger.warning(_STANDS_STILL, fault.cause)
         try:
@@ -201,7 +208,12 @@ class PipelineReplica:
             await self._scheduler.resume(PipelineError(str(error)))
             return str(error)
         await self._scheduler.resume(self.group)
+        self._stopped_s = None
         return ""
+
+    def _note_stop(self) -> None:
+        if self._stopped_s is None:
+            self._stopped_s = time.monotonic()
 
     async def _watch(self) -> None:
         fault = await self._stages.next_fault()
@@ -214,6 +226,7 @@ class PipelineReplica:
         Raises:
             PipelineError: It is not worth another attempt; tells the first cause.
         """
+        self._note_stop()
         self._scheduler.kill()  # it may live, and who waits for it would wait on
         if not self._config.recovery.enabled:
             raise error
@@ -227,6 +240,7 @@ class PipelineReplica:
             else:
                 break
         self._crash_loop.note_repair(time.monotonic())
+        self._stopped_s = None
 
     async def _start_scheduler(self, cause: str) -> None:
         self._scheduler.kill()

@@ -28,6 +28,7 @@ from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.api_keys import read_api_keys
 from gllm_ray.serving.observability import ServiceMetrics, log_with_serve
 from gllm_ray.serving.openai_api import build_api
+from gllm_ray.serving.replica_counts import ReplicaCounts
 from gllm_ray.stages.ray_errors import translate_ray_error
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class RemoteModel:
         handle: Of its deployment.
         frontend: How long requests go on.
         tokenizer: The model's.
+        counts: Of the application's replicas.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class RemoteModel:
         handle: DeploymentHandle,
         frontend: FrontEndConfig,
         tokenizer: Tokenizer,
+        counts: ReplicaCounts,
     ) -> None:
         self.model_name = config.model.name
         self.max_model_len = open_checkpoint(config.model).max_model_len
@@ -96,6 +99,7 @@ class RemoteModel:
         self.metrics = ServiceMetrics(self.model_name)
         self._config = config
         self._handle = handle
+        self._counts = counts
         self._client = ResumingClient(
             PipelineHandle(handle), frontend, self.metrics.count_resumption
         )
@@ -104,13 +108,13 @@ class RemoteModel:
         """Run a request; closing the generator early aborts it."""
         return self.metrics.observe(request, self._client.generate(request))
 
-    async def check_health(self) -> None:
+    async def check_ready(self) -> None:
         """Return if a replica runs, or may come when there is a request.
 
         Raises:
             PipelineError: There is none.
         """
-        num_running = await self._num_running()
+        num_running = await self._counts.of(self._handle.deployment_name)
         if not num_running and self._config.deployment.min_replicas:
             raise PipelineError(
                 f"no replica of {self.model_name} runs",
@@ -119,17 +123,20 @@ class RemoteModel:
 
     async def server_info(self) -> dict[str, Any]:
         """What one of the replicas tells, if any runs; asking would start the first."""
-        num_running = await self._num_running()
+        num_running = await self._counts.of(self._handle.deployment_name)
         info = {"model": self.model_name, "max_model_len": self.max_model_len}
         if num_running:
             info = await self._handle.server_info.remote()
         return {**info, "num_replicas": num_running}
 
-    async def _num_running(self) -> int:
-        application = serve.get_replica_context().app_name
-        status = await asyncio.to_thread(serve.status)
-        deployment = status.applications[application].deployments[self._handle.deployment_name]
-        return deployment.replica_states.get("RUNNING", 0)
+
+def _ask_controller() -> dict[str, int]:
+    """The running replicas of each deployment of this application."""
+    application = serve.status().applications[serve.get_replica_context().app_name]
+    return {
+        name: deployment.replica_states.get("RUNNING", 0)
+        for name, deployment in application.deployments.items()
+    }
 
 
 @serve.deployment
@@ -144,8 +151,9 @@ class FrontEnd:
         tokenizers = [
             await asyncio.to_thread(Tokenizer.for_model, model.model) for model in config.models
         ]
+        counts = ReplicaCounts(_ask_controller)
         self._models = [
-            RemoteModel(model, handle, config.frontend, tokenizer)
+            RemoteModel(model, handle, config.frontend, tokenizer, counts)
             for model, handle, tokenizer in zip(config.models, handles, tokenizers, strict=True)
         ]
         self._reporting = [asyncio.create_task(model.metrics.report()) for model in self._models]

@@ -4,9 +4,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Protocol
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
@@ -41,6 +41,7 @@ METRICS = {
     "num_requests_running": MetricKind(Gauge, "Requests that hold KV blocks."),
     "num_requests_waiting": MetricKind(Gauge, "Requests that wait for KV blocks."),
     "num_microbatches_in_flight": MetricKind(Gauge, "Micro-batches in the pipeline."),
+    "pipeline_repairing": MetricKind(Gauge, "1 while the pipeline is under repair, else 0."),
     "kv_cache_usage_perc": MetricKind(Gauge, "Share of the KV blocks in use, 0 to 1."),
     "num_preemptions_total": MetricKind(Counter, "Sequences that gave their KV blocks up."),
     "prefix_cache_queries_total": MetricKind(Counter, "Prompt tokens looked up."),
@@ -65,6 +66,20 @@ METRICS = {
         Histogram, "From arrival to the end.", _LATENCY_BOUNDS_S
     ),
 }
+
+
+class ReportedPipeline(Protocol):
+    """What is told of a pipeline, beside its requests.
+
+    Attributes:
+        standstill_s: How long it has been under repair; 0: it runs.
+    """
+
+    @property
+    def standstill_s(self) -> float: ...
+
+    async def load(self) -> EngineLoad:
+        """How much it holds."""
 
 
 def log_with_serve() -> None:
@@ -131,15 +146,17 @@ class ServiceMetrics:
                 tpot_s = (end_s - first_s) / (num_tokens - 1)
                 self._observe("request_time_per_output_token_seconds", tpot_s)
 
-    async def report(self, load: Callable[[], Awaitable[EngineLoad]] | None = None) -> NoReturn:
-        """Tell for ever how many tokens there were, and what the engine holds, if one is here."""
+    async def report(self, pipeline: ReportedPipeline | None = None) -> NoReturn:
+        """Tell for ever how many tokens there were, and how the pipeline is, if one is here."""
         while True:
             await asyncio.sleep(_REPORT_PERIOD_S)
             # For all requests at once: a call into Ray for each token would be dear.
             self._count_up_to("generation_tokens_total", self._num_output_tokens)
-            if load is not None:
-                with contextlib.suppress(PipelineError):  # the health check tells of it
-                    self._report_load(await load())
+            if pipeline is not None:
+                self._set("pipeline_repairing", float(pipeline.standstill_s > 0))
+                with contextlib.suppress(PipelineError, TimeoutError):
+                    async with asyncio.timeout(_REPORT_PERIOD_S):
+                        self._report_load(await pipeline.load())
 
     def count_resumption(self) -> None:
         """A request goes on at another replica."""

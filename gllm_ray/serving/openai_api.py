@@ -49,8 +49,8 @@ class GenerationService(TokenService, Protocol):
     model_name: str
     max_model_len: int
 
-    async def check_health(self) -> None:
-        """Return if requests can be served.
+    async def check_ready(self) -> None:
+        """Return if requests can be served now, or soon.
 
         Raises:
             PipelineError: They cannot.
@@ -133,7 +133,7 @@ async def health(services: Services) -> Response:
     errors = []
     for service in services.values():
         try:
-            await service.check_health()
+            await service.check_ready()
         except PipelineError as error:
             errors.append(error)
     if len(errors) == len(services):

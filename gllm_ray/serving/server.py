@@ -20,6 +20,7 @@ from gllm_ray.assembly.replica import PipelineReplica
 from gllm_ray.autoscaling import SignalMeter
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
+from gllm_ray.errors import PipelineError
 from gllm_ray.garbage import no_garbage_collection, relax_garbage_collector
 from gllm_ray.messages import GenerationRequest, StageInfo, TokenEvent
 from gllm_ray.model.tokenizer import Tokenizer
@@ -30,6 +31,9 @@ from gllm_ray.serving.openai_api import build_api
 from gllm_ray.stages.timeline import PhaseClock, describe_startup
 
 logger = logging.getLogger(__name__)
+
+# Longer than a repair takes that finds a place for its stages and their weights at hand.
+_MAX_STANDSTILL_S = 30.0
 
 
 class PipelineOwner:
@@ -52,7 +56,7 @@ class PipelineOwner:
         self._startup_s = {**total.times_s, **prepared_s, **group.startup_s}
         logger.info("%s", describe_startup(self._startup_s, group.infos))
         self._metrics = ServiceMetrics(self.model_name)
-        self._reporting = asyncio.create_task(self._metrics.report(self._pipeline.load))
+        self._reporting = asyncio.create_task(self._metrics.report(self._pipeline))
         logger.info("ready: model=%s num_stages=%d", self.model_name, config.pipeline.num_stages)
 
     async def _start(self) -> dict[str, float]:
@@ -83,6 +87,19 @@ class PipelineOwner:
         """Called by Serve, which replaces a replica that raises."""
         await self._client.check_health()
         await self._pipeline.check_health()
+
+    async def check_ready(self) -> None:
+        """See `GenerationService`; unlike Serve, who asks here may send requests elsewhere.
+
+        Raises:
+            PipelineError: The pipeline is broken, or has been under repair for long.
+        """
+        await self.check_health()
+        if (standstill_s := self._pipeline.standstill_s) > _MAX_STANDSTILL_S:
+            raise PipelineError(
+                f"the pipeline has been under repair for {standstill_s:.0f} s",
+                public_message="the pipeline is being repaired; send the request later",
+            )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve, which tells the `SignalPolicy` their mean."""

@@ -109,6 +109,9 @@ class SharedCardChannel:
         self._slots: list[Slot | None] = [None] * num_slots
         self._next = 0
 
+    def probe(self) -> None:
+        """`meet_on_card` has seen that data passes."""
+
     def send(self, batch_id: int, hidden: torch.Tensor) -> list[object]:
         """Copy to the next slot; returns whose it is, which slot, and where, if that is new."""
         index, self._next = self._next, (self._next + 1) % len(self._slots)

@@ -126,13 +126,7 @@ class Stage:
             if self._outbound is not None:
                 self._outbound.close()
                 self._outbound = None
-            if self._transport == "object_store":
-                self._inbound = self._outbound = CarriedChannel()
-            else:
-                if previous is not None:
-                    self._inbound = self._join(find_edge(previous), DOWNSTREAM)
-                if self._store is not None:
-                    self._outbound = self._join(self._store, UPSTREAM)
+            self._join_edges(previous)
             self._last_batch_id = self._latest_computed = -1
             self._decoder = MetadataDecoder()
             self._stopwatch = self._new_stopwatch()
@@ -250,6 +244,21 @@ class Stage:
             f"stage {self._stage_id} refuses a micro-batch of epoch {epoch}: it is connected for "
             f"epoch {self._epoch}"
         )
+
+    def _join_edges(self, previous: EdgeAddress | None) -> None:
+        """Join every other edge of the chain at once, and then the others, however long it is."""
+        if self._transport == "object_store":
+            self._inbound = self._outbound = CarriedChannel()
+            return
+        ends = UPSTREAM, DOWNSTREAM
+        for end in ends if self._stage_id % 2 == 0 else reversed(ends):
+            # A channel is probed where `leave_edges` finds it: NCCL may wait for ever.
+            if end == UPSTREAM and self._store is not None:
+                self._outbound = self._join(self._store, UPSTREAM)
+                self._outbound.probe()
+            if end == DOWNSTREAM and previous is not None:
+                self._inbound = self._join(find_edge(previous), DOWNSTREAM)
+                self._inbound.probe()
 
     def _join(self, store: torch.distributed.TCPStore, end: int) -> ActivationChannel:
         max_in_flight = self._config.pipeline.most_in_flight

@@ -20,9 +20,13 @@ Transport = Literal["nccl", "cuda_ipc", "gloo", "object_store"]
 
 UPSTREAM, DOWNSTREAM = 0, 1  # ranks of the two ends of an edge
 
-# A receive is posted after the matching send was issued, so this is the time for bytes that are on
-# their way; it also bounds how long one end of an edge waits for the other to join.
+# How long one end of an edge waits for the other to join, which may first have to join its other
+# edge: all stages begin at once, and NCCL takes some seconds for one. Over gloo also the time for
+# bytes that are on their way, as a receive is posted after the matching send was issued.
 _TIMEOUT = timedelta(seconds=30)
+# On NCCL a transfer's time runs from when it is enqueued, behind steps that may each take
+# `recovery.step_timeout_s`: longer than any of them. Our own watch finds what hangs.
+_NCCL_TIMEOUT = timedelta(days=1)
 # Sends that may be under way at once; each keeps its hidden states alive.
 _MAX_PENDING_SENDS = 4
 _NUM_TAGS = 2**31
@@ -32,6 +36,13 @@ MAX_CARRIED_BYTES = 2**16
 
 class ActivationChannel(Protocol):
     """One end of an edge: the upstream stage sends on it, the downstream stage receives."""
+
+    def probe(self) -> None:
+        """Return once data can pass; both ends call this before anything else.
+
+        Raises:
+            RuntimeError: The other end is gone, or this one was told to `abort`.
+        """
 
     def send(self, batch_id: int, hidden: torch.Tensor) -> object:
         """Start to send hidden states, which nobody may change from then on.
@@ -67,6 +78,9 @@ class ActivationChannel(Protocol):
 
 class CarriedChannel:
     """Hidden states as the return value of the step: no connection, but two more copies."""
+
+    def probe(self) -> None:
+        """Nothing has to be connected."""
 
     def send(self, batch_id: int, hidden: torch.Tensor) -> list[object]:
         """Return whose hidden states they are, and their bytes, since numpy has no bfloat16."""
@@ -109,6 +123,17 @@ class ProcessGroupChannel:
         self._device_type = device_type
         self._pending: deque[tuple[torch.distributed.Work, torch.Tensor]] = deque()
 
+    def probe(self) -> None:
+        """Let NCCL connect, which it does at its first transfer, before the first request."""
+        if self._peer == DOWNSTREAM:
+            self.send(0, torch.ones(1))
+            return
+        received = torch.zeros(1, device=self._device_type)
+        self.receive(0, None, received)
+        # On a GPU `receive` returns before the data is there, and an abort ends it without.
+        if received.item() != 1:
+            raise RuntimeError("the edge was left before data could pass")
+
     def send(self, batch_id: int, hidden: torch.Tensor) -> None:
         """Issue the send; waits only while too many earlier ones are under way."""
         if len(self._pending) == _MAX_PENDING_SENDS:
@@ -148,6 +173,10 @@ class BySizeChannel:
     def __init__(self, large: ActivationChannel) -> None:
         self._small = CarriedChannel()
         self._large = large
+
+    def probe(self) -> None:
+        """See `ActivationChannel`."""
+        self._large.probe()
 
     def send(self, batch_id: int, hidden: torch.Tensor) -> object:
         """See `ActivationChannel`."""
@@ -195,7 +224,7 @@ def join_edge(
     host: str,
     max_in_flight: int,
 ) -> ActivationChannel:
-    """Become one end of an edge; returns once data can pass.
+    """Become one end of an edge; data can pass after its `probe`.
 
     Args:
         transport: What carries the hidden states; with `cuda_ipc` gloo does where the two ends are
@@ -218,13 +247,6 @@ def join_edge(
         transport = "gloo"
     device_type = "cuda" if transport == "nccl" else "cpu"
     channel = ProcessGroupChannel(_open_group(transport, store, end, host), end, device_type)
-    # NCCL connects at its first transfer, which the first request must not wait for.
-    probe = torch.zeros(1, device=device_type)
-    if end == UPSTREAM:
-        channel.send(0, probe)
-    else:
-        channel.receive(0, None, probe)
-        probe.item()  # on a GPU `receive` returns before the data is there
     return channel if transport == "nccl" else BySizeChannel(channel)
 
 
@@ -235,7 +257,7 @@ def _open_group(
         from torch.distributed import ProcessGroupNCCL  # builds for CPU lack it
 
         options = ProcessGroupNCCL.Options()
-        options._timeout = _TIMEOUT  # noqa: SLF001
+        options._timeout = _NCCL_TIMEOUT  # noqa: SLF001
         return ProcessGroupNCCL(store, rank, 2, options)
     options = ProcessGroupGloo._Options()  # noqa: SLF001
     options._timeout = _TIMEOUT  # noqa: SLF001

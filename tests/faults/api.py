@@ -24,7 +24,7 @@ class Service(Running):
     def generate(self, request):
         return self.client.generate(request)
 
-    async def check_health(self):
+    async def check_ready(self):
         await self.replica.check_health()
 
     async def server_info(self):

@@ -171,6 +171,31 @@ def check_startup(replica, stages):
 
 
 # Python calls Serve's asynchronous destructor once more.
+def test_a_long_repair_is_no_failure_to_serve_and_keeps_new_requests_away(
+    ray_cluster, own_log, tiny_llama, monkeypatch
+):
+    async def scenario():
+        config = make_service_config(tiny_llama, num_stages=2, cpus_per_stage=0.5)
+        server = await start_server(with_tokenizer(config, "package://gllm_ray/demo/model"))
+        pipeline = server._pipeline
+        await server.check_ready()
+        os.kill(await pipeline.group.stages[1].ping.remote(), signal.SIGKILL)
+        async with asyncio.timeout(30):
+            while pipeline.standstill_s == 0:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await server.check_ready()
+            monkeypatch.setattr("gllm_ray.serving.server._MAX_STANDSTILL_S", 0.0)
+            await server.check_health()
+            with pytest.raises(PipelineError, match="under repair for"):
+                await server.check_ready()
+            while pipeline.standstill_s > 0:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await server.check_ready()
+        await server.__del__()
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.filterwarnings("ignore:coroutine .*__del__")
 def test_a_server_that_serve_shuts_down_leaves_no_actor(ray_cluster, own_log, tiny_llama):
     async def scenario():

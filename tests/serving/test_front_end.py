@@ -54,7 +54,7 @@ class RemoteModel:
         self.generate = ResumingClient(replicas, FrontEndConfig()).generate
         self._failure = failure
 
-    async def check_health(self):
+    async def check_ready(self):
         if self._failure is not None:
             raise self._failure
 

@@ -48,7 +48,7 @@ class EndpointService:
     def generate(self, request):
         return self.client.generate(request)
 
-    async def check_health(self):
+    async def check_ready(self):
         await self.client.check_health()
 
     async def server_info(self):

@@ -153,7 +153,7 @@ class RecitingService:
                 raise step
             yield [TokenEvent(request_id=request.request_id, **event) for event in step]
 
-    async def check_health(self):
+    async def check_ready(self):
         pass
 
     async def server_info(self):
