@@ -142,7 +142,7 @@ class LocalService:
         self.requests.append(request)
         return self._client.generate(request)
 
-    async def check_health(self) -> None:
+    async def check_ready(self) -> None:
         await self._client.check_health()
 
     async def server_info(self):

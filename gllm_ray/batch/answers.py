@@ -112,8 +112,13 @@ class HttpAnswers:
                 async with self._session.post(self._base_url + row.url, json=row.body) as response:
                     if response.status == HTTPStatus.UNAUTHORIZED:
                         raise PipelineError(f"{self._base_url} does not take the API key any more")
-                    if is_last or response.status not in _BUSY_STATUS:
+                    if response.status not in _BUSY_STATUS:
                         return Answer(status=response.status, body=await _read_body(response))
+                    if is_last:
+                        raise PipelineError(
+                            f"{self._base_url} has no room for requests, or is down: it answers "
+                            f"with status {response.status} again and again"
+                        )
                     wait_s = max(wait_s, _retry_after_s(response))
             except (aiohttp.ClientError, TimeoutError) as error:
                 if is_last:

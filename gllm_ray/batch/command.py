@@ -31,7 +31,7 @@ from gllm_ray.batch.tables import TABLE_SUFFIXES, read_table
 from gllm_ray.batch.workspace import errors_name, open_workspace
 from gllm_ray.config import ModelConfig, ServiceConfig
 from gllm_ray.errors import ConfigError, GllmRayError
-from gllm_ray.model.checkpoint import open_checkpoint
+from gllm_ray.model.checkpoint import local_directory, open_checkpoint
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serve_file import load_only_service
 from gllm_ray.serving.generation_requests import RequestBuilder
@@ -129,7 +129,7 @@ async def _job_of_config(options: argparse.Namespace, source: Path) -> BatchJob:
         async with start_pipeline(config, tokenizer) as answers:
             yield answers
 
-    model = _identify_model(config.model, checkpoint.directory)
+    model = identify_model(config.model, checkpoint.directory)
     max_in_flight = options.max_in_flight or config.deployment.max_ongoing_requests
     return _make_job(options, source, checks, model, start, max_in_flight)
 
@@ -189,11 +189,15 @@ def _make_job(
     )
 
 
-def _identify_model(model: ModelConfig, directory: Path) -> dict[str, Any]:
+def identify_model(model: ModelConfig, directory: Path) -> dict[str, Any]:
     """What tells whether answers come from the same weights, without reading all of them."""
     config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    identity = {**model.model_dump(mode="json"), "config_sha256": config}
+    if local_directory(model.path) is None:
+        # Weights come later, into a directory that is named after the commit.
+        return {**identity, "commit": directory.name}
     weights = {path.name: path.stat().st_size for path in sorted(directory.glob("*.safetensors"))}
-    return {**model.model_dump(mode="json"), "config_sha256": config, "weight_bytes": weights}
+    return {**identity, "weight_bytes": weights}
 
 
 def connect_ray(config: ServiceConfig, address: str | None) -> None:

@@ -194,7 +194,7 @@ class _Run:
         finally:
             for worker in workers:
                 worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            await asyncio.gather(all_work, *workers, return_exceptions=True)
             self._is_over = True
             self._has_news.set()
             await writer

@@ -62,7 +62,7 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
         raise ConfigError(
             f"model.path={model.path!r}: model_type {model_type!r} is not supported: {reason}"
         )
-    if reads_weights and _local_directory(model.path) is not None:
+    if reads_weights and local_directory(model.path) is not None:
         find_weight_files(model)
     return Checkpoint(
         directory=directory,
@@ -104,7 +104,7 @@ def find_directory(
     Raises:
         ConfigError: There is no such directory, and no such model can be downloaded.
     """
-    directory = _local_directory(path)
+    directory = local_directory(path)
     if directory is not None:
         return directory
     if path.count("/") > 1 or path.startswith((".", "/", "~", PACKAGE_SCHEME)):
@@ -114,7 +114,8 @@ def find_directory(
     return _download(path, revision, [*_METADATA_FILES, *weight_files])
 
 
-def _local_directory(path: str) -> Path | None:
+def local_directory(path: str) -> Path | None:
+    """Where a path or a `package://` address leads; None: it is none, but perhaps a model id."""
     directory = Path(resolve_package_path(path)).expanduser()
     return directory if directory.is_dir() else None
 

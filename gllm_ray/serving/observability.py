@@ -69,14 +69,11 @@ METRICS = {
 
 
 class ReportedPipeline(Protocol):
-    """What is told of a pipeline, beside its requests.
-
-    Attributes:
-        standstill_s: How long it has been under repair; 0: it runs.
-    """
+    """What is told of a pipeline, beside its requests."""
 
     @property
-    def standstill_s(self) -> float: ...
+    def standstill_s(self) -> float:
+        """How long it has been under repair; 0: it runs."""
 
     async def load(self) -> EngineLoad:
         """How much it holds."""

@@ -214,6 +214,23 @@ def test_a_service_that_is_full_is_asked_again(tokenizer, tmp_path):
     assert [record["custom_id"] for record in read_lines(output)] == list("abcd")
 
 
+def test_a_service_that_stays_full_ends_the_job_and_no_row_fails_for_it(
+    tokenizer, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("gllm_ray.batch.answers._FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("gllm_ray.batch.answers._MAX_DELAY_S", 0.02)
+    monkeypatch.setattr("gllm_ray.batch.answers._retry_after_s", lambda _: 0.0)
+    line = make_line("a", model=LocalService.model_name)
+    source = write_lines(tmp_path / "in.jsonl", [line])
+    output = tmp_path / "out.jsonl"
+    with http_service(tokenizer, queue=QueueLimits(max_requests=0)) as url:
+        assert main(["--url", url, "--input", str(source), "--output", str(output)]) == 1
+    assert "it answers with status 429 again and again" in capsys.readouterr().err
+    with http_service(tokenizer) as url:
+        assert main(["--url", url, "--input", str(source), "--output", str(output)]) == 0
+    assert [record["custom_id"] for record in read_lines(output)] == ["a"]
+
+
 def test_a_service_with_keys_gets_the_one_of_the_environment(
     tokenizer, tmp_path, capfd, monkeypatch
 ):

@@ -171,6 +171,7 @@ def check_startup(replica, stages):
 
 
 # Python calls Serve's asynchronous destructor once more.
+@pytest.mark.filterwarnings("ignore:coroutine .*__del__")
 def test_a_long_repair_is_no_failure_to_serve_and_keeps_new_requests_away(
     ray_cluster, own_log, tiny_llama, monkeypatch
 ):

@@ -27,9 +27,13 @@ def model(tiny_llama, tmp_path_factory):
 
 
 def start_stage(address, cache, *layers):
+    return start(_STAGE, address, cache, *layers)
+
+
+def start(program, address, cache, *arguments):
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", _STAGE, *map(str, layers)],
+        [sys.executable, "-c", program, *map(str, arguments)],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -59,3 +63,22 @@ def test_a_node_downloads_what_its_stages_need_once_and_nothing_for_another_repl
     # A replica that starts while the hub cannot be reached finds the same files.
     assert files_of(start_stage(hub.address, tmp_path, 1, 2)) == second
     assert set(hub.num_downloads.values()) == {1}
+
+
+_BATCH = """
+from gllm_ray.batch.command import identify_model
+from gllm_ray.config import ModelConfig
+from gllm_ray.model.checkpoint import find_directory, find_weight_files
+model = ModelConfig(path="some/model")
+before = identify_model(model, find_directory(model.path))
+find_weight_files(model)
+assert identify_model(model, find_directory(model.path)) == before
+print(before["commit"])
+"""
+
+
+def test_a_model_of_the_hub_is_the_same_to_a_batch_before_and_after_its_weights_come(
+    model, tmp_path
+):
+    with HubServer(model) as hub:
+        assert files_of(start(_BATCH, hub.address, tmp_path)) == {"0" * 40}
