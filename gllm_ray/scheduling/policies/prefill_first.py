@@ -15,7 +15,8 @@ class PrefillFirstPolicy(InOrder):
     decodes    where no prompt waits and fits: 1/S of them, the remainder in turn
     ```
 
-    A prompt longer than the budget is cut, and finished before another begins.
+    A prompt that the budget does not hold is cut, and finished before another begins: one longer
+    than the budget, and one whose turn comes by its age, see `WaitingQueue`, beside others.
 
     Source: the baseline PP+SB of "TD-Pipe", ICPP '25 (arXiv:2506.10470), and vLLM in the
         comparison of "Sarathi-Serve", OSDI '24 (arXiv:2403.02310). Deviations from vLLM 0:
