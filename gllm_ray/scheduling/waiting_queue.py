@@ -1,9 +1,11 @@
 """The order in which waiting sequences get their blocks: priority, fairness, arrival."""
 
-from collections import Counter
-from collections.abc import Iterator
+from bisect import bisect
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from heapq import heapify, heappop, heappush, nlargest
+from itertools import accumulate
 from operator import attrgetter, itemgetter
 from typing import Any, Generic, TypeVar
 
@@ -34,10 +36,9 @@ class WaitingQueue:
 
     Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI '24, Algorithm 2.
         Deviations: prompt tokens alone are charged, and when a request comes, which gives the
-        order of charging at admission because they are known. What leaves without being admitted
-        is given back to what its tenant sends from then on, and not to what waits already. Virtual
-        time goes on with the service given, as in weighted fair queueing, lest ever new tenants
-        hold it.
+        order of charging at admission because they are known; who leaves without being admitted
+        is taken off what its tenant sent later. Virtual time goes on with the service given, as in
+        weighted fair queueing, lest ever new tenants hold it.
 
     Args:
         fair_share: Whether tenants take turns.
@@ -50,10 +51,13 @@ class WaitingQueue:
         self._fair_share = fair_share
         self._overtaking = overtaking
         self._members: dict[int, Sequence] = {}
-        self._ranks = _LazyHeap[Rank](self._members)
-        self._ages = _LazyHeap[tuple[float, int]](self._members)  # ranks without their priority
-        self._deadlines = _LazyHeap[tuple[float, int]](self._members)
+        self._ranks = _LazyHeap[Rank](self._members, _is_rank)
+        self._ages = _LazyHeap[tuple[float, int]](self._members, _is_age)
+        self._deadlines = _LazyHeap[tuple[float, int]](self._members, lambda key, sequence: True)
         self._counters: dict[str, float] = {}
+        # With `fair_share`: virtual times of those never admitted, by tenant and id.
+        self._arrivals: defaultdict[str, dict[int, float]] = defaultdict(dict)
+        self._refunds: dict[str, list[tuple[int, int]]] = {}  # id and tokens of who left
         self._num_waiting: Counter[str] = Counter()  # members of each tenant that waits
         self._virtual_time = 0.0  # tokens
         self._num_tokens_before = 0  # of all prompts that ever came
@@ -66,10 +70,9 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         """By rank; costs little more than what is taken from it."""
+        self._apply_refunds()
         for rank in self._ranks:
-            sequence = self._members[rank[2]]
-            if sequence.rank == rank:
-                yield sequence
+            yield self._members[rank[2]]
 
     @property
     def next_deadline_s(self) -> float | None:
@@ -104,6 +107,7 @@ class WaitingQueue:
 
     def head(self) -> Sequence | None:
         """The sequence to admit next."""
+        self._apply_refunds()
         if self._admitted is not None:
             admitted = (self._members[i] for i in self._admitted if i in self._members)
             return min(admitted, key=attrgetter("rank"), default=None)
@@ -133,6 +137,7 @@ class WaitingQueue:
         tenant = sequence.request.tenant
         if not sequence.epoch and tenant in self._counters:
             self._counters[tenant] -= sequence.num_tokens
+            self._refunds.setdefault(tenant, []).append((sequence.seq_id, sequence.num_tokens))
 
     def take_expired(self, now_s: float) -> Iterator[Sequence]:
         """Take out those that were never admitted, and whose deadline has passed."""
@@ -148,8 +153,9 @@ class WaitingQueue:
         self.num_tokens -= sequence.num_uncomputed_tokens
         tenant = sequence.request.tenant
         self._num_waiting[tenant] -= 1
+        self._arrivals[tenant].pop(sequence.seq_id, None)
         if not self._num_waiting[tenant]:
-            del self._num_waiting[tenant]
+            del self._num_waiting[tenant], self._arrivals[tenant]
 
     def _due(self, sequence: Sequence) -> float:
         """When a sequence that first waits is due, in tokens that came."""
@@ -161,6 +167,7 @@ class WaitingQueue:
 
     def _charge(self, sequence: Sequence) -> float:
         """Add a prompt to its tenant's counter; returns what the counter was."""
+        self._apply_refunds()  # the counter has them already
         tenant = sequence.request.tenant
         counter = max(self._counters.get(tenant, 0.0), self._virtual_time)
         if len(self._counters) >= _MAX_COUNTERS:
@@ -168,17 +175,54 @@ class WaitingQueue:
             items = nlargest(_MAX_COUNTERS // 2, self._counters.items(), key=itemgetter(1))
             self._counters = dict(items)
         self._counters[tenant] = counter + sequence.num_tokens
+        self._arrivals[tenant][sequence.seq_id] = self._virtual_time
         return counter
+
+    def _apply_refunds(self) -> None:
+        """Rank those anew that were charged after others who left; none before its arrival."""
+        for tenant, gone in self._refunds.items():
+            gone_ids, totals = _running_totals(gone)
+            for seq_id, arrived in self._arrivals.get(tenant, {}).items():
+                if refund := totals[bisect(gone_ids, seq_id)]:
+                    sequence = self._members[seq_id]
+                    priority, due, _ = sequence.rank
+                    earliest = arrived + self._overtaking * sequence.num_prompt_tokens
+                    sequence.rank = (priority, max(due - refund, earliest), seq_id)
+                    self._ranks.push(sequence.rank)
+                    self._ages.push(sequence.rank[1:])
+        self._refunds.clear()
+
+
+def _running_totals(gone: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """The ids in order, and the tokens of those before each and of all."""
+    gone.sort()
+    return [seq_id for seq_id, _ in gone], [0, *accumulate(tokens for _, tokens in gone)]
+
+
+def _is_rank(key: Rank, sequence: Sequence) -> bool:
+    return sequence.rank == key
+
+
+def _is_age(key: tuple[float, int], sequence: Sequence) -> bool:
+    """Whether it is the rank without the priority."""
+    return sequence.rank[1:] == key
 
 
 class _LazyHeap(Generic[Key]):
     """Keys of members, smallest first; a key ends with its member's id.
 
-    The keys of those who left go when they come first, or when they are most of the heap.
+    Keys that are out of date go when they come first, or when they are most of the heap.
+
+    Args:
+        members: By id.
+        is_current: Whether a key is still its member's.
     """
 
-    def __init__(self, members: dict[int, Sequence]) -> None:
+    def __init__(
+        self, members: dict[int, Sequence], is_current: Callable[[Key, Sequence], bool]
+    ) -> None:
         self._members = members
+        self._is_current = is_current
         self._keys: list[Key] = []
 
     def __iter__(self) -> Iterator[Key]:
@@ -186,20 +230,24 @@ class _LazyHeap(Generic[Key]):
         while keys:
             key = heappop(keys)
             # A member that left and came back may have its key twice.
-            if key[-1] in self._members and key != last:
+            if key != last and self._is_valid(key):
                 yield key
                 last = key
 
     def push(self, key: Key) -> None:
         heappush(self._keys, key)
         if len(self._keys) > _MIN_COMPACTED + 2 * len(self._members):
-            self._keys = list({key for key in self._keys if key[-1] in self._members})
+            self._keys = list({key for key in self._keys if self._is_valid(key)})
             heapify(self._keys)
 
     def first(self) -> Key | None:
-        while self._keys and self._keys[0][-1] not in self._members:
+        while self._keys and not self._is_valid(self._keys[0]):
             heappop(self._keys)
         return self._keys[0] if self._keys else None
 
     def pop(self) -> None:
         heappop(self._keys)
+
+    def _is_valid(self, key: Key) -> bool:
+        member = self._members.get(key[-1])
+        return member is not None and self._is_current(key, member)

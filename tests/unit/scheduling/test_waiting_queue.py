@@ -158,6 +158,17 @@ def test_who_leaves_unserved_is_not_charged():
     assert pop_all(queue) == [1, 2, 3]
 
 
+def test_who_waits_is_not_charged_for_those_of_its_tenant_that_left():
+    many = [sequence(i, num_tokens=10, tenant="a") for i in range(100)]
+    queue = queue_of(*many, fair_share=True)
+    for gone in many[:50] + many[51:99]:
+        queue.remove(gone)
+    for seq_id in range(100, 120):
+        queue.add(sequence(seq_id, num_tokens=10, tenant="b"))
+    queue.add(sequence(120, num_tokens=10, tenant="a"))
+    assert pop_all(queue)[:6] == [50, 100, 99, 101, 102, 120]
+
+
 def test_the_counters_of_many_tenants_are_bounded():
     queue = WaitingQueue(fair_share=True)
     for seq_id in range(10_000):
