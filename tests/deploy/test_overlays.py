@@ -53,6 +53,15 @@ def test_an_overlay_embeds_its_configuration_to_the_letter(overlay):
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_a_budget_keeps_every_worker_that_is_always_there(overlay):
+    objects = read_documents(overlay / "rendered.yaml")
+    (service,) = [item for item in objects if item["kind"] == "RayService"]
+    (budget,) = [item for item in objects if item["metadata"]["name"] == "gllm-ray-workers"]
+    groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert budget["spec"]["minAvailable"] == sum(group["minReplicas"] for group in groups)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
 def test_a_rendered_overlay_keeps_our_own_schemas_and_rules(overlay, capsys):
     assert validate_manifests(overlay / "rendered.yaml", load_checks(None)), capsys.readouterr().err
 
@@ -74,18 +83,57 @@ def test_a_cluster_and_the_jobs_keep_all_definitions(directory, capsys):
     assert validate_manifests(directory, full_checks()), capsys.readouterr().err
 
 
+def add_components(overlay, names):
+    """Have an overlay of `copy_of_deploy` use more components."""
+    path = overlay / "kustomization.yaml"
+    kustomization = yaml.safe_load(path.read_text("utf-8"))
+    kustomization["components"] += [f"../../components/{name}" for name in names]
+    path.write_text(yaml.safe_dump(kustomization), encoding="utf-8")
+    (overlay / "rendered.yaml").unlink()
+
+
 @needs_kubectl
 @pytest.mark.parametrize(
     "components", [["autoscaler", "incremental-upgrade"], ["gcs-ft-redis", "kueue"]]
 )
 def test_components_that_no_overlay_joins_go_together(components, copy_of_deploy, capsys):
     overlay = copy_of_deploy / "overlays" / "dev-cpu"
-    path = overlay / "kustomization.yaml"
-    kustomization = yaml.safe_load(path.read_text("utf-8"))
-    kustomization["components"] += [f"../../components/{name}" for name in components]
-    path.write_text(yaml.safe_dump(kustomization), encoding="utf-8")
-    (overlay / "rendered.yaml").unlink()
+    add_components(overlay, components)
     assert validate_manifests(overlay, full_checks()), capsys.readouterr().err
+
+
+@needs_kubectl
+def test_a_queue_leaves_it_to_kueue_when_the_service_is_suspended(copy_of_deploy):
+    overlay = copy_of_deploy / "overlays" / "dev-cpu"
+    add_components(overlay, ["kueue"])
+    (service,) = [item for item in Overlay(overlay).objects() if item["kind"] == "RayService"]
+    assert service["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gllm-ray"}
+    assert "suspend" not in service["spec"]
+
+
+@needs_kubectl
+def test_the_gateway_of_an_incremental_upgrade_reaches_the_service_and_clients_reach_it(
+    copy_of_deploy,
+):
+    overlay = copy_of_deploy / "overlays" / "dev-cpu"
+    add_components(overlay, ["autoscaler", "incremental-upgrade"])
+    policies = [item for item in Overlay(overlay).objects() if item["kind"] == "NetworkPolicy"]
+    gateway = {"gateway.networking.k8s.io/gateway-name": "gllm-ray-gateway"}
+    assert (gateway, 8000) in allowed(policies, {"app": "gllm-ray"})
+    assert allowed(policies, gateway) == [({"gllm-ray/client": "true"}, 80)]
+
+
+def allowed(policies, labels):
+    """Which pods of the namespace may ask pods with these labels, and at which port."""
+    return [
+        (peer["podSelector"]["matchLabels"], port["port"])
+        for policy in policies
+        if policy["spec"]["podSelector"]["matchLabels"] == labels
+        for rule in policy["spec"]["ingress"]
+        for peer in rule["from"]
+        for port in rule.get("ports", ())
+        if "podSelector" in peer
+    ]
 
 
 def test_every_component_is_in_an_overlay_or_in_the_test_above():
