@@ -50,6 +50,12 @@ def test_everything_that_pip_installs_is_constrained():
     assert all("-c constraints.txt" in arguments for arguments in installs)
 
 
+def test_an_index_of_torchs_own_comes_with_that_of_all_that_torch_needs():
+    installs = [arguments for name, arguments in instructions() if "--index-url" in arguments]
+    assert installs
+    assert all("--extra-index-url https://pypi.org/simple" in line for line in installs)
+
+
 def test_everything_that_is_copied_exists_and_reaches_the_build():
     ignored = (DEPLOY / "docker" / "Dockerfile.dockerignore").read_text(encoding="utf-8")
     kept = [Path(line[1:]) for line in ignored.splitlines() if line.startswith("!")]
