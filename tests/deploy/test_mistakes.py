@@ -243,8 +243,8 @@ OURS = [
     ),
     (
         SERVE_8B,
-        "      for: 2m",
-        "      fro: 2m",
+        "      for: 5m",
+        "      fro: 5m",
         "spec.groups[0].rules[0].fro",
         "did you mean for?",
     ),
