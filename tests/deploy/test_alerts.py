@@ -65,6 +65,14 @@ CASES = {
         | replicas_that_come_and_go(7),
         {"GllmRayNoHealthyReplica", "GllmRayReplicasRestart"},
     ),
+    "a pipeline is under repair": (
+        {
+            HEAD: ALWAYS_1,
+            APPLICATION: "6x60",
+            f'ray_gllm_ray_pipeline_repairing{{{DEPLOYMENT},replica="0"}}': "0x30 1x30",
+        },
+        {"GllmRayPipelineStandsStill"},
+    ),
     "blamed requests": (
         {HEAD: ALWAYS_1, APPLICATION: "6x60", ended("stop"): "0+9x60", ended("blamed"): "0+1x60"},
         {"GllmRayRequestsFail"},
