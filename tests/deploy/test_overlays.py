@@ -160,6 +160,22 @@ def test_every_pod_runs_without_rights_that_it_does_not_need(path):
             assert "memory" in container["resources"]["limits"]
 
 
+@pytest.mark.parametrize("path", POD_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_shared_memory_holds_the_object_store_that_ray_makes(path):
+    """Otherwise Ray puts it into /tmp, on a disk, and only says so in a log."""
+    for pod in (pod["spec"] for item in read_documents(path) for pod in pod_templates(item)):
+        for volume in pod.get("volumes", ()):
+            if volume["name"] == "shm":
+                size = gibibytes(volume["emptyDir"]["sizeLimit"])
+                memory = gibibytes(pod["containers"][0]["resources"]["limits"]["memory"])
+                assert size >= min(0.3 * memory, max(10, 0.95 * size))
+
+
+def gibibytes(text):
+    """The number before Gi."""
+    return float(text.removesuffix("Gi"))
+
+
 @needs_kubectl
 def test_a_changed_configuration_is_told_until_it_is_rendered(copy_of_deploy, capsys):
     overlay = copy_of_deploy / "overlays" / "dev-cpu"
