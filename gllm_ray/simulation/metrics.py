@@ -81,6 +81,7 @@ class RequestMetrics:
         num_input_tokens: Prompt tokens of requests that finished.
         num_output_tokens: Output tokens of requests that finished.
         num_preemptions: Preemptions of requests that ended.
+        admitted_s: When the last first chunk of a request that finished was scheduled.
     """
 
     def __init__(self, slo: Slo | None = None) -> None:
@@ -95,6 +96,7 @@ class RequestMetrics:
         self.num_input_tokens = 0
         self.num_output_tokens = 0
         self.num_preemptions = 0
+        self.admitted_s = 0.0
 
     def on_tokens(self, requests: Iterable[RequestProgress], now_s: float) -> None:
         """An output token of each of these requests has come, all at once."""
@@ -123,6 +125,7 @@ class RequestMetrics:
             return
         if request.first_scheduled_s is None or request.first_token_s is None:
             raise ValueError(f"{request}: must be scheduled and have a token before it finishes")
+        self.admitted_s = max(self.admitted_s, request.first_scheduled_s)
         ttft_s = request.first_token_s - request.arrival_s
         e2e_s = request.last_token_s - request.arrival_s
         tpot_s = None

@@ -5,7 +5,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from math import ceil
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gllm_ray.partition import size_kv_cache
 from gllm_ray.scheduling import Scheduler, SchedulerSettings, make_policy
@@ -17,14 +17,19 @@ from gllm_ray.simulation.hosts import Host, find_host
 from gllm_ray.simulation.links import Link, find_link
 from gllm_ray.simulation.metrics import FINISHED
 from gllm_ray.simulation.plan_config import PlanConfig
+from gllm_ray.simulation.plan_demand import Demand
 from gllm_ray.simulation.plan_ranking import Outcome, violations
 from gllm_ray.simulation.planner import Choice, Cut, stage_infos, stages_per_node
-from gllm_ray.simulation.report import Report, Summary
+from gllm_ray.simulation.report import Summary
 from gllm_ray.simulation.roofline import RooflineCost
-from gllm_ray.simulation.simulator import Simulation
+from gllm_ray.simulation.simulator import Simulation, SimulationResult
 from gllm_ray.simulation.virtual_pipeline import Timing, mixed_links, uniform_links
 from gllm_ray.simulation.workload import Workload
-from gllm_ray.simulation.workload_config import SyntheticWorkloadConfig, TraceWorkloadConfig
+from gllm_ray.simulation.workload_config import (
+    StagedArrivalsConfig,
+    SyntheticWorkloadConfig,
+    TraceWorkloadConfig,
+)
 
 _MAX_HEADROOM = 16.0
 _HEADROOM_HALVINGS = 3
@@ -128,9 +133,11 @@ def _meets(config: PlanConfig, choice: Choice, rate: float) -> bool:
 def _simulate(config: PlanConfig, choice: Choice, *, share: int = 1, rate: float = 1.0) -> Outcome:
     """Simulate a choice at a multiple of the rate; with a share, one of every `share` replicas."""
     deployment = _deployment(config, choice, choice.num_replicas // share)
-    workload = Workload(_at_rate(config.workload, rate), config.seed, share=share)
-    report = Simulation(deployment, workload, seed=config.seed).run().report
-    return _outcome(config, choice, report, share)
+    workload_config = _at_rate(config.workload, rate)
+    workload = Workload(workload_config, config.seed, share=share)
+    result = Simulation(deployment, workload, seed=config.seed).run()
+    demand = Demand.of(Workload(workload_config, config.seed), workload_config)
+    return _outcome(config, choice, result, demand)
 
 
 def _at_rate(
@@ -138,8 +145,12 @@ def _at_rate(
 ) -> SyntheticWorkloadConfig | TraceWorkloadConfig:
     """`rate` times the requests in the same time."""
     num_requests = workload.num_requests and ceil(workload.num_requests * rate)
-    rate_scale = workload.rate_scale * rate
-    return workload.model_copy(update={"num_requests": num_requests, "rate_scale": rate_scale})
+    changes: dict[str, Any] = {"num_requests": num_requests}
+    if isinstance(arrivals := workload.arrivals, StagedArrivalsConfig):
+        changes["arrivals"] = arrivals.at_rate(rate)  # in stages as long as before
+    else:
+        changes["rate_scale"] = workload.rate_scale * rate
+    return workload.model_copy(update=changes)
 
 
 def _deployment(config: PlanConfig, choice: Choice, num_replicas: int) -> Deployment:
@@ -185,12 +196,18 @@ def _links(config: PlanConfig, cut: Cut) -> tuple[Link, ...]:
     return mixed_links(link, find_link(config.network), per_node)
 
 
-def _outcome(config: PlanConfig, choice: Choice, report: Report, share: int) -> Outcome:
+def _outcome(
+    config: PlanConfig, choice: Choice, result: SimulationResult, demand: Demand
+) -> Outcome:
+    report = result.report
+
     def percentile(summary: Summary) -> float:
         return {50: summary.p50, 90: summary.p90, 99: summary.p99}[config.slo.percentile]
 
     ended = report.num_ended
     num_finished = sum(ended[reason] for reason in FINISHED)
+    served_ratio = num_finished / sum(ended.values())
+    demand_per_s = demand.served_per_s(result.requests.admitted_s, report.wall_s)
     return Outcome(
         choice=choice,
         latency_s={
@@ -198,7 +215,7 @@ def _outcome(config: PlanConfig, choice: Choice, report: Report, share: int) -> 
             "tpot": percentile(report.tpot_s),
             "e2e": percentile(report.e2e_s),
         },
-        output_tokens_per_s=report.output_tokens_per_s * share,
+        output_tokens_per_s=served_ratio * demand_per_s,
         num_requests=sum(ended.values()),
         num_unfinished=sum(ended.values()) - num_finished,
         utilization=report.pipeline.utilization,

@@ -18,7 +18,7 @@ class Outcome:
     Attributes:
         choice: The deployment.
         latency_s: `ttft`, `tpot` and `e2e` at the percentile of the SLO.
-        output_tokens_per_s: Of all replicas.
+        output_tokens_per_s: What it serves of the demand; see `Demand`.
         num_requests: Requests that ended.
         num_unfinished: Those of them that were refused or failed.
         utilization: Share of the time in which stages computed.

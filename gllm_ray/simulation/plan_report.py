@@ -22,7 +22,8 @@ _CHUNK_TOKENS = 512
 _MAX_DROPPED = 10
 _LEGEND = (
     "busy: share of the time in which stages compute; headroom: up to how many times the rate the "
-    "SLO is met, at most 16"
+    "SLO is met, at most 16; output tokens/s: those of the workload over the time in which its "
+    "requests come, or in which a choice that does not keep up with them takes them up"
 )
 
 

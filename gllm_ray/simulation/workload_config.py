@@ -54,6 +54,14 @@ class StagedArrivalsConfig(StrictModel):
             raise ValueError("stages=[...]: must have a rate_per_s > 0 in one of them")
         return self
 
+    def at_rate(self, factor: float) -> Self:
+        """The same stages, each with `factor` times its rate."""
+        stages = tuple(
+            stage.model_copy(update={"rate_per_s": factor * stage.rate_per_s})
+            for stage in self.stages
+        )
+        return self.model_copy(update={"stages": stages})
+
 
 class AtOnceArrivalsConfig(StrictModel):
     """An offline batch: all requests are there at the start."""

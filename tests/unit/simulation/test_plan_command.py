@@ -12,7 +12,7 @@ from gllm_ray.policy_config import BalancedConfig, ChunkedPrefillConfig, Tempora
 from gllm_ray.serve_file import load_serve_file, services_of
 from gllm_ray.simulation.plan_command import make_plan
 from gllm_ray.simulation.plan_evaluation import evaluate, headroom, in_processes, screen
-from gllm_ray.simulation.plan_ranking import violations
+from gllm_ray.simulation.plan_ranking import cost, violations
 from gllm_ray.simulation.plan_report import format_plan, memory_table
 from gllm_ray.simulation.plan_serve_file import serve_yaml
 from gllm_ray.simulation.planner import Choice, Cut, enumerate_choices, stage_infos
@@ -182,6 +182,66 @@ def test_screening_simulates_one_replica_with_its_share_of_the_requests():
     screened, whole = screen(config, choice), evaluate(config, choice)
     assert (screened.num_requests, whole.num_requests) == (100, 200)
     assert screened.output_tokens_per_s == pytest.approx(whole.output_tokens_per_s, rel=0.1)
+
+
+def test_of_gpus_that_keep_up_the_cheapest_is_best_however_long_it_drains():
+    gpus = [
+        {"device": "L4", "count": 1, "price_per_hour": 0.8},
+        {"device": "L40S", "count": 1, "price_per_hour": 1.1},
+    ]
+    config = plan(gpus=gpus, search={"stages": [1]})
+    result = make_plan(config, enumerate_choices(config)[0])
+    assert result.best.choice.cut.device == "L4"
+    cheap, dear = (cost(config, outcome) for outcome in result.outcomes)
+    assert dear / cheap == pytest.approx(1.1 / 0.8)
+
+
+def test_a_choice_that_does_not_keep_up_serves_what_it_takes_up():
+    lengths = {"prompt": 2000, "output": 20}
+    search = {"stages": [1], "replicas": [1]}
+    at_rate, at_once = (
+        plan(
+            workload={"arrivals": arrivals, "lengths": lengths, "num_requests": 300}, search=search
+        )
+        for arrivals in (200, "at_once")
+    )
+    served, capacity = (
+        evaluate(config, only_choice(config)).output_tokens_per_s for config in (at_rate, at_once)
+    )
+    assert served == pytest.approx(capacity, rel=0.05)
+    assert served < 0.5 * 200 * 20
+
+
+def test_screening_draws_requests_but_not_their_cost():
+    lengths = {"prompt": 100, "output": {"name": "uniform", "min_tokens": 1, "max_tokens": 400}}
+    workload = {"arrivals": 8, "lengths": lengths, "num_requests": 40}
+    config = plan(workload=workload, search={"stages": [1], "replicas": [4]})
+    choice = only_choice(config)
+    assert cost(config, screen(config, choice)) == cost(config, evaluate(config, choice))
+
+
+def test_headroom_raises_the_rate_of_a_burst_and_leaves_its_length():
+    def burst(multiple):
+        stages = [
+            {"duration_s": 1, "rate_per_s": 20 * multiple},
+            {"duration_s": 9, "rate_per_s": 0},
+        ]
+        return plan(
+            workload={
+                "arrivals": {"name": "staged", "stages": stages},
+                "lengths": {"prompt": 1000, "output": 2},
+                "duration_s": 10,
+            },
+            search={"stages": [1], "replicas": [1]},
+            slo={"ttft_s": 0.6},
+        )
+
+    choice = only_choice(burst(1))
+    most = headroom(burst(1), choice)
+    octave = max(power for power in (1, 2, 4, 8, 16) if power <= most)
+    met, missed = burst(most), burst(most + octave / 8)
+    assert not violations(met, evaluate(met, choice))
+    assert violations(missed, evaluate(missed, choice))
 
 
 def test_the_slo_holds_at_the_headroom_and_not_an_eighth_of_its_octave_above():
