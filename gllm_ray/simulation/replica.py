@@ -67,7 +67,7 @@ class SimulatedReplica:
     Attributes:
         busy_until_s: When the scheduler is next free, and no stage is being replaced.
         ready_s: When the replica takes its first request.
-        last_end_s: When a request last ended.
+        last_end_s: When a request or a micro-batch last ended.
         stopped_s: When it was told that no more requests will come; it ends those that it holds.
         alarm_s: When it is next asked which requests have waited too long.
         is_fill_due: Whether it is to be filled once its scheduler is free.
@@ -119,8 +119,12 @@ class SimulatedReplica:
         return now_s >= self._start_s and (now_s < self.stopped_s or self.num_requests > 0)
 
     def has_gone(self, now_s: float) -> bool:
-        """Whether it was stopped, and has ended what it held."""
-        return self.stopped_s <= now_s and self.num_requests == 0
+        """Whether it was stopped, and has ended what it held, and what it submitted ahead of that.
+
+        Of a request that ends by itself the next step may be under way already.
+        """
+        is_idle = self.num_requests == 0 and self._scheduler.num_in_flight == 0
+        return self.stopped_s <= now_s and is_idle
 
     @property
     def next_deadline_s(self) -> float | None:
@@ -185,6 +189,7 @@ class SimulatedReplica:
 
     def on_result(self, flying: FlyingBatch, now_s: float) -> None:
         """The oldest micro-batch is through: commit it, and fill the pipeline again."""
+        self.last_end_s = now_s
         result = MicroBatchResult(
             batch_id=flying.batch.batch_id,
             token_ids=self._sample(flying),

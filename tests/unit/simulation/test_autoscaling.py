@@ -110,6 +110,27 @@ def test_a_replica_that_goes_finishes_what_it_holds_and_takes_no_more():
     assert result.report.pipeline.utilization == pytest.approx((20 + 20 + 2) / (20 + 32))
 
 
+@pytest.mark.parametrize("interval_s", [1.0, 2.0])
+def test_a_replica_goes_once_the_step_is_through_that_it_submitted_ahead(interval_s):
+    """The step after a request's last is under way when it ends, at 20.5 s."""
+    rule = SimulatedScalingConfig(
+        min_replicas=1,
+        max_replicas=2,
+        target_ongoing_requests=10,
+        downscale_delay_s=3.0,
+        interval_s=interval_s,
+    )
+    ring = serial_scheduler(1, ring=True, max_in_flight=2)
+    deployed = deployment(num_replicas=2, scaling=rule, routing="round_robin", make=ring)
+    requests = [request(0.5, output=output, max_tokens=50) for output in (30, 20)]
+    result = simulate(deployed, requests, keep_intervals=True)
+    of_second = [each for each in result.intervals if each.replica_id == 1]
+    assert [each.end_s for each in of_second] == [1.5 + index for index in range(21)]
+    # Both compute from 0.5 s on, one until 21.5 s, the other until its request ends at 30.5 s.
+    assert result.report.wall_s == 30.5
+    assert result.report.pipeline.utilization == pytest.approx((21 + 30) / (21.5 + 30.5))
+
+
 def test_a_simulation_leaves_the_rule_as_it_was():
     deployed = deployment(scaling=RULE)
     requests = [request(float(index), output=50) for index in range(12)]
