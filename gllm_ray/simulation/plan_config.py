@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from gllm_ray.errors import ConfigError
+from gllm_ray.model.architectures import refusal_reason
 from gllm_ray.policy_config import BalancedConfig, PolicyConfig
 from gllm_ray.simulation.model_config import parse_model_shape
 from gllm_ray.simulation.model_shape import ModelShape
@@ -42,15 +43,32 @@ class PlannedModelConfig(StrictModel):
         Raises:
             ConfigError: The file cannot be read, or the architecture is not known.
         """
+        return parse_model_shape(self._config_json())
+
+    def check_served(self) -> None:
+        """Refuse a model that the service would refuse.
+
+        Raises:
+            ConfigError: The file cannot be read, or the architecture is not served.
+        """
+        config = self._config_json()
+        model_type = str(config.get("model_type"))
+        if reason := refusal_reason(model_type, config):
+            raise ConfigError(
+                f"model.config: model_type {model_type!r} cannot be planned for, as the service "
+                f"does not run it: {reason}"
+            )
+
+    def _config_json(self) -> dict[str, Any]:
         if isinstance(self.config, dict):
-            return parse_model_shape(self.config)
+            return self.config
         try:
             config = json.loads(Path(self.config).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.config={self.config!r}: {error}") from None
         if not isinstance(config, dict):
             raise ConfigError(f"model.config={self.config!r}: must hold a JSON object")
-        return parse_model_shape(config)
+        return config
 
 
 class GpuConfig(StrictModel):

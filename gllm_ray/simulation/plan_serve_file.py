@@ -26,13 +26,16 @@ def serve_yaml(config: PlanConfig, choice: Choice) -> str:
     }
     if gpu.accelerator_type is not None:
         pipeline["accelerator_type"] = gpu.accelerator_type
+    loaded: dict[str, Any] = {
+        "path": model.path,
+        "dtype": model.shape().dtype,
+        "max_model_len": model.max_model_len,
+    }
+    if config.host != "graphs":
+        loaded["enforce_eager"] = True
     replicas = choice.num_replicas
     args = {
-        "model": {
-            "path": model.path,
-            "dtype": model.shape().dtype,
-            "max_model_len": model.max_model_len,
-        },
+        "model": loaded,
         "pipeline": pipeline,
         "kv_cache": {
             "block_size": config.block_size,

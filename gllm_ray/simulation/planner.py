@@ -8,6 +8,7 @@ from gllm_ray.errors import ConfigError
 from gllm_ray.messages import StageInfo
 from gllm_ray.policy_config import PolicyConfig
 from gllm_ray.simulation.devices import find_device
+from gllm_ray.simulation.links import find_link
 from gllm_ray.simulation.model_shape import ModelShape
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.plan_config import GpuConfig, LayerPlan, PlanConfig
@@ -82,9 +83,13 @@ def enumerate_choices(config: PlanConfig) -> tuple[list[Choice], list[Rejection]
     """Every combination of what is searched, apart from those that cannot be.
 
     Raises:
-        ConfigError: The model, a device or a link is not known.
+        ConfigError: The model, a device or a link is not known, or the model is not served.
     """
     model, search = config.model.shape(), config.search
+    config.model.check_served()
+    for link in (config.network, *(gpu.link for gpu in config.gpus)):
+        if link is not None:
+            find_link(link)
     choices: list[Choice] = []
     rejections: list[Rejection] = []
     for gpu in config.gpus:

@@ -305,6 +305,16 @@ def test_a_file_routes_as_the_plan_was_simulated_or_is_refused():
         plan(routing="random")
 
 
+@pytest.mark.parametrize(("host", "is_eager"), [("graphs", False), ("eager", True)])
+def test_a_file_computes_without_graphs_as_the_plan_was_simulated(tmp_path, host, is_eager):
+    config = plan(host=host, search={"stages": [1], "replicas": [1]})
+    path = tmp_path / "serve.yaml"
+    path.write_text(serve_yaml(config, only_choice(config)), encoding="utf-8")
+    (application,) = load_serve_file(path).applications
+    (service,) = services_of(application).values()
+    assert service.model.enforce_eager == is_eager
+
+
 def test_mistakes_are_told_and_end_with_a_status(capsys, tmp_path):
     path = tmp_path / "plan.yaml"
     assert main(["plan", str(path)]) == 1

@@ -25,7 +25,7 @@ from gllm_ray.simulation.planner import (
     stage_infos,
     stages_per_node,
 )
-from tests.unit.simulation.configs import LLAMA_2_70B, LLAMA_3_8B
+from tests.unit.simulation.configs import FALCON_180B, GPT_2, LLAMA_2_70B, LLAMA_3_8B
 from tests.unit.simulation.plans import plan
 
 BALANCED = plan().search.policies[0]
@@ -136,6 +136,20 @@ def test_what_cannot_be_is_told_with_its_reason(gpu, network, search, reason):
     choices, rejections = enumerate_choices(plan(gpus=gpus, network=network, search=search))
     assert choices == []
     assert [reason in rejection.reason for rejection in rejections] == [True]
+
+
+@pytest.mark.parametrize("config", [GPT_2 | {"model_type": "gptj"}, FALCON_180B])
+def test_a_model_that_the_service_refuses_is_not_planned_for(config):
+    with pytest.raises(ConfigError, match=f"'{config['model_type']}' cannot be planned for"):
+        enumerate_choices(plan(model=model(config, 16)))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"network": "pigeon"}, {"gpus": [{"device": "L4", "count": 1, "link": "pigeon"}]}]
+)
+def test_a_link_is_known_even_if_no_choice_takes_it(changes):
+    with pytest.raises(ConfigError, match="pigeon"):
+        enumerate_choices(plan(**changes))
 
 
 @pytest.mark.parametrize(
