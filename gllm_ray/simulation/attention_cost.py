@@ -47,10 +47,15 @@ def attention_costs(layout: PipelineLayout, stage_id: int, device: Device) -> li
     return list(costs.values())
 
 
-def attention_time_s(costs: Sequence[AttentionCost], load: StepLoad) -> float:
-    """The sum over the layers; a window bounds the mean context of decodes and of chunks."""
+def attention_time_s(costs: Sequence[AttentionCost], load: StepLoad, time_s: float = 0.0) -> float:
+    """The sum over the layers; a window bounds the mean context of decodes and of chunks.
+
+    Args:
+        costs: Of a stage.
+        load: What it computes.
+        time_s: What to add to.
+    """
     num_decodes, num_context_tokens, num_prefill_tokens, num_attention_pairs = load
-    time_s = 0.0
     for window, context_token_s, pair_s in costs:
         time_s += context_token_s * min(num_context_tokens, window * num_decodes)
         time_s += pair_s * min(num_attention_pairs, window * num_prefill_tokens)

@@ -145,6 +145,10 @@ class MeasuredCost:
         table, attention = self._stages[stage_id]
         return table.time_s(load.num_tokens) + attention_time_s(attention, load)
 
+    def attention(self, stage_id: int) -> Sequence[AttentionCost]:
+        """What attention adds to the time of a stage, one entry for each window."""
+        return self._stages[stage_id][1]
+
 
 def _fit(samples: Sequence[tuple[StepLoad, float]]) -> tuple[MonotoneTable, AttentionCost]:
     """Tell attention from rows by samples of equal rows; what attention leaves is the table."""

@@ -178,7 +178,7 @@ class SimulatedReplica:
             self._pipeline.note_idle(begun_s, formed_s, IdleCause.SCHEDULER)
             self._note_chunks(batch.sequences[load.num_decodes :], formed_s)
             self._batches.add(load)
-            self._ideal.add(load)
+            self._ideal.add_batch(load)
             result_s, times = self._pipeline.submit(batch.batch_id, load, formed_s, batch.continues)
             flying = FlyingBatch(batch, load.num_decodes, times, self.epoch)
             self._expect_result(result_s, self, flying)

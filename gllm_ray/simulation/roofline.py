@@ -1,10 +1,11 @@
 """Stage times from first principles: a roofline over the matrices, heads and links of a stage."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.scheduling.load import StepLoad
-from gllm_ray.simulation.attention_cost import attention_costs, attention_time_s
+from gllm_ray.simulation.attention_cost import AttentionCost, attention_costs, attention_time_s
 from gllm_ray.simulation.devices import Device
 from gllm_ray.simulation.hosts import Host
 from gllm_ray.simulation.links import Link
@@ -64,6 +65,10 @@ class RooflineCost:
         """The time of a stage; never falls when any part of the load grows."""
         return self._stages[stage_id].time_s(load)
 
+    def attention(self, stage_id: int) -> Sequence[AttentionCost]:
+        """What attention adds to the time of a stage, one entry for each window."""
+        return self._stages[stage_id].attention
+
 
 class _Stage:
     """Stages that are alike, with what depends on rows alone kept for each number of rows seen."""
@@ -84,7 +89,7 @@ class _Stage:
         self._floor_s = num_layers * host.layer_launch_s
         self._decode_launch_s = num_layers * device.decode_launch_s
         self._prefill_launch_s = num_layers * device.prefill_launch_s
-        self._attention = attention_costs(layout, stage_id, device)
+        self.attention = attention_costs(layout, stage_id, device)
         self._rows_s: dict[int, float] = {}
         self._head_s: dict[int, float] = {}
         self._load: StepLoad | None = None  # the latest, of which stages alike ask in turn
@@ -111,7 +116,7 @@ class _Stage:
             time_s += self._decode_launch_s
         if num_prefill_tokens:
             time_s += self._prefill_launch_s
-        time_s += attention_time_s(self._attention, load)
+        time_s += attention_time_s(self.attention, load)
         host = self._host
         return max(time_s, self._floor_s) + host.step_s + host.sequence_s * num_sequences
 

@@ -3,7 +3,13 @@
 import pytest
 
 from gllm_ray.scheduling.load import StepLoad
+from gllm_ray.simulation.devices import find_device
+from gllm_ray.simulation.hosts import find_host
 from gllm_ray.simulation.ideal import IdealWork
+from gllm_ray.simulation.model_config import parse_model_shape
+from gllm_ray.simulation.pipeline_layout import PipelineLayout
+from gllm_ray.simulation.roofline import RooflineCost
+from tests.unit.simulation.configs import LLAMA_3_8B
 from tests.unit.simulation.tiny import deployment, linear_cost, request, serial_scheduler, simulate
 
 LOAD = StepLoad(
@@ -28,6 +34,7 @@ def test_a_floor_is_shared_by_the_rows_of_the_best_size():
 def test_the_slowest_stage_counts():
     class Uneven:
         layout = linear_cost(2).layout
+        attention = linear_cost(2).attention
 
         def stage_time_s(self, stage_id, load):
             return (1 + stage_id) * 1e-3 * load.num_tokens
@@ -35,6 +42,29 @@ def test_the_slowest_stage_counts():
     ideal = IdealWork(Uneven())
     ideal.add(LOAD)
     assert ideal.time_s == pytest.approx(0.2)
+
+
+def test_a_floor_is_shared_by_the_rows_of_the_largest_micro_batch_of_all():
+    large = StepLoad(num_prefill_tokens=9000)
+    ideal = IdealWork(linear_cost(1, floor_s=1.0))
+    ideal.add_batch(LOAD)
+    ideal.add_batch(large)
+    assert ideal.time_s == pytest.approx(9100 / 9000)
+
+
+@pytest.mark.parametrize("change", [{}, {"num_experts": 128, "num_experts_per_tok": 8}])
+@pytest.mark.parametrize("window", [None, 512, 4096])
+@pytest.mark.parametrize("num_tokens", [512, 4096, 16384])
+def test_no_micro_batch_takes_less_than_its_ideal(change, window, num_tokens):
+    model = {"model_type": "mixtral", "sliding_window": window} | change
+    shape = parse_model_shape(LLAMA_3_8B | model)
+    cost = RooflineCost(
+        PipelineLayout.split(shape, 1), find_device("H100-80GB-SXM"), find_host("graphs")
+    )
+    ideal = IdealWork(cost)
+    load = StepLoad(100, 100 * 20_000, num_tokens, num_tokens * 30_000)
+    ideal.add_batch(load)
+    assert ideal.time_s <= cost.stage_time_s(0, load)
 
 
 def test_a_saturated_stage_without_a_floor_reaches_the_ideal_and_idle_time_keeps_it_from_it():

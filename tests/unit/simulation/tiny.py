@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from gllm_ray.policy_config import ChunkedPrefillConfig
 from gllm_ray.scheduling import Scheduler
 from gllm_ray.scheduling.load import StepLoad
+from gllm_ray.simulation.attention_cost import NO_WINDOW, AttentionCost
 from gllm_ray.simulation.deployment import Deployment
 from gllm_ray.simulation.links import Link
 from gllm_ray.simulation.model_config import parse_model_shape
@@ -47,6 +48,9 @@ class LinearCost:
             + self.context_token_s * load.num_context_tokens
             + self.pair_s * load.num_attention_pairs
         )
+
+    def attention(self, stage_id: int) -> list[AttentionCost]:
+        return [AttentionCost(NO_WINDOW, self.context_token_s, self.pair_s)]
 
 
 def linear_cost(num_stages: int, floor_s: float = 1.0, **times_s: float) -> LinearCost:
