@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain, combinations, product
 from math import fsum, sqrt
 
+from gllm_ray.errors import ConfigError
 from gllm_ray.scheduling.calibrated_cost_model import CalibratedCostModel
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.simulation.cost_model import PipelineCost
@@ -13,13 +14,15 @@ _NUM_DECODES = (0, 1, 8, 32, 100, 256)
 _CONTEXTS = (200, 1000, 4000)
 _CHUNKS = (0, 50, 128, 250, 512, 900, 2048)
 _CHUNK_STARTS = (0, 3000)
+_MAX_ROWS = 2**19  # of a table that is still flat
 
 
 def fit_scheduler_cost(cost: PipelineCost, provenance: str) -> CalibratedCostModel:
     """What a scheduler needs of a pipeline's cost: the slowest stage's time.
 
-    The time of rows is taken over as it is, at the steps of any tile. What a context token and an
-    attention pair cost minimises the relative error over loads of up to 256 decodes of up to 4,000
+    The time of rows is taken over as it is, at the steps of any tile, and beyond 4,096 rows until
+    it rises, as where the host is what takes long. What a context token and an attention pair cost
+    minimises the relative error over loads of up to 256 decodes of up to 4,000
     tokens and a chunk of up to 2,048 tokens.
 
     Raises:
@@ -31,6 +34,14 @@ def fit_scheduler_cost(cost: PipelineCost, provenance: str) -> CalibratedCostMod
         return max(cost.stage_time_s(stage, load) for stage in stages)
 
     row_times_s = {rows: time_s(StepLoad(num_prefill_tokens=rows)) for rows in _table_rows()}
+    while max(row_times_s.values()) <= row_times_s[1]:
+        more = 2 * max(row_times_s)
+        if more > _MAX_ROWS:
+            raise ConfigError(
+                f"{provenance}: {max(row_times_s)} rows take no longer than one; must rise with "
+                "the rows, or be learnt (cost_model: learnt)"
+            )
+        row_times_s[more] = time_s(StepLoad(num_prefill_tokens=more))
     calibration = {
         "rows": list(row_times_s),
         "row_times_s": list(accumulate(row_times_s.values(), max)),

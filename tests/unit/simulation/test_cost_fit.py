@@ -14,7 +14,7 @@ from gllm_ray.simulation.hosts import find_host
 from gllm_ray.simulation.model_config import parse_model_shape
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.roofline import RooflineCost
-from tests.unit.simulation.configs import QWEN2_5_32B
+from tests.unit.simulation.configs import GPT_2, QWEN2_5_32B
 
 LAYOUT = PipelineLayout.split(parse_model_shape(QWEN2_5_32B), 4)
 
@@ -62,6 +62,16 @@ def test_a_roofline_is_met_within_5_percent_at_every_load():
             load = StepLoad(decodes, 800 * decodes, chunk, chunk * chunk)
             slowest_s = max(cost.stage_time_s(stage, load) for stage in range(4))
             assert fit.stage_time(load) == pytest.approx(slowest_s, rel=0.05)
+
+
+def test_where_the_host_takes_longest_any_micro_batch_does_until_rows_take_longer():
+    host = find_host("sarathi-serve")
+    cost = RooflineCost(
+        PipelineLayout.split(parse_model_shape(GPT_2), 1), find_device("H100-80GB-SXM"), host
+    )
+    fit = fit_scheduler_cost(cost, "made up")
+    assert fit.stage_time(StepLoad(num_decodes=256)) == 12 * host.layer_launch_s + host.sequence_s
+    assert fit.row_times_s[-1] > fit.row_times_s[0]
 
 
 def test_measurements_that_do_not_rise_with_the_rows_are_refused():
