@@ -3,6 +3,9 @@
 A `.csv` has the columns of Vidur's traces (`arrived_at` in seconds, `num_prefill_tokens`,
 `num_decode_tokens`) or of Azure's (`TIMESTAMP`, `ContextTokens`, `GeneratedTokens`), and may have
 others. A line of a `.jsonl` is an object with the attributes of `SimulatedRequest`.
+
+Dates are counted from the first request, and so are seconds that stand for a date, as those since
+1970 do. Other seconds are taken as they are: a trace may begin with a wait.
 """
 
 import csv
@@ -24,6 +27,7 @@ _CSV_COLUMNS = (
     ("arrived_at", "num_prefill_tokens", "num_decode_tokens"),
     ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
 )
+_FIRST_DATE_S = 1e8  # three years: seconds from here on stand for a date
 _FIELDS = ("arrival_s", "num_prompt_tokens", "num_output_tokens")
 
 
@@ -79,7 +83,7 @@ class _RowError(Exception):
 def _requests(
     rows: Iterator[tuple[int, dict[str, Any]]], *, has_arrivals: bool
 ) -> Iterator[SimulatedRequest]:
-    last_s = 0.0
+    last_s, begin_s = 0.0, None
     for line, row in rows:
         if not has_arrivals:
             row["arrival_s"] = 0.0
@@ -91,7 +95,9 @@ def _requests(
             given = f"arrival_s={record.arrival_s}"
             raise _RowError(line, f"{given}: must be >= {last_s}, the one before; sort the file")
         last_s = record.arrival_s
-        yield SimulatedRequest(**dict(record))
+        if begin_s is None:
+            begin_s = last_s if last_s >= _FIRST_DATE_S else 0.0
+        yield SimulatedRequest(**dict(record) | {"arrival_s": last_s - begin_s})
 
 
 def _jsonl_rows(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:

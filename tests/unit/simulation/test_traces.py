@@ -59,6 +59,14 @@ def test_azures_dates_may_have_a_time_zone_and_a_byte_order_mark(write):
     assert list(read_trace(path)) == [request(0.0, 3, 4), request(60.0, 5, 6)]
 
 
+def test_seconds_since_1970_are_counted_from_the_first_request_and_others_are_as_they_are(write):
+    rows = "{0},374,44\n{1},300,20\n"
+    epoch = write("a.csv", VIDUR + rows.format(1_700_000_000, 1_700_000_002.5))
+    assert list(read_trace(epoch)) == [request(0.0, 374, 44), request(2.5, 300, 20)]
+    late = write("b.csv", VIDUR + rows.format(90_000, 90_002.5))
+    assert [each.arrival_s for each in read_trace(late)] == [90_000, 90_002.5]
+
+
 def test_jsonl_holds_every_attribute_of_a_request(write):
     requests = [
         request(0.5, 30, 4, prefix_id=7, num_prefix_tokens=20, tenant="a", priority=-1),
