@@ -119,8 +119,10 @@ def _dropped(config: PlanConfig, plan: Plan) -> list[str]:
 
 def _outcome_table(config: PlanConfig, plan: Plan, outcomes: Sequence[Outcome]) -> list[str]:
     percentile = f"p{config.slo.percentile}"
+    has_layers = len(config.search.layers) > 1
     rows = [
-        ["GPUs", "device", "stages", "TP", "replicas", "policy", _cost_name(config)]
+        ["GPUs", "device", "stages", *["layers"] * has_layers, "TP", "replicas", "policy"]
+        + [_cost_name(config)]
         + [f"{percentile} {name} (s)" for name in ("TTFT", "TPOT", "E2E")]
         + ["output tokens/s", "busy", "headroom", "SLO"]
     ]
@@ -132,6 +134,7 @@ def _outcome_table(config: PlanConfig, plan: Plan, outcomes: Sequence[Outcome]) 
                 str(choice.num_gpus),
                 choice.cut.device,
                 str(choice.cut.num_stages),
+                *[str(list(choice.cut.layers))] * has_layers,
                 str(choice.cut.tensor_parallel),
                 str(choice.num_replicas),
                 _policy_name(choice.policy),

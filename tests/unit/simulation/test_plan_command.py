@@ -171,6 +171,17 @@ def test_without_prices_gpus_are_counted():
     assert format_plan(config, result).startswith("Frontier: number of GPUs against p99 E2E\n")
 
 
+def test_choices_that_differ_in_their_layers_are_told_apart():
+    config = plan(search={"stages": [2], "replicas": [1], "layers": [[3, 3], [2, 4]]})
+    report = format_plan(config, make_plan(config, enumerate_choices(config)[0]))
+    rows = report.partition("The best")[2].splitlines()[1:4]
+    assert sorted(row[rows[0].index("layers") :][:6] for row in rows) == [
+        "[2, 4]",
+        "[3, 3]",
+        "layers",
+    ]
+
+
 def test_screening_simulates_one_replica_with_its_share_of_the_requests():
     workload = {
         "arrivals": {"name": "gamma", "rate_per_s": 20, "shape": 100},
