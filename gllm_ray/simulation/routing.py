@@ -23,7 +23,7 @@ class Router:
 
     Args:
         name: `round_robin`; `random`; `least_outstanding`, the fewest requests; `power_of_two`, the
-            fewer of two drawn ones, as Ray Serve does; `prefix_aware`, as `PrefixRouter` does.
+            fewer of two drawn ones, equals by chance, as Ray Serve does; `prefix_aware`, as `PrefixRouter` does.
         rng: Draws them.
     """
 
@@ -43,8 +43,8 @@ class Router:
         if self._name == "random":
             return self._rng.randrange(len(replicas))
         candidates: Sequence[int] = range(len(replicas))
-        if self._name == "power_of_two" and len(replicas) > 2:
-            candidates = sorted(self._rng.sample(candidates, 2))
+        if self._name == "power_of_two" and len(replicas) > 1:
+            candidates = self._rng.sample(candidates, 2)
         return min(candidates, key=lambda index: replicas[index].num_requests)
 
     def start(self, replica: ReplicaLoad, request: SimulatedRequest) -> float:

@@ -46,6 +46,15 @@ def test_power_of_two_never_takes_the_fullest_and_takes_the_others_by_their_rank
         assert counts[index] / 6000 == pytest.approx(share, abs=0.03)
 
 
+@pytest.mark.parametrize("num_replicas", [2, 4])
+def test_power_of_two_takes_any_of_equals(num_replicas):
+    router = Router("power_of_two", Random(0))
+    loads = [Load(0)] * num_replicas
+    counts = Counter(router.choose(loads, REQUEST) for _ in range(4000))
+    for index in range(num_replicas):
+        assert counts[index] / 4000 == pytest.approx(1 / num_replicas, abs=0.03)
+
+
 def test_power_of_two_of_two_replicas_takes_the_emptier():
     router = Router("power_of_two", Random(0))
     assert all(router.choose([Load(2), Load(1)], REQUEST) == 1 for _ in range(50))
