@@ -23,7 +23,8 @@ class Router:
 
     Args:
         name: `round_robin`; `random`; `least_outstanding`, the fewest requests; `power_of_two`, the
-            fewer of two drawn ones, equals by chance, as Ray Serve does; `prefix_aware`, as `PrefixRouter` does.
+            fewer of two drawn ones, equals by chance, as Ray Serve does; `prefix_aware`, as
+            `PrefixRouter` does.
         rng: Draws them.
     """
 

@@ -172,8 +172,8 @@ class TraceWorkloadConfig(_AnyWorkloadConfig):
     path: str = Field(
         min_length=1,
         description="A .csv with arrived_at, num_prefill_tokens and num_decode_tokens or with "
-        "TIMESTAMP, ContextTokens and GeneratedTokens; or a .jsonl of simulated requests. Dates, and "
-        "seconds from 1e8 on, are counted from the first request.",
+        "TIMESTAMP, ContextTokens and GeneratedTokens; or a .jsonl of simulated requests. Dates, "
+        "and seconds from 1e8 on, are counted from the first request.",
     )
     arrivals: TraceArrivalsConfig = Field(
         default=RecordedArrivalsConfig(),
