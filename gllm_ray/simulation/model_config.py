@@ -47,6 +47,7 @@ _SHARED_SIZE = ("shared_expert_intermediate_size", "shared_intermediate_size")
 _FIRST_SPARSE = ("first_k_dense_replace", "moe_layer_start_index")
 _PATTERN = ("sliding_window_pattern", "_sliding_window_pattern")
 _POSITIONS = ("max_position_embeddings", "n_positions")
+_LISTS = ("layer_types", "mlp_layer_types", "mlp_only_layers")
 _DTYPE = ("dtype", "torch_dtype")
 
 
@@ -76,6 +77,10 @@ class _Reader:
                 "quantization_config: the cost of quantized weights is not known; use the "
                 "config.json of the unquantized checkpoint"
             )
+        for key in _LISTS:
+            value = self._get(key)
+            if value is not None and not isinstance(value, list | tuple):
+                raise ConfigError(f"{key}={value!r}: must be a list")
         self._num_layers = self._size(_LAYERS)
         self._hidden_size = self._size(_HIDDEN)
 
@@ -149,6 +154,10 @@ class _Reader:
         if not self._count(*_EXPERTS) or layer in (self._get("mlp_only_layers") or ()):
             return False
         if kinds is not None:
+            if len(kinds) != self._num_layers:
+                raise ConfigError(
+                    f"mlp_layer_types: {len(kinds)} layers; must be {self._num_layers}"
+                )
             return bool(kinds[layer] == "sparse")
         step = self._count("decoder_sparse_step", "moe_layer_interval") or 1
         return layer >= self._count(*_FIRST_SPARSE) and not (layer + 1) % step
@@ -169,7 +178,7 @@ class _Reader:
     def _layer_types(self) -> list[str]:
         kinds = self._get("layer_types")
         if kinds is not None:
-            unknown = sorted(set(kinds) - {_FULL, _SLIDING})
+            unknown = sorted({str(kind) for kind in kinds} - {_FULL, _SLIDING})
             if len(kinds) != self._num_layers or unknown:
                 raise ConfigError(
                     f"layer_types: {len(kinds)} layers, other types: {', '.join(unknown) or 'none'}"

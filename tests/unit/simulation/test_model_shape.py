@@ -120,6 +120,12 @@ def test_values_have_the_bytes_of_the_data_type(dtype, num_bytes):
             r"layer_types: 32 layers, other types: linear_attention; must be 32 times",
         ),
         ({"num_local_experts": 8}, r"num_experts_per_tok: required, but not given"),
+        ({"layer_types": 5}, r"layer_types=5: must be a list"),
+        ({"num_local_experts": 8, "mlp_only_layers": 3}, r"mlp_only_layers=3: must be a list"),
+        (
+            {"num_local_experts": 8, "num_experts_per_tok": 2, "mlp_layer_types": ["sparse"]},
+            r"mlp_layer_types: 1 layers; must be 32",
+        ),
     ],
 )
 def test_what_cannot_be_described_is_refused_with_the_key(change, message):
