@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from errno import ENOENT
+from os import strerror
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +77,7 @@ def _rates(text: str) -> list[float]:
 def _simulate(options: argparse.Namespace) -> int:
     _check_usage(options)
     try:
+        _check_outputs(options)
         if options.sweep is None:
             _run_once(options)
         else:
@@ -93,6 +96,24 @@ def _check_usage(options: argparse.Namespace) -> None:
             options.usage_error(f"--{option} does not go {word} --sweep")
     if options.gantt_start_s is not None and options.plot_gantt is None:
         options.usage_error("--gantt-start-s does not go without --plot-gantt")
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuse files that could not be written, before the simulation takes its time.
+
+    Raises:
+        ConfigError: A chart could not be drawn.
+        OSError: A directory is not there.
+    """
+    from gllm_ray.simulation.plots import check_chart
+
+    for name, path in vars(options).items():
+        if not isinstance(path, Path) or name == "config":
+            continue
+        if name.startswith("plot_"):
+            check_chart(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(ENOENT, strerror(ENOENT), str(path))
 
 
 # Each imports what it needs, so that other commands start without the simulator.

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,10 +130,23 @@ def _stages(layout: PipelineLayout, config: SimulationConfig) -> tuple[StageInfo
     if kv_cache.num_blocks is not None:
         stages = [replace(stage, max_kv_blocks=kv_cache.num_blocks) for stage in stages]
     elif (num_bytes := kv_cache.kv_cache_bytes) is not None:
+        if name is not None:
+            _check_kv_room(num_bytes, stages, find_device(name))
         stages = [
             replace(stage, max_kv_blocks=num_bytes // stage.kv_block_bytes) for stage in stages
         ]
     return tuple(stages)
+
+
+def _check_kv_room(num_bytes: int, stages: Sequence[StageInfo], device: Device) -> None:
+    for stage in stages:
+        room_bytes = device.memory_bytes - stage.weight_bytes
+        if num_bytes > room_bytes:
+            raise ConfigError(
+                f"kv_cache.kv_cache_bytes={num_bytes}: must be <= {room_bytes}, which "
+                f"{stage.weight_bytes} bytes of weights of stage {stage.stage_id} leave of each "
+                f"{device.name}"
+            )
 
 
 def _cost(layout: PipelineLayout, config: HardwareConfig) -> PipelineCost:

@@ -82,6 +82,7 @@ class RequestMetrics:
         num_output_tokens: Output tokens of requests that finished.
         num_preemptions: Preemptions of requests that ended.
         admitted_s: When the last first chunk of a request that finished was scheduled.
+        first_error: Why the first request was refused that the scheduler cannot serve; empty: none.
     """
 
     def __init__(self, slo: Slo | None = None) -> None:
@@ -97,6 +98,7 @@ class RequestMetrics:
         self.num_output_tokens = 0
         self.num_preemptions = 0
         self.admitted_s = 0.0
+        self.first_error = ""
 
     def on_tokens(self, requests: Iterable[RequestProgress], now_s: float) -> None:
         """An output token of each of these requests has come, all at once."""

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+from gllm_ray.errors import ConfigError
+from gllm_ray.messages import FinishReason
 from gllm_ray.simulation.chrome_trace import write_chrome_trace
 from gllm_ray.simulation.hardware import uncalibrated
 from gllm_ray.simulation.hardware_config import HardwareConfig
@@ -18,8 +20,19 @@ _NUM_BARS = 10  # of each stage in a Gantt chart, so that their labels can be re
 
 def format_result(result: SimulationResult, hardware: HardwareConfig) -> str:
     """The report as a table, what became of the replicas, and which constants are nominal."""
-    sections = (format_report(result.report), _replica_note(result), uncalibrated_note(hardware))
+    sections = (
+        format_report(result.report),
+        _error_note(result),
+        _replica_note(result),
+        uncalibrated_note(hardware),
+    )
     return "\n\n".join(filter(None, sections))
+
+
+def _error_note(result: SimulationResult) -> str:
+    """Why requests were refused; empty where none was."""
+    error, count = result.requests.first_error, result.report.num_ended[FinishReason.ERROR]
+    return f"{count} requests cannot be served, the first because {error}" if error else ""
 
 
 def _replica_note(result: SimulationResult) -> str:
@@ -59,12 +72,18 @@ def plot_gantt(path: Path, result: SimulationResult, start_s: float | None) -> N
         start_s: From when on; None: half-way.
 
     Raises:
-        ConfigError: matplotlib is not installed, or `path` is neither.
+        ConfigError: matplotlib is not installed, `path` is neither, or no micro-batch begins later.
     """
     begin_s = result.report.wall_s / 2 if start_s is None else start_s
     later = (interval for interval in result.intervals if interval.start_s >= begin_s)
     num_rows = len(result.report.stages) * result.num_replicas
-    plot_pipeline(islice(later, _NUM_BARS * num_rows), path)
+    bars = list(islice(later, _NUM_BARS * num_rows))
+    if not bars:
+        raise ConfigError(
+            f"--gantt-start-s {begin_s:g}: no micro-batch begins then or later; must be < "
+            f"{result.report.wall_s:g}, the end of the simulation"
+        )
+    plot_pipeline(bars, path)
 
 
 def plot_latencies(path: Path, result: SimulationResult) -> None:

@@ -91,6 +91,10 @@ def make_plan(
 def _plan(options: argparse.Namespace) -> int:
     try:
         config = load_plan_config(options.file)
+        if options.output is not None and not options.output.parent.is_dir():
+            raise ConfigError(  # noqa: TRY301
+                f"--output {options.output}: its directory must be there"
+            )
         choices, rejections = enumerate_choices(config)
         if rejections:
             print(f"Not possible:\n{format_rejections(rejections)}\n")

@@ -21,6 +21,22 @@ _LIMITS_SHOWN = 3.0
 _LABEL_POINTS = 7
 
 
+def check_chart(path: Path) -> None:
+    """Refuse a chart that could not be drawn.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or `path` ends in neither .png nor .svg.
+    """
+    if path.suffix not in _FORMATS:
+        raise ConfigError(f"{path}: must end in {' or '.join(_FORMATS)}")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "matplotlib is not installed, and charts need it: pip install 'gllm_ray[plots]'"
+        ) from error
+
+
 def plot_pipeline(
     intervals: Iterable[StageInterval],
     path: Path,
@@ -264,14 +280,9 @@ def _charts(
     path: Path, height: float = 4.0, num_charts: int = 1
 ) -> Iterator[tuple["Figure", Sequence["Axes"]]]:
     """Charts below each other, of the same times; written to `path` at the end."""
-    if path.suffix not in _FORMATS:
-        raise ConfigError(f"{path}: must end in {' or '.join(_FORMATS)}")
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "matplotlib is not installed, and charts need it: pip install 'gllm_ray[plots]'"
-        ) from error
+    check_chart(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
     yield figure, list(figure.subplots(num_charts, sharex=True, squeeze=False)[:, 0])
     figure.savefig(path)

@@ -150,7 +150,8 @@ class SimulatedReplica:
         )
         try:
             self._scheduler.add(to_generation_request(request, index), now_s)
-        except InvalidRequestError:
+        except InvalidRequestError as error:
+            self._requests.first_error = self._requests.first_error or str(error)
             self._end(progress, FinishReason.ERROR, now_s)
         except OverloadedError:
             self._end(progress, FinishReason.EXPIRED, now_s)

@@ -237,6 +237,12 @@ def test_a_kv_cache_that_holds_no_sequence_names_the_tightest_stage():
         simulate(changed(few))
 
 
+def test_a_kv_cache_beyond_the_memory_that_the_weights_leave_is_refused():
+    many = {"kv_cache.kv_cache_bytes": "47GiB"}
+    with pytest.raises(ConfigError, match=r"kv_cache_bytes=\d+: must be <= \d+, .* of each L20"):
+        simulate(changed(many))
+
+
 def test_kv_blocks_are_those_of_the_tightest_stage():
     config = parse_simulation_config(changed({"pipeline.layers": [4, 12]}))
     hardware = build_hardware(config)

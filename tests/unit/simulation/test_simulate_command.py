@@ -148,6 +148,38 @@ def test_a_file_that_cannot_be_written_is_one_line_and_exit_status_1(small, tmp_
 
 
 @pytest.mark.parametrize(
+    ("option", "file", "mistake"),
+    [
+        ("--json", "none/a.json", "No such file or directory"),
+        ("--trace", "none/a.json", "No such file or directory"),
+        ("--plot-latencies", "a.pdf", r"a\.pdf: must end in \.png or \.svg"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_told_before_the_run(
+    small, tmp_path, capsys, option, file, mistake
+):
+    assert run(small, option, tmp_path / file) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.search(mistake, err)
+
+
+@needs_matplotlib
+def test_a_gantt_chart_without_a_bar_is_refused(small, tmp_path, capsys):
+    assert run(small, "--plot-gantt", tmp_path / "a.svg", "--gantt-start-s", "99") == 1
+    assert "--gantt-start-s 99: no micro-batch begins then or later" in capsys.readouterr().err
+    assert not (tmp_path / "a.svg").exists()
+
+
+def test_the_table_says_why_requests_cannot_be_served(small, capsys):
+    small.write_text(yaml.safe_dump(changed({"workload.lengths": {"prompt": 3000, "output": 1}})))
+    assert run(small) == 0
+    assert re.search(
+        r"\n40 requests cannot be served, the first because .*2048", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
     ("options", "mistake"),
     [
         (["--sweep", "1", "--trace", "x"], "--trace does not go with --sweep"),
