@@ -220,7 +220,11 @@ class Stage:
         and not in their steps.
         """
         if self._worker.device.type == "cuda":
-            torch.cuda.synchronize(self._worker.device)
+            with self._outermost("end its steps"):
+                # Under way, because that may take as long as a step.
+                self._under_way = self._last_batch_id, 0, time.monotonic()
+                torch.cuda.synchronize(self._worker.device)
+                self._under_way = None
 
     def step_under_way(self) -> StepUnderWay | None:
         """What the stage does now, the time in which it waits for its neighbours included."""

@@ -33,6 +33,7 @@ def send(port, dtype):
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     channel = join_edge("nccl", find_edge(EdgeAddress(LOOPBACK, port)), UPSTREAM, LOOPBACK, 1)
+    channel.probe()
     for batch_id in range(len(SHAPES)):
         assert channel.send(batch_id, hidden_states(batch_id, dtype, device)) is None
     torch.cuda.synchronize()
@@ -47,6 +48,7 @@ def test_hidden_states_arrive_bit_by_bit_and_in_order(dtype):
     sender.start()
     try:
         channel = join_edge("nccl", store, DOWNSTREAM, LOOPBACK, 1)
+        channel.probe()
         for batch_id in range(len(SHAPES)):
             expected = hidden_states(batch_id, dtype, device)
             received = torch.empty_like(expected)
@@ -62,7 +64,7 @@ def test_hidden_states_arrive_bit_by_bit_and_in_order(dtype):
 def join_and_die(port):
     """An upstream end that goes before it sends."""
     torch.cuda.set_device(0)
-    join_edge("nccl", find_edge(EdgeAddress(LOOPBACK, port)), UPSTREAM, LOOPBACK, 1)
+    join_edge("nccl", find_edge(EdgeAddress(LOOPBACK, port)), UPSTREAM, LOOPBACK, 1).probe()
     torch.cuda.synchronize()
     os._exit(0)
 
@@ -75,6 +77,7 @@ def test_an_abort_ends_the_receive_from_a_process_that_died(monkeypatch):
     sender.start()
     try:
         channel = join_edge("nccl", store, DOWNSTREAM, LOOPBACK, 1)
+        channel.probe()
         sender.join(60)
         channel.receive(0, None, torch.empty(2048, 8192, device="cuda:1"))
         with ThreadPoolExecutor() as threads:

@@ -1,12 +1,21 @@
 """The edges between stages, both ends in this process."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gllm_ray.bench.transport_stage import TransportStage
 from gllm_ray.config import PipelineConfig
+from gllm_ray.errors import PipelineError
+from gllm_ray.messages import StepUnderWay
+from gllm_ray.stages import stage as stage_module
+from gllm_ray.stages import transport
 from gllm_ray.stages.transport import (
     DOWNSTREAM,
     MAX_CARRIED_BYTES,
@@ -19,6 +28,7 @@ from gllm_ray.stages.transport import (
     join_edge,
     resolve_transport,
 )
+from tests.pipelines import make_service_config
 
 LOOPBACK = "127.0.0.1"
 NUM_MANY = 20  # more than may be under way
@@ -147,3 +157,82 @@ def test_an_abort_spoils_no_close_and_may_come_again(edge: Edge) -> None:
             threads.submit(channel.abort).result()
     downstream.close()
     downstream.abort()
+
+
+def make_stages(num_stages: int) -> list[TransportStage]:
+    config = make_service_config(Path("none"), num_stages=num_stages)
+    return [TransportStage(config, stage_id) for stage_id in range(num_stages)]
+
+
+def test_a_chain_of_any_length_connects_in_the_time_of_two_edges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    edge_s, num_stages = 0.3, 8
+
+    def join_slowly(*args: object) -> ActivationChannel:
+        time.sleep(edge_s)
+        return join_edge(*args)
+
+    monkeypatch.setattr(stage_module, "join_edge", join_slowly)
+    stages = make_stages(num_stages)
+    addresses = [None, *(stage.open_edge() for stage in stages[:-1])]
+    start_s = time.monotonic()
+    with ThreadPoolExecutor(num_stages) as threads:
+        list(threads.map(lambda stage, address: stage.connect(0, address), stages, addresses))
+    assert time.monotonic() - start_s < 4 * edge_s  # one after another: (num_stages - 1) * edge_s
+
+
+class EndlessGroup:
+    """In place of NCCL's: a receive ends when data comes, which it never does, or by an abort."""
+
+    def __init__(self) -> None:
+        self.receiving, self._aborted = Event(), Event()
+
+    def recv(self, *_: object) -> SimpleNamespace:
+        self.receiving.set()
+        return SimpleNamespace(wait=self._aborted.wait)
+
+    def abort(self) -> None:
+        self._aborted.set()
+
+
+def test_who_leaves_its_edges_while_it_connects_waits_for_no_neighbour(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = EndlessGroup()
+    monkeypatch.setattr(transport, "_open_group", lambda *_: group)
+    _, stage = make_stages(2)
+    store = host_edge(LOOPBACK)
+    store.set(f"end {UPSTREAM}", "here")
+    with ThreadPoolExecutor() as threads:
+        connecting = threads.submit(stage.connect, 0, EdgeAddress(LOOPBACK, store.port))
+        assert group.receiving.wait(10)
+        stage.leave_edges()
+        is_over = not wait([connecting], timeout=5).not_done
+        group.abort()
+        assert is_over
+        with pytest.raises(PipelineError, match="the edge was left before data could pass"):
+            connecting.result()
+
+
+@pytest.mark.parametrize("fault", [None, RuntimeError("unspecified launch failure")])
+def test_a_stage_that_waits_for_its_gpu_is_under_way_until_that_has_ended_its_steps(
+    monkeypatch: pytest.MonkeyPatch, fault: RuntimeError | None
+) -> None:
+    (stage,) = make_stages(1)
+    stage._worker._device = torch.device("cuda", 0)
+    seen: list[StepUnderWay | None] = []
+
+    def synchronize(_: torch.device) -> None:
+        seen.append(stage.step_under_way())
+        if fault is not None:
+            raise fault
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    if fault is None:
+        stage.settle()
+    else:
+        with pytest.raises(PipelineError, match="stage 0 failed to end its steps: RuntimeError"):
+            stage.settle()
+    assert seen != [None]
+    assert stage.step_under_way() is None
