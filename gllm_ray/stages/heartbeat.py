@@ -17,6 +17,7 @@ from gllm_ray.config import RecoveryConfig
 from gllm_ray.errors import PipelineError, StageTimeoutError
 from gllm_ray.messages import StageInfo, StepUnderWay
 from gllm_ray.stages.ray_errors import ask
+from gllm_ray.stages.stage_group import CONNECT_TIMEOUT_S
 
 T = TypeVar("T")
 
@@ -129,11 +130,14 @@ async def _watch_stage(stage: ActorHandle, name: str, config: RecoveryConfig) ->
                 f"{name} hangs: it has not answered for {timeout_s:.1f} s "
                 "(recovery.heartbeat_timeout_s)"
             ) from None
-        if step is None or step.batch_id < 0:  # who joins its edges has another limit
+        if step is None:
             continue
-        limit_s = max_step_s(step.num_tokens, config)
+        if step.batch_id < 0:
+            what, limit_s, key = "joining its edges", CONNECT_TIMEOUT_S, ""
+        else:
+            what = f"micro-batch {step.batch_id} of {step.num_tokens} tokens"
+            limit_s, key = max_step_s(step.num_tokens, config), " (recovery.step_timeout_s)"
         if step.elapsed_s > limit_s:
             raise StageTimeoutError(
-                f"{name} hangs: micro-batch {step.batch_id} of {step.num_tokens} tokens takes "
-                f"{step.elapsed_s:.1f} s, more than {limit_s:.1f} s (recovery.step_timeout_s)"
+                f"{name} hangs: {what} takes {step.elapsed_s:.1f} s, more than {limit_s:.1f} s{key}"
             )

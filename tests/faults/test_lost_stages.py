@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from gllm_ray.stages import repair
+from gllm_ray.stages import heartbeat, repair
 from gllm_ray.stages.stage_group import connect_stages
+from gllm_ray.stages.transport import ProcessGroupChannel
 from tests.faults.replicas import (
     CAUSE,
     HEARTBEAT_TIMEOUT_S,
@@ -163,6 +164,31 @@ def test_a_stage_that_cannot_connect_is_replaced_and_no_neighbour_that_waits_for
     assert by_request(loop.run(scenario())) == undisturbed
     (failed,) = logged(caplog, "the repair failed: ")
     assert "stage 2 failed to connect to its neighbours: RuntimeError: no memory" in failed
+
+
+@pytest.mark.chaos
+def test_a_stage_that_hangs_while_it_connects_is_replaced(
+    pipeline, undisturbed, loop, caplog, monkeypatch
+):
+    for module in (heartbeat, repair):
+        monkeypatch.setattr(module, "CONNECT_TIMEOUT_S", 3)
+
+    def hang_in_probes(_):
+        ProcessGroupChannel.probe = lambda _: time.sleep(3600)
+
+    async def scenario():
+        before = await pipeline.pids()
+        tasks = await start_requests(pipeline)
+        await beside_steps(pipeline.replica.group.stages[2].__ray_call__).remote(hang_in_probes)
+        await pipeline.harm(0)
+        async with asyncio.timeout(60):
+            answers = await asyncio.gather(*tasks)
+        check_replaced(before, await pipeline.pids(), 0, 2)
+        return answers
+
+    assert by_request(loop.run(scenario())) == undisturbed
+    assert "stage 2 (layers 6-7" in caplog.text
+    assert "hangs: joining its edges takes" in caplog.text
 
 
 @pytest.mark.chaos
