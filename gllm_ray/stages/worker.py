@@ -73,6 +73,7 @@ class StageWorker:
         self._caches: dict[nn.Module, LayerKvCache] = {}
         self._graphs: DecodeGraphs | None = None
         self._grammars = RunningGrammars(lambda: Tokenizer.for_model(config.model).grammars)
+        self._held_by_others = 0  # bytes of the GPU, by other stages of this process
         self.bytes_read = 0
 
     @property
@@ -114,6 +115,8 @@ class StageWorker:
         clock.end("checkpoint")
         transformers_logging.disable_progress_bar()
         self._device = prepare_device(self._config)
+        if self._device.type == "cuda":
+            self._held_by_others = torch.cuda.memory_allocated(self._device)
         model_config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
         layers = choose_layers(self._config, model_config, self._stage_id)
         dtype = choose_dtype(self._config, model_config, self._device)
@@ -262,7 +265,8 @@ class StageWorker:
             return kv_cache.kv_cache_bytes
         free, total = torch.cuda.mem_get_info(self._device)
         share = kv_cache.memory_utilization * self._config.pipeline.gpus_per_stage
-        return max(0, min(int(total * share) - held, free) - activations)
+        own = held - self._held_by_others
+        return max(0, min(int(total * share) - own, free) - activations)
 
     def _run_largest_batches(self, max_model_len: int) -> None:
         """Reach the peak of the activations, those of attention and sampler included."""

@@ -7,12 +7,14 @@ import torch
 from llguidance import grammar_from
 from transformers import AutoConfig
 
+from gllm_ray.config import parse_service_config
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
 from gllm_ray.model.attention.backend import AttentionSetting, Gpu, choose_attention
 from gllm_ray.model.constraints import RunningGrammars
 from gllm_ray.model.shard import Shard
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.model.weights import dummy_tensors
+from gllm_ray.stages import worker as worker_module
 from gllm_ray.stages.worker import StageWorker
 from tests.numerics.models import CONFIGS, save_checkpoint
 from tests.numerics.serving import service_config
@@ -169,3 +171,45 @@ def test_what_is_told_of_tokens_and_what_a_grammar_rules_out_are_found_on_the_gp
         output = worker.execute(batch, hidden_states(worker, 2))
     assert len(output.logprobs[0].top) == 3
     assert card.num_waits == 4  # tokens; then a token's log probability, likeliest ids, theirs
+
+
+def test_stages_of_one_process_have_equal_shares_of_its_gpu(gpu, checkpoint, monkeypatch):
+    total, share, weights = 10**8, 0.4, 10**7
+    held = 0
+
+    def load_weights(*_):
+        nonlocal held
+        held += weights
+
+    path = checkpoint("llama")
+    config = parse_service_config(
+        {
+            "model": {"path": str(path), "max_model_len": 64, "enforce_eager": True},
+            "pipeline": {"device": "cuda", "num_stages": 2, "layers": [2, 2]},
+            "kv_cache": {"block_size": 4, "memory_utilization": share},
+            "scheduler": {"max_decodes": 4},
+        }
+    )
+    loaded = [load(path, stage_id) for stage_id in range(2)]
+    monkeypatch.setattr(
+        worker_module, "Shard", lambda _, layers, *__: loaded[layers[0] // 2]._shard
+    )
+    monkeypatch.setattr(worker_module, "find_gpu", lambda _: Gpu((9, 0), 132))
+    monkeypatch.setattr(Shard, "weight_bytes", weights)
+    monkeypatch.setattr(StageWorker, "_load_weights", load_weights)
+    for name, function in {
+        "is_available": lambda: True,
+        "set_device": lambda _: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda _: None,
+        "memory_allocated": lambda _: held,
+        "max_memory_allocated": lambda _: held,
+        "mem_get_info": lambda _: (total - held, total),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    with gpu() as card:
+        for stage_id, worker in enumerate(loaded):
+            move(worker, card)
+            worker._shard.probe = lambda found=worker._geometries, **_: found
+            stage = StageWorker(config, stage_id).load()
+            assert stage.max_kv_blocks == (total * share - weights) // stage.kv_block_bytes
