@@ -19,10 +19,13 @@ Forward = Callable[[PackedInputs, torch.Tensor | None], torch.Tensor]
 # Makes of a function one that computes the same again, from and to the same addresses.
 Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
+_POWERS = (1, 2, 4, 8, 16, 32)
+
 
 def graph_sizes(max_decodes: int) -> tuple[int, ...]:
-    """Powers of two, and the most decodes that a micro-batch may hold."""
-    return (*(2**power for power in range((max_decodes - 1).bit_length())), max_decodes)
+    """Powers of two to 32, its multiples, and the most decodes that a micro-batch may hold."""
+    sizes = (*_POWERS, *range(2 * _POWERS[-1], max_decodes, _POWERS[-1]))
+    return (*(size for size in sizes if size < max_decodes), max_decodes)
 
 
 def cuda_capture() -> Capture:
@@ -107,6 +110,8 @@ class DecodeGraphs:
         block_tables = inputs.tables.block_tables.repeat(1, setting.max_blocks)
         inputs = replace(inputs, tables=inputs.tables._replace(block_tables=block_tables))
         self._inputs = {size: _first_rows(inputs, size) for size in setting.sizes}
+        # Of all graphs, so that each takes no memory for its own.
+        self._output = torch.empty_like(forward(self._inputs[setting.sizes[-1]], setting.hidden))
         # The largest first, so that the memory it takes is enough for the others.
         self._replays = {
             size: capture(self._step(forward, size)) for size in reversed(setting.sizes)
@@ -152,7 +157,7 @@ class DecodeGraphs:
         hidden = self._setting.hidden
         if hidden is not None:
             hidden = hidden[:size]
-        return lambda: forward(self._inputs[size], hidden)
+        return lambda: self._output[:size].copy_(forward(self._inputs[size], hidden))
 
 
 def _first_rows(inputs: PackedInputs, size: int) -> PackedInputs:

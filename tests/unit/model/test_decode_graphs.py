@@ -177,9 +177,24 @@ def test_what_is_returned_outlives_the_next_micro_batch(stages):
     assert torch.equal(first._graphs.run(batches[0], None, ()), outputs[0])
 
 
+@torch.inference_mode()
+def test_graphs_of_all_sizes_share_the_memory_of_their_output(stages):
+    for worker in stages[1]:
+        outputs = [replay() for replay in worker._graphs._replays.values()]
+        assert len({output.data_ptr() for output in outputs}) == 1
+
+
 @pytest.mark.parametrize(
     ("max_decodes", "sizes"),
-    [(1, (1,)), (2, (1, 2)), (6, SIZES), (8, (1, 2, 4, 8)), (9, (1, 2, 4, 8, 9))],
+    [
+        (1, (1,)),
+        (2, (1, 2)),
+        (6, SIZES),
+        (8, (1, 2, 4, 8)),
+        (9, (1, 2, 4, 8, 9)),
+        (64, (1, 2, 4, 8, 16, 32, 64)),
+        (130, (1, 2, 4, 8, 16, 32, 64, 96, 128, 130)),
+    ],
 )
-def test_sizes_double_up_to_the_most_decodes_of_a_micro_batch(max_decodes, sizes):
+def test_sizes_double_to_32_and_then_grow_by_32(max_decodes, sizes):
     assert graph_sizes(max_decodes) == sizes
