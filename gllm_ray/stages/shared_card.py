@@ -45,8 +45,11 @@ class Card(Protocol):
     device: torch.device
     identity: str
 
-    def new_slot(self, num_bytes: int) -> tuple[Slot, SlotHandle]:
-        """Take memory, and tell how another process comes to hold it, too."""
+    def new_slot(self, num_bytes: int) -> Slot:
+        """Take memory."""
+
+    def share_slot(self, slot: Slot) -> SlotHandle:
+        """Tell how another process comes to hold a slot of this one; anew for each."""
 
     def open_slot(self, handle: SlotHandle) -> Slot:
         """Hold what another process has taken.
@@ -54,6 +57,36 @@ class Card(Protocol):
         Raises:
             RuntimeError: The card's driver refuses.
         """
+
+
+class SlotPool:
+    """This process's slots on a card, which outlive the edges that use them.
+
+    If a process dies that holds a slot, its memory is not freed before this process ends, too. So
+    it goes to the next edge.
+
+    Args:
+        card: Where they lie.
+
+    Attributes:
+        card: The same.
+    """
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self._free: list[Slot] = []
+
+    def take(self, num_bytes: int) -> Slot:
+        """A slot that holds as many bytes, the smallest of those that are free if one does."""
+        self._free.sort(key=lambda slot: slot.memory.nbytes)
+        for index, slot in enumerate(self._free):
+            if slot.memory.nbytes >= num_bytes:
+                return self._free.pop(index)
+        return self.card.new_slot(1 << (num_bytes - 1).bit_length())
+
+    def give_back(self, slot: Slot) -> None:
+        """Let another edge, or a larger micro-batch, have a slot that was taken."""
+        self._free.append(slot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +108,16 @@ class CudaCard:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.identity = str(torch.cuda.get_device_properties(self.device).uuid)
 
-    def new_slot(self, num_bytes: int) -> tuple[Slot, SlotHandle]:
+    def new_slot(self, num_bytes: int) -> _CudaSlot:
         """See `Card`."""
         memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-        written = torch.cuda.Event(interprocess=True)
+        return _CudaSlot(memory, torch.cuda.Event(interprocess=True))
+
+    def share_slot(self, slot: _CudaSlot) -> SlotHandle:
+        """See `Card`."""
         # The first of the fields is this process's number of the device.
-        fields = memory.untyped_storage()._share_cuda_()[1:]
-        return _CudaSlot(memory, written), [written.ipc_handle(), *fields]
+        fields = slot.memory.untyped_storage()._share_cuda_()[1:]
+        return [slot.written.ipc_handle(), *fields]
 
     def open_slot(self, handle: SlotHandle) -> Slot:
         """See `Card`."""
@@ -100,13 +136,14 @@ class SharedCardChannel:
     only when the pipeline is through with the first: so nothing has to tell that a slot was read.
 
     Args:
-        card: What the two ends share.
+        pool: Of the card that the two ends share; the upstream end takes its slots from it.
         num_slots: At least the number of micro-batches that can be in flight.
     """
 
-    def __init__(self, card: Card, num_slots: int) -> None:
-        self._card = card
-        self._slots: list[Slot | None] = [None] * num_slots
+    def __init__(self, pool: SlotPool, num_slots: int) -> None:
+        self._pool = pool
+        self._taken: list[Slot | None] = [None] * num_slots  # at the upstream end
+        self._opened: list[Slot | None] = [None] * num_slots  # at the downstream end
         self._next = 0
 
     def probe(self) -> None:
@@ -114,11 +151,14 @@ class SharedCardChannel:
 
     def send(self, batch_id: int, hidden: torch.Tensor) -> list[object]:
         """Copy to the next slot; returns whose it is, which slot, and where, if that is new."""
-        index, self._next = self._next, (self._next + 1) % len(self._slots)
-        slot, handle = self._slots[index], None
+        index, self._next = self._next, (self._next + 1) % len(self._taken)
+        slot, handle = self._taken[index], None
         if slot is None or slot.memory.nbytes < hidden.nbytes:
-            slot, handle = self._card.new_slot(1 << (hidden.nbytes - 1).bit_length())
-            self._slots[index] = slot
+            larger = self._pool.take(hidden.nbytes)
+            handle = self._pool.card.share_slot(larger)
+            if slot is not None:
+                self._pool.give_back(slot)
+            slot = self._taken[index] = larger
         _view(slot, hidden).copy_(hidden)
         slot.note_written()
         return [batch_id, index, handle]
@@ -129,8 +169,8 @@ class SharedCardChannel:
         if sent_id != batch_id:
             raise RuntimeError(f"the hidden states of micro-batch {sent_id} came instead")
         if handle is not None:
-            self._slots[index] = self._card.open_slot(handle)
-        slot = self._slots[index]
+            self._opened[index] = self._pool.card.open_slot(handle)
+        slot = self._opened[index]
         slot.wait_until_written()
         hidden.copy_(_view(slot, hidden))
 
@@ -139,14 +179,20 @@ class SharedCardChannel:
 
     def close(self) -> None:
         """Let go of the memory."""
-        self._slots = [None] * len(self._slots)
+        for slot in self._taken:
+            if slot is not None:
+                self._pool.give_back(slot)
+        self._taken = [None] * len(self._taken)
+        self._opened = [None] * len(self._opened)
 
 
-def meet_on_card(card: Card, store: TCPStore, end: int, num_slots: int) -> SharedCardChannel | None:
+def meet_on_card(
+    pool: SlotPool, store: TCPStore, end: int, num_slots: int
+) -> SharedCardChannel | None:
     """Become one end of an edge within a card, if both ends share it and it lets them.
 
     Args:
-        card: This process's.
+        pool: This process's.
         store: The edge's rendezvous.
         end: 0 sends, 1 receives.
         num_slots: See `SharedCardChannel`.
@@ -154,13 +200,15 @@ def meet_on_card(card: Card, store: TCPStore, end: int, num_slots: int) -> Share
     Returns:
         None at both ends, if hidden states have to travel otherwise.
     """
+    card = pool.card
     store.set(f"card of {end}", card.identity)
     if store.get(f"card of {1 - end}").decode() != card.identity:
         return None
-    channel = SharedCardChannel(card, num_slots)
+    channel = SharedCardChannel(pool, num_slots)
     expected = torch.tensor(_PROBE, dtype=torch.uint8, device=card.device)
     why = _offer(channel, store, expected) if end == _UPSTREAM else _try(channel, store, expected)
     if why:
+        channel.close()
         logger.warning("stages of one card exchange hidden states over the host: %s", why)
         return None
     return channel

@@ -6,6 +6,7 @@ lost stage invalidates its own edges and not the whole pipeline.
 
 from collections import deque
 from datetime import timedelta
+from functools import cache
 from typing import Literal, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.distributed import ProcessGroupGloo, TCPStore
 
 from gllm_ray.config import PipelineConfig
 from gllm_ray.messages import EdgeAddress
-from gllm_ray.stages.shared_card import CudaCard, meet_on_card
+from gllm_ray.stages.shared_card import CudaCard, SlotPool, meet_on_card
 
 Transport = Literal["nccl", "cuda_ipc", "gloo", "object_store"]
 
@@ -241,13 +242,19 @@ def join_edge(
     store.set(f"end {end}", "here")
     store.wait([f"end {1 - end}"], _TIMEOUT)
     if transport == "cuda_ipc":
-        shared = meet_on_card(CudaCard(), store, end, max_in_flight)
+        shared = meet_on_card(_slot_pool(), store, end, max_in_flight)
         if shared is not None:
             return shared
         transport = "gloo"
     device_type = "cuda" if transport == "nccl" else "cpu"
     channel = ProcessGroupChannel(_open_group(transport, store, end, host), end, device_type)
     return channel if transport == "nccl" else BySizeChannel(channel)
+
+
+@cache
+def _slot_pool() -> SlotPool:
+    """Of this process's GPU."""
+    return SlotPool(CudaCard())
 
 
 def _open_group(

@@ -1,11 +1,12 @@
 """Hidden states between two processes on one card."""
 
+import time
 from multiprocessing import get_context
 
 import pytest
 import torch
 
-from gllm_ray.stages.shared_card import CudaCard, meet_on_card
+from gllm_ray.stages.shared_card import CudaCard, SlotPool, meet_on_card
 from gllm_ray.stages.transport import DOWNSTREAM, UPSTREAM, EdgeAddress, find_edge, host_edge
 from tests.gpu.cards import CARD, needs_gpu
 
@@ -25,7 +26,7 @@ def send(port, dtype, carried, received):
     """The upstream end, never further ahead than there are slots."""
     torch.cuda.set_device(CARD)
     store = find_edge(EdgeAddress(LOOPBACK, port))
-    channel = meet_on_card(CudaCard(), store, UPSTREAM, NUM_SLOTS)
+    channel = meet_on_card(SlotPool(CudaCard()), store, UPSTREAM, NUM_SLOTS)
     assert channel is not None
     for batch_id in range(len(SHAPES)):
         carried.put(channel.send(batch_id, hidden_states(batch_id, dtype)))
@@ -43,7 +44,7 @@ def test_hidden_states_arrive_bit_by_bit_while_slots_are_used_again(dtype):
     sender = processes.Process(target=send, args=(store.port, dtype, carried, received))
     sender.start()
     try:
-        channel = meet_on_card(CudaCard(), store, DOWNSTREAM, NUM_SLOTS)
+        channel = meet_on_card(SlotPool(CudaCard()), store, DOWNSTREAM, NUM_SLOTS)
         assert channel is not None
         for batch_id in range(len(SHAPES)):
             expected = hidden_states(batch_id, dtype)
@@ -55,3 +56,51 @@ def test_hidden_states_arrive_bit_by_bit_while_slots_are_used_again(dtype):
     finally:
         sender.join(60)
     assert sender.exitcode == 0
+
+
+def send_each(port, num_edges, carried):
+    """The upstream end of one edge after another, with the memory that is held after each."""
+    torch.cuda.set_device(CARD)
+    store, pool = find_edge(EdgeAddress(LOOPBACK, port)), SlotPool(CudaCard())
+    for edge in range(num_edges):
+        prefixed = torch.distributed.PrefixStore(str(edge), store)
+        channel = meet_on_card(pool, prefixed, UPSTREAM, NUM_SLOTS)
+        carried.put(channel.send(0, hidden_states(2, torch.bfloat16)))
+        store.wait([f"{edge} was killed"])
+        channel.close()
+        carried.put(torch.cuda.memory_allocated(CARD))
+
+
+def receive_and_die(port, edge, carried, values):
+    torch.cuda.set_device(CARD)
+    store = find_edge(EdgeAddress(LOOPBACK, port))
+    prefixed = torch.distributed.PrefixStore(str(edge), store)
+    channel = meet_on_card(SlotPool(CudaCard()), prefixed, DOWNSTREAM, NUM_SLOTS)
+    expected = hidden_states(2, torch.bfloat16)
+    hidden = torch.empty_like(expected)
+    channel.receive(0, carried.get(timeout=60), hidden)
+    values.put(torch.equal(hidden, expected))
+    time.sleep(60)
+
+
+def test_downstream_ends_that_are_killed_leave_no_memory_behind():
+    processes = get_context("spawn")
+    carried, values = processes.Queue(), processes.Queue()
+    store, num_edges, held = host_edge(LOOPBACK), 3, []
+    sender = processes.Process(target=send_each, args=(store.port, num_edges, carried))
+    sender.start()
+    try:
+        for edge in range(num_edges):
+            receiver = processes.Process(
+                target=receive_and_die, args=(store.port, edge, carried, values)
+            )
+            receiver.start()
+            assert values.get(timeout=60)
+            receiver.kill()
+            receiver.join()
+            store.set(f"{edge} was killed", "")
+            held.append(carried.get(timeout=60))
+    finally:
+        sender.join(60)
+    assert sender.exitcode == 0
+    assert held == [held[0]] * num_edges

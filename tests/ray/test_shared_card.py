@@ -13,7 +13,13 @@ from gllm_ray.config import PipelineConfig
 from gllm_ray.policy_config import POLICY_CONFIGS
 from gllm_ray.scheduling import SchedulerSettings, make_policy
 from gllm_ray.scheduling.flights import Flights
-from gllm_ray.stages.shared_card import SharedCardChannel, Slot, SlotHandle, meet_on_card
+from gllm_ray.stages.shared_card import (
+    SharedCardChannel,
+    Slot,
+    SlotHandle,
+    SlotPool,
+    meet_on_card,
+)
 from gllm_ray.stages.transport import DOWNSTREAM, UPSTREAM, EdgeAddress, find_edge, host_edge
 
 LOOPBACK = "127.0.0.1"
@@ -43,11 +49,14 @@ class HostCard:
         self.num_slots = 0
         self.held: list[SharedMemory] = []
 
-    def new_slot(self, num_bytes: int) -> tuple[Slot, SlotHandle]:
+    def new_slot(self, num_bytes: int) -> HostSlot:
         shared = SharedMemory(create=True, size=num_bytes)
         self.held.append(shared)
         self.num_slots += 1
-        return self._slot(shared), [shared.name]
+        return self._slot(shared)
+
+    def share_slot(self, slot: HostSlot) -> SlotHandle:
+        return [slot.shared.name]
 
     def open_slot(self, handle: SlotHandle) -> Slot:
         if self._refuses:
@@ -55,7 +64,7 @@ class HostCard:
         return self._slot(SharedMemory(name=handle[0]))
 
     @staticmethod
-    def _slot(shared: SharedMemory) -> Slot:
+    def _slot(shared: SharedMemory) -> HostSlot:
         return HostSlot(shared, torch.frombuffer(shared.buf, dtype=torch.uint8))
 
 
@@ -68,7 +77,8 @@ def card() -> Iterator[HostCard]:
 
 
 def ends(card: HostCard) -> tuple[SharedCardChannel, SharedCardChannel]:
-    return SharedCardChannel(card, NUM_SLOTS), SharedCardChannel(card, NUM_SLOTS)
+    pool = SlotPool(card)
+    return SharedCardChannel(pool, NUM_SLOTS), SharedCardChannel(pool, NUM_SLOTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -94,6 +104,34 @@ def test_a_slot_grows_with_what_it_has_to_hold(card: HostCard) -> None:
         downstream.receive(batch_id, upstream.send(batch_id, sent), received)
         assert torch.equal(received, sent)
     assert card.num_slots == NUM_SLOTS + 1
+
+
+def test_edges_one_after_another_take_the_memory_of_one(card: HostCard) -> None:
+    pool = SlotPool(card)
+    num_slots = []
+    for _ in range(4):
+        upstream, downstream = (SharedCardChannel(pool, NUM_SLOTS) for _ in range(2))
+        for batch_id, num_rows in enumerate([1, 1, 1, 50, 1, 60, 1, 90]):
+            sent = torch.randn(num_rows, 16)
+            received = torch.empty_like(sent)
+            downstream.receive(batch_id, upstream.send(batch_id, sent), received)
+            assert torch.equal(received, sent)
+        num_slots.append(card.num_slots)
+        upstream.close()
+        downstream.close()
+    assert num_slots == [num_slots[0]] * 4
+
+
+def test_the_upstream_end_alone_gives_memory_back(card: HostCard) -> None:
+    pools = SlotPool(card), SlotPool(card)
+    upstream, downstream = (SharedCardChannel(pool, NUM_SLOTS) for pool in pools)
+    sent = torch.randn(7)
+    downstream.receive(0, upstream.send(0, sent), torch.empty_like(sent))
+    upstream.close()
+    downstream.close()
+    for pool in reversed(pools):
+        pool.take(sent.nbytes)
+    assert card.num_slots == 2
 
 
 def test_a_strided_tensor_is_sent_whole(card: HostCard) -> None:
@@ -135,8 +173,8 @@ def meet(upstream: HostCard, downstream: HostCard) -> list[SharedCardChannel | N
     store = host_edge(LOOPBACK)
     other = find_edge(EdgeAddress(LOOPBACK, store.port))
     with ThreadPoolExecutor() as threads:
-        sending = threads.submit(meet_on_card, upstream, store, UPSTREAM, NUM_SLOTS)
-        receiving = meet_on_card(downstream, other, DOWNSTREAM, NUM_SLOTS)
+        sending = threads.submit(meet_on_card, SlotPool(upstream), store, UPSTREAM, NUM_SLOTS)
+        receiving = meet_on_card(SlotPool(downstream), other, DOWNSTREAM, NUM_SLOTS)
         return [sending.result(), receiving]
 
 
@@ -164,7 +202,7 @@ def test_neither_end_uses_a_card_whose_driver_refuses(
 
 
 class FullCard(HostCard):
-    def new_slot(self, num_bytes: int) -> tuple[Slot, SlotHandle]:
+    def new_slot(self, num_bytes: int) -> HostSlot:
         raise RuntimeError
 
 
@@ -175,7 +213,7 @@ def test_neither_end_uses_a_card_that_has_no_memory_left_and_does_not_say_so() -
 def receive_elsewhere(port: int, num_batches: int) -> list[float]:
     """The downstream end, in another process; what it got, summed."""
     store = find_edge(EdgeAddress(LOOPBACK, port))
-    channel = meet_on_card(HostCard(), store, DOWNSTREAM, NUM_SLOTS)
+    channel = meet_on_card(SlotPool(HostCard()), store, DOWNSTREAM, NUM_SLOTS)
     assert channel is not None
     sums = []
     for batch_id in range(num_batches):
@@ -190,7 +228,7 @@ def test_another_process_receives_what_was_sent(card: HostCard) -> None:
     store = host_edge(LOOPBACK)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
         receiving = processes.submit(receive_elsewhere, store.port, NUM_SLOTS)
-        channel = meet_on_card(card, store, UPSTREAM, NUM_SLOTS)
+        channel = meet_on_card(SlotPool(card), store, UPSTREAM, NUM_SLOTS)
         assert channel is not None
         for batch_id in range(NUM_SLOTS):
             sent = torch.full((batch_id + 1, 1000), float(batch_id + 1))
