@@ -254,7 +254,8 @@ class StepUnderWay:
     """What a stage does at this moment.
 
     Attributes:
-        batch_id: The micro-batch that it computes; -1: none, it joins its edges.
+        batch_id: The micro-batch that it computes, or whose end it waits for; -1: none, it joins
+            its edges.
         num_tokens: The micro-batch's.
         elapsed_s: Since the stage began with it.
     """

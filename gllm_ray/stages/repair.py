@@ -141,7 +141,7 @@ class StageKeeper:
             )
 
     async def _leave_edges(self) -> None:
-        """End at once what the other stages wait for: NCCL bears no wait as long as a reload."""
+        """End at once what the other stages wait for: NCCL would wait for ever."""
         others = [stage for i, stage in enumerate(self.group.stages) if i not in self._broken]
         with suppress(PipelineError):  # who is lost is found when the stages are connected
             await ask_all(stage.leave_edges.remote() for stage in others)
