@@ -108,6 +108,9 @@ class RunningGrammars:
         numbered = [(matcher, number) for number, matcher in enumerate(matchers)]
         fill_next_token_bitmask_par(self._executor, numbered, bits)
         is_allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little", count=num_tokens)
+        for allowed, matcher in zip(is_allowed, matchers, strict=True):
+            if allowed[self._compiler.special_ids].any():
+                self._compiler.respell(matcher, allowed)
         is_refused = np.ones((len(matchers), vocab_size), dtype=bool)
         width = min(num_tokens, vocab_size)
         is_refused[:, :width] = is_allowed[:, :width] == 0

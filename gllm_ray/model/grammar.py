@@ -4,16 +4,27 @@ llguidance does the work. A matcher follows one output; its state is a function 
 the tokens it was told, so it can be made anew wherever an output goes on.
 """
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from gllm_ray.errors import InvalidRequestError
 
 # Requests that follow each other often have the same grammar.
 _MAX_COMPILED = 32
-# Without the parser's state, which is nothing for clients.
-_LIMITS = LLParserLimits(verbose_errors=False)
+# Parser items of a step, which bound the time of a mask: an ambiguous grammar takes up to 0.4 s
+# with this many, and 2 s with llguidance's own 50,000. JSON with 100 optional properties fits,
+# where there are 100,000 tokens. And errors without the parser's state: clients do not know it.
+_LIMITS = LLParserLimits(step_max_items=20_000, verbose_errors=False)
+# llguidance compiles a rule within the rule that names it. The deepest grammars that a request may
+# have take 300 MiB; what a thread does not touch is address space only.
+_STACK_BYTES = 512 * 2**20
+_stack_size_lock = threading.Lock()
+# How llguidance marks special tokens among the bytes of texts, which UTF-8 cannot spell.
+_SPECIAL_TOKEN_BYTE = b"\xff"
 
 
 class GrammarCompiler:
@@ -25,6 +36,7 @@ class GrammarCompiler:
 
     Attributes:
         end_token_ids: See above.
+        special_ids: Of the tokens that stand for themselves and not for a text.
         tokenizer: That of llguidance.
 
     Raises:
@@ -39,6 +51,8 @@ class GrammarCompiler:
             self.tokenizer = LLTokenizer(tokenizer_json, eos_token=sorted(end_token_ids))
         except ValueError as error:
             raise InvalidRequestError(f"not with this model's tokenizer: {error}") from error
+        is_special = map(self.tokenizer.is_special_token, range(self.tokenizer.vocab_size))
+        self.special_ids = np.flatnonzero(np.fromiter(is_special, bool))
         self._compiled = lru_cache(_MAX_COMPILED)(self._compile)
 
     def compile(self, grammar: str) -> LLMatcher:
@@ -49,8 +63,40 @@ class GrammarCompiler:
         """
         return self._compiled(grammar).deep_copy()
 
+    def respell(self, matcher: LLMatcher, allowed: np.ndarray) -> None:
+        """Correct a mask that has a special token in the place of a text that spells its name.
+
+        llguidance leaves only the first token of a text that has to come, as the tokenizer cuts it,
+        and a special token's name is that token, there.
+
+        Args:
+            matcher: What the mask is of.
+            allowed: The mask: of each token, 1 if it may come next and else 0.
+        """
+        text = matcher.compute_ff_bytes()
+        if text and not text.startswith(_SPECIAL_TOKEN_BYTE):
+            allowed[:] = 0
+            # The name may be followed by part of a character.
+            allowed[self.tokenizer.greedy_tokenize(text.decode(errors="ignore"))[0]] = 1
+
     def _compile(self, grammar: str) -> LLMatcher:
+        with ThreadPoolExecutor(1) as executor:
+            with _stack_size_lock:  # the size is that of all threads that start meanwhile
+                default = threading.stack_size(_STACK_BYTES)
+                try:
+                    compiled = executor.submit(self._compile_deep, grammar)
+                finally:
+                    threading.stack_size(default)
+            return compiled.result()
+
+    def _compile_deep(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise InvalidRequestError(matcher.get_error())
+        beginning = matcher.deep_copy()
+        beginning.compute_bitmask()
+        if beginning.is_error():
+            reason = beginning.get_error()
+            is_empty = reason.startswith("NoExtensionBias")
+            raise InvalidRequestError("no output can match it" if is_empty else reason)
         return matcher

@@ -215,6 +215,7 @@ def test_nothing_is_kept_of_outputs_that_ended_or_were_given_up(tokenizer, pipel
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
         ({"structured_outputs": {"backend": "x"}}, "structured_outputs.backend", "not a known"),
         ({"response_format": json_schema({"type": "no"})}, "response_format", "Invalid type: no"),
+        ({"response_format": json_schema({"$ref": "#"})}, "response_format", "no output can match"),
         ({"response_format": json_schema({"not": {}})}, "response_format", "Unimplemented keys"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "have a json_schema"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),

@@ -2,6 +2,8 @@
 
 import json
 import math
+import multiprocessing
+import threading
 
 import jsonschema
 import pytest
@@ -206,11 +208,85 @@ def test_the_compiler_is_loaded_for_the_first_grammar_and_not_before():
         (grammar_from("lark", "start: y"), 'unknown name: "y"'),
         (grammar_from("json_schema", '{"type": "objct"}'), "Invalid type: objct"),
         (grammar_from("json_schema", "false"), "Unsatisfiable schema"),
+        (grammar_from("json_schema", '{"$ref": "#"}'), "no output can match it"),
+        (grammar_from("lark", "start: A\nA: /a/ & /b/"), "no output can match it"),
     ],
 )
 def test_a_grammar_with_a_mistake_is_refused_with_the_reason(grammar, reason):
     with pytest.raises(InvalidRequestError, match=reason):
         TOKENIZER.grammars.compile(grammar)
+
+
+def chain(num_rules):
+    rules = "".join(f"r{i}: r{i + 1}\n" for i in range(num_rules))
+    return grammar_from("lark", f'start: r0\n{rules}r{num_rules}: "a"')
+
+
+def chained_schema(num_schemas):
+    defs = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(num_schemas)}
+    defs[f"d{num_schemas}"] = {"const": 1}
+    return LLMatcher.grammar_from_json_schema({"$ref": "#/$defs/d0", "$defs": defs})
+
+
+def follow_deep_grammars():
+    """Compile grammars and draw by them; in a process of its own, which an overflow ends."""
+    for grammar in (chain(20_000), chained_schema(5_000)):
+        item = sequence(0, grammar, ())
+        assert draw_tokens(torch.zeros(1, VOCAB_SIZE), batch_of(item), running()).failures == ()
+
+
+def test_grammars_as_deep_as_requests_may_have_them_do_not_overflow_the_stack():
+    process = multiprocessing.get_context("spawn").Process(target=follow_deep_grammars)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_compiling_leaves_the_stack_of_other_threads_as_it_is():
+    before = threading.stack_size()
+    TOKENIZER.grammars.compile(grammar_from("regex", "[x-z]+"))
+    assert threading.stack_size() == before
+
+
+def test_a_grammar_of_so_many_meanings_that_masks_take_seconds_fails():
+    rule = " | ".join("s " * count for count in range(2, 6))
+    grammar = grammar_from("lark", f"start: s\ns: {rule}| /[a-z ]/ |")
+    grammars = running()
+    output = tuple(TOKENIZER.encode("a b c and the cat sat on the mat"))
+    item = sequence(0, grammar, output)
+    grammars.restrict(torch.zeros(1, VOCAB_SIZE), {0: item})
+    assert "Too many items" in grammars.advance({0: item}, [output[0]])[0]
+
+
+def test_an_object_of_many_optional_properties_is_followed():
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(100)}}
+    grammar = LLMatcher.grammar_from_json_schema(schema)
+    grammars = running()
+    for number in range(0, 100, 9):
+        text = json.dumps({f"p{i}": "x" for i in range(number)})
+        assert allowed(grammars, sequence(0, grammar, tuple(TOKENIZER.encode(text[:-1]))))
+
+
+@pytest.mark.parametrize("text", ["<|end|>", "é<|system|>!", "<|user|><|end|>"])
+def test_a_text_that_spells_a_special_token_is_drawn_by_other_tokens(text):
+    grammar = grammar_from("lark", f"start: {json.dumps(text)}")
+    assert drawn_text(grammar) == text
+
+
+def test_a_grammar_may_name_a_special_token():
+    assert drawn_text(grammar_from("lark", 'start: "a" <|system|> "b"')) == "a<|system|>b"
+
+
+def drawn_text(grammar):
+    """What is drawn until the end token, special tokens by their names."""
+    grammars, ids = running(), []
+    item = sequence(0, grammar, ())
+    while ids[-1:] != [END]:
+        drawn = draw_tokens(torch.zeros(1, VOCAB_SIZE), batch_of(item), grammars)
+        assert drawn.failures == ()
+        ids += drawn.token_ids
+        item = sequence(0, grammar)
+    return b"".join(map(TOKENIZER.token_bytes, ids[:-1])).decode()
 
 
 @pytest.mark.parametrize(
