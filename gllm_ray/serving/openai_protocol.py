@@ -85,8 +85,15 @@ def _check_num_texts(value: object) -> object:
 
 def _parse_prompts(value: object) -> object:
     """One prompt or several, each text or token ids, as a list of prompts."""
-    prompts = value if isinstance(value, list) and not _is_token_ids(value) else [value]
-    if not prompts or not all(_is_text(item) or _is_token_ids(item) for item in prompts):
+    is_several = isinstance(value, list) and bool(value) and type(value[0]) is not int
+    prompts = value if is_several else [value]
+    if len(prompts) > _MAX_OUTPUTS:
+        raise PydanticCustomError(
+            "too_many_prompts",
+            "must have at most {limit} prompts, not {num_prompts}",
+            {"limit": _MAX_OUTPUTS, "num_prompts": len(prompts)},
+        )
+    if not all(_is_text(item) or _is_token_ids(item) for item in prompts):
         raise PydanticCustomError(
             "prompt_type", "must be text, a list of token ids, or a list of such prompts"
         )
@@ -166,7 +173,7 @@ class GenerationParams(RequestSchema):
 class CompletionRequest(GenerationParams):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[list[Any], Field(max_length=_MAX_OUTPUTS), BeforeValidator(_parse_prompts)]
+    prompt: Annotated[list[Any], BeforeValidator(_parse_prompts)]
 
     best_of: Annotated[object, AfterValidator(_check_best_of)] = None
     echo: Annotated[object, _only(False)] = None

@@ -14,6 +14,8 @@ from gllm_ray.serving.request_schema import RequestSchema
 
 _MAX_NAME_CHARS = 1024
 _MAX_GRAMMAR_CHARS = 2**18
+# As many as have room, of a few characters each.
+_MAX_CHOICES = 2**15
 # Translating takes longer than in proportion to the length: a quarter of a second at this one.
 _MAX_GBNF_CHARS = 2**15
 # How a line begins that a grammar in Lark's syntax has to have, and no other has.
@@ -60,7 +62,9 @@ class StructuredOutputs(RequestSchema):
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    choice: (
+        Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES, fail_fast=True)] | None
+    ) = None
     grammar: str | None = Field(default=None, description="In Lark's syntax, or GBNF.")
 
     @model_validator(mode="after")
@@ -82,8 +86,10 @@ class StructuredOutputs(RequestSchema):
         if self.json_ is not None:
             return _json_grammar(self.json_)
         if self.regex is not None:
+            _check_length(len(self.regex))
             return grammar_from("regex", self.regex)
         if self.choice is not None:
+            _check_length(sum(map(len, self.choice)))
             texts = (json.dumps(text, ensure_ascii=False) for text in self.choice)
             return grammar_from("lark", f"start: {' | '.join(texts)}")
         return _lark_or_gbnf(self.grammar or "")
@@ -118,17 +124,20 @@ def output_grammar(
             grammar = response_format.grammar
         else:
             return None
+        _check_length(len(grammar))
     except ValueError as error:
         raise InvalidRequestError(f"{param}: {error}", param=param) from error
-    if len(grammar) > _MAX_GRAMMAR_CHARS:
-        raise InvalidRequestError(
-            f"{param} comes to {len(grammar)} characters; the limit is {_MAX_GRAMMAR_CHARS}",
-            param=param,
-        )
     return OutputGrammar(grammar, param) if grammar else None
 
 
+def _check_length(num_chars: int) -> None:
+    """Raise before work that takes as long as the text is, during which no other thread runs."""
+    if num_chars > _MAX_GRAMMAR_CHARS:
+        raise ValueError(f"it is too long: the limit is {_MAX_GRAMMAR_CHARS} characters")
+
+
 def _lark_or_gbnf(text: str) -> str:
+    _check_length(len(text))
     # llguidance, which can tell them apart, too, takes a second for 16,000 empty lines, four for
     # twice as many, and lets no other thread run.
     if any(map(_LARK_LINE.match, text.splitlines())):
@@ -146,4 +155,20 @@ def _lark_or_gbnf(text: str) -> str:
 
 
 def _json_grammar(schema: dict[str, Any] | str) -> str:
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITE_SPACE})
+    text = schema if isinstance(schema, str) else _spell(schema)
+    _check_length(len(text))
+    return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITE_SPACE})
+
+
+def _spell(schema: dict[str, Any]) -> str:
+    """JSON of a schema, or as much of it as shows that it is too long."""
+    chunks, num_chars = [], 0
+    try:
+        for chunk in json.JSONEncoder(ensure_ascii=False).iterencode(schema):
+            chunks.append(chunk)
+            num_chars += len(chunk)
+            if num_chars > _MAX_GRAMMAR_CHARS:
+                break
+    except RecursionError as error:
+        raise ValueError("the schema is nested too deeply") from error
+    return "".join(chunks)

@@ -177,6 +177,7 @@ def test_what_is_echoed_is_bounded(tokenizer, body):
         {"messages": [{"role": "user", "content": [1] * 50_000}]},
         {"messages": [{"role": "user", "content": "x"} | dict.fromkeys(map(str, range(50_000)))]},
         {"stop": [1] * 50_000},
+        {"structured_outputs": {"choice": [1] * 50_000}},
         {"model": "x", "stream_options": dict.fromkeys(map(str, range(50_000)))},
     ],
 )

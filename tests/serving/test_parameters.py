@@ -278,6 +278,12 @@ def test_a_prompt_that_is_none_is_refused(tokenizer, prompt):
     assert requests == []
 
 
+def test_prompts_are_counted_before_they_are_looked_at(tokenizer):
+    status, body, _ = post(tokenizer, COMPLETION_PATH, {"prompt": [[1], *[None] * 128]})
+    assert (status, body["error"]["param"]) == (400, "prompt")
+    assert "at most 128 prompts, not 129" in body["error"]["message"]
+
+
 def test_messages_of_which_the_chat_template_makes_nothing_are_refused():
     tokenizer = Tokenizer.load("package://gllm_ray/demo/model")
     tokenizer._tokenizer.chat_template = "{{ '' }}"

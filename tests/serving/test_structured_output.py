@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 from dataclasses import replace
 from typing import Literal
 
@@ -11,8 +12,11 @@ import openai
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
+from gllm_ray.errors import InvalidRequestError
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.policy_config import TemporalConfig
+from gllm_ray.serving.openai_api import MAX_BODY_BYTES
+from gllm_ray.serving.output_format import StructuredOutputs, output_grammar
 from tests.fakes import LocalService, ScriptedPipeline
 from tests.serving.demo_api import DEMO_MODEL, ask_demo, start_demo_pipeline
 from tests.serving.local_api import BODIES, CHAT, openai_client
@@ -202,9 +206,20 @@ def test_nothing_is_kept_of_outputs_that_ended_or_were_given_up(tokenizer, pipel
         ({"structured_outputs": {"grammar": "root ::= ("}}, "structured_outputs", "GBNF"),
         ({"structured_outputs": {"grammar": "\n" * 32_000}}, "structured_outputs", "'root'"),
         (
-            {"structured_outputs": {"grammar": "\n" * 400_000}},
+            {"structured_outputs": {"grammar": "\n" * 200_000}},
             "structured_outputs",
             "limit is 32768",
+        ),
+        (
+            {"structured_outputs": {"grammar": "\n" * 400_000}},
+            "structured_outputs",
+            "limit is 262144",
+        ),
+        ({"structured_outputs": {"json": "1" * 400_000}}, "structured_outputs", "limit is 262144"),
+        (
+            {"structured_outputs": {"choice": ["a" * 400_000]}},
+            "structured_outputs",
+            "limit is 262144",
         ),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs", "structured_outputs"),
         ({"structured_outputs": {"json": {"type": "no"}}}, "structured_outputs", "type: no"),
@@ -260,6 +275,14 @@ def test_what_no_output_can_follow_is_refused_with_the_reason(
     error = ask_demo(tokenizer, pipeline, scenario)
     assert (error.status_code, error.param) == (400, param)
     assert words in error.message
+
+
+def test_a_schema_as_large_as_a_body_is_refused_before_it_is_worked_on():
+    wanted = StructuredOutputs(json={"enum": [[]] * (MAX_BODY_BYTES // 3)})
+    begin = time.process_time()
+    with pytest.raises(InvalidRequestError, match="limit is 262144"):
+        output_grammar(None, wanted)
+    assert time.process_time() - begin < 0.5
 
 
 def test_a_model_without_an_end_token_says_that_it_cannot(pipeline):
