@@ -155,9 +155,30 @@ class GenerationParams(RequestSchema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
+    echo: Annotated[object, _only(False)] = None
     frequency_penalty: Annotated[object, _only(0)] = None
     logit_bias: Annotated[object, _only({})] = None
+    metadata: Annotated[object, _only({})] = None
     presence_penalty: Annotated[object, _only(0)] = None
+    service_tier: Annotated[object, _only("auto", "default")] = None
+    store: Annotated[object, _only(False)] = None
+
+    # vLLM's, whose clients send their defaults, too.
+    bad_words: Annotated[object, _only([])] = None
+    guided_choice: Annotated[object, _only()] = None
+    guided_grammar: Annotated[object, _only()] = None
+    guided_json: Annotated[object, _only()] = None
+    guided_regex: Annotated[object, _only()] = None
+    include_stop_str_in_output: Annotated[object, _only(False)] = None
+    length_penalty: Annotated[object, _only(1)] = None
+    min_tokens: Annotated[object, _only(0)] = None
+    prompt_logprobs: Annotated[object, _only()] = None
+    repetition_penalty: Annotated[object, _only(1)] = None
+    skip_special_tokens: Annotated[object, _only(True)] = None
+    spaces_between_special_tokens: Annotated[object, _only(True)] = None
+    stop_token_ids: Annotated[object, _only([])] = None
+    truncate_prompt_tokens: Annotated[object, _only()] = None
+    use_beam_search: Annotated[object, _only(False)] = None
 
     @property
     def outputs_per_prompt(self) -> int:
@@ -176,7 +197,6 @@ class CompletionRequest(GenerationParams):
     prompt: Annotated[list[Any], BeforeValidator(_parse_prompts)]
 
     best_of: Annotated[object, AfterValidator(_check_best_of)] = None
-    echo: Annotated[object, _only(False)] = None
     logprobs: int | None = Field(default=None, ge=0, le=_MAX_LOGPROBS)
     suffix: Annotated[object, _only("")] = None
 
@@ -218,6 +238,7 @@ class ChatMessage(RequestSchema):
     audio: Annotated[object, _only()] = None
     function_call: Annotated[object, _only()] = None
     name: Annotated[object, _only()] = None
+    reasoning_content: Annotated[object, _only()] = None
     refusal: Annotated[object, _only()] = None
     tool_calls: Annotated[object, _only([])] = None
 
@@ -235,11 +256,13 @@ class ChatCompletionRequest(GenerationParams):
     )
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
+    add_generation_prompt: Annotated[object, _only(True)] = None
     audio: Annotated[object, _only()] = None
+    chat_template_kwargs: Annotated[object, _only({})] = None
+    continue_final_message: Annotated[object, _only(False)] = None
     function_call: Annotated[object, _only("none", "auto")] = None
     functions: Annotated[object, _only([])] = None
     logprobs: bool | None = None
-    metadata: Annotated[object, _only({})] = None
     modalities: Annotated[object, _only(["text"])] = None
     moderation: Annotated[object, _only()] = None
     parallel_tool_calls: Annotated[object, _only(True)] = None
@@ -249,8 +272,6 @@ class ChatCompletionRequest(GenerationParams):
     prompt_cache_retention: Annotated[object, _only()] = None
     reasoning_effort: Annotated[object, _only()] = None
     safety_identifier: Annotated[object, _only("")] = None
-    service_tier: Annotated[object, _only("auto", "default")] = None
-    store: Annotated[object, _only(False)] = None
     tool_choice: Annotated[object, _only("none", "auto")] = None
     tools: Annotated[object, _only([])] = None
     top_logprobs: Annotated[

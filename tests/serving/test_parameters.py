@@ -11,6 +11,7 @@ from openai.types.chat.completion_create_params import (
 from openai.types.completion_create_params import (
     CompletionCreateParamsNonStreaming as CompletionParams,
 )
+from pydantic import ValidationError
 
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
 from gllm_ray.model.tokenizer import Tokenizer
@@ -86,6 +87,34 @@ NEUTRAL = {
     "user": "",
     "verbosity": "medium",
 }
+# Of vLLM's parameters the values that ask for nothing, and such as ask for something.
+VLLMS = {
+    "bad_words": ([], ["no"]),
+    "echo": (False, True),
+    "guided_choice": (None, ["a"]),
+    "guided_grammar": (None, "x"),
+    "guided_json": (None, {}),
+    "guided_regex": (None, "x"),
+    "include_stop_str_in_output": (False, True),
+    "length_penalty": (1, 2),
+    "metadata": ({}, {"key": "value"}),
+    "min_tokens": (0, 1),
+    "prompt_logprobs": (None, 1),
+    "repetition_penalty": (1.0, 1.1),
+    "service_tier": ("auto", "priority"),
+    "skip_special_tokens": (True, False),
+    "spaces_between_special_tokens": (True, False),
+    "stop_token_ids": ([], [1]),
+    "store": (False, True),
+    "truncate_prompt_tokens": (None, 5),
+    "use_beam_search": (False, True),
+}
+VLLMS_OF_CHATS = {
+    "add_generation_prompt": (True, False),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
+    "continue_final_message": (False, True),
+}
+VLLMS_OF = {CHAT_PATH: VLLMS | VLLMS_OF_CHATS, COMPLETION_PATH: VLLMS}
 UNSUPPORTED = [(path, name) for path in BODIES for name in sorted(OFFICIAL[path] - HONOURED[path])]
 
 
@@ -111,7 +140,23 @@ def request_for(tokenizer, path, change, **options):
 @pytest.mark.parametrize("path", BODIES)
 def test_the_schema_knows_exactly_openais_parameters_and_our_own(path):
     schema = ChatCompletionRequest if path == CHAT_PATH else CompletionRequest
-    assert set(schema.model_fields) == OFFICIAL[path] | OWN
+    assert set(schema.model_fields) == OFFICIAL[path] | OWN | VLLMS_OF[path].keys()
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_vllms_parameters_are_accepted_where_they_ask_for_nothing(tokenizer, path):
+    request_for(tokenizer, path, {name: neutral for name, (neutral, _) in VLLMS_OF[path].items()})
+    status, body, _ = post(tokenizer, path, {name: more for name, (_, more) in VLLMS.items()})
+    assert (status, body["error"]["code"]) == (400, "unsupported_parameter")
+    schema = ChatCompletionRequest if path == CHAT_PATH else CompletionRequest
+    for name, (_, more) in VLLMS_OF[path].items():
+        with pytest.raises(ValidationError, match="is not supported yet"):
+            schema.model_validate(BODIES[path] | {name: more})
+
+
+def test_an_answer_is_taken_back_with_its_empty_fields(tokenizer):
+    answer = {"role": "assistant", "content": "x", "reasoning_content": None, "tool_calls": []}
+    request_for(tokenizer, CHAT_PATH, {"messages": [*CHAT, answer, *CHAT]})
 
 
 @pytest.mark.parametrize(("path", "name"), UNSUPPORTED)
@@ -142,7 +187,7 @@ def test_nonsense_is_refused_by_name(tokenizer, path, name):
 
 
 @pytest.mark.parametrize("path", BODIES)
-@pytest.mark.parametrize("name", ["topp", "guided_json", "chat_template", "€"])
+@pytest.mark.parametrize("name", ["topp", "guided_jsn", "chat_template", "€"])
 def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
     status, body, _ = post(tokenizer, path, {name: 1})
     assert (status, body["error"]["param"]) == (400, name)
