@@ -32,6 +32,11 @@ class ModelConfig(StrictModel):
     revision: str | None = Field(
         default=None, min_length=1, description="Branch, tag or commit of a Hugging Face id."
     )
+    generation_config: Literal["auto", "none"] = Field(
+        default="auto",
+        description="auto: requests that leave `temperature`, `top_p`, `top_k` or `min_p` out have "
+        "that of the model's generation_config.json, if there is one; none: OpenAI's.",
+    )
     load_format: Literal["safetensors", "dummy"] = Field(
         default="safetensors", description="dummy: seeded random weights; only config.json is read."
     )

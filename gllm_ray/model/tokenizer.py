@@ -1,4 +1,4 @@
-"""Text to tokens: encoding, the chat template, and which tokens end an output.
+"""Text to tokens: encoding, the chat template, which tokens end an output, and how to sample.
 
 Only what the `tokenizers` library can read is served, and never code that came with a model.
 """
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import decoders
@@ -17,6 +17,7 @@ from gllm_ray.config import ModelConfig
 from gllm_ray.errors import ConfigError, InvalidRequestError
 from gllm_ray.model.checkpoint import find_directory
 from gllm_ray.model.detokenizer import ByteLevelDecoder, Detokenizer, TextDecoder, WindowDecoder
+from gllm_ray.model.generation_config import SamplingDefaults
 from gllm_ray.model.grammar import GrammarCompiler
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Tokenizer:
         tokenizer: What `transformers` loaded.
         stop_token_ids: Tokens that end an output.
         vocab_size: Rows of the model's embedding; None: as many as the tokenizer has tokens.
+        sampling_defaults: Of requests to the model.
 
     Attributes:
         max_token_chars: No token stands for more characters than this.
@@ -49,6 +51,7 @@ class Tokenizer:
         *,
         stop_token_ids: frozenset[int] = frozenset(),
         vocab_size: int | None = None,
+        sampling_defaults: SamplingDefaults = SamplingDefaults(),  # noqa: B008 - it is frozen
     ) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
@@ -63,12 +66,18 @@ class Tokenizer:
         self._is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
         self._token_bytes: dict[int, bytes] = {}
         self.stop_token_ids = stop_token_ids
+        self.sampling_defaults = sampling_defaults
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
         self.max_token_chars = max(map(len, self._backend.get_vocab()))
 
     @classmethod
     def load(
-        cls, path: str, revision: str | None = None, *, model_directory: Path | None = None
+        cls,
+        path: str,
+        revision: str | None = None,
+        *,
+        model_directory: Path | None = None,
+        generation_config: Literal["auto", "none"] = "auto",
     ) -> Self:
         """Load a tokenizer from wherever a model may lie.
 
@@ -76,10 +85,13 @@ class Tokenizer:
             path: A directory, a `package://` address or a Hugging Face model id.
             revision: Branch, tag or commit, if `path` is a model id.
             model_directory: Where config.json and generation_config.json lie, if not at `path`.
+            generation_config: Whether generation_config.json says how to sample; its end tokens
+                count in any case.
 
         Raises:
-            ConfigError: There is no tokenizer, it needs code from the model's repository, or its
-                chat template is no template.
+            ConfigError: There is no tokenizer, it needs code from the model's repository, its chat
+                template is no template, or generation_config.json says to sample in a way that
+                does not exist.
         """
         # It imports torch, which is for those who load a tokenizer to wait for.
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -97,20 +109,23 @@ class Tokenizer:
         config = _read_json((model_directory or directory) / "config.json")
         config |= config.get("text_config", {})
         generation = _read_json((model_directory or directory) / "generation_config.json")
+        said = generation if generation_config == "auto" else {}
         eos = (tokenizer.eos_token_id, config.get("eos_token_id"), generation.get("eos_token_id"))
         return cls(
             tokenizer,
             stop_token_ids=frozenset(_token_ids(eos)),
             vocab_size=config.get("vocab_size"),
+            sampling_defaults=SamplingDefaults.of(said),
         )
 
     @classmethod
     def for_model(cls, model: ModelConfig) -> Self:
         """Load the tokenizer that a configuration names; see `load`."""
+        use = model.generation_config
         if model.tokenizer is None:
-            return cls.load(model.path, model.revision)
+            return cls.load(model.path, model.revision, generation_config=use)
         directory = find_directory(model.path, model.revision)
-        return cls.load(model.tokenizer, model_directory=directory)
+        return cls.load(model.tokenizer, model_directory=directory, generation_config=use)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:

@@ -121,7 +121,7 @@ class RequestBuilder:
                 request_id=f"{name}-{first_index + output}",
                 prompt_token_ids=prompt_token_ids,
                 max_tokens=max_tokens,
-                sampling=_sampling(body, grammar, _seed_of_output(seed, output)),
+                sampling=self._sampling(body, grammar, _seed_of_output(seed, output)),
                 stop_token_ids=frozenset() if body.ignore_eos else self.tokenizer.stop_token_ids,
                 cache_salt=body.cache_salt or "",
                 priority=body.priority or 0,
@@ -131,6 +131,19 @@ class RequestBuilder:
             )
             for output in range(body.outputs_per_prompt)
         ]
+
+    def _sampling(self, body: GenerationParams, grammar: str, seed: int) -> SamplingParams:
+        defaults = self.tokenizer.sampling_defaults
+        top_k = defaults.top_k if body.top_k is None else body.top_k
+        return SamplingParams(
+            temperature=defaults.temperature if body.temperature is None else body.temperature,
+            top_p=defaults.top_p if body.top_p is None else body.top_p,
+            top_k=min(max(top_k, 0), _MAX_TOP_K),
+            min_p=defaults.min_p if body.min_p is None else body.min_p,
+            seed=seed,
+            num_logprobs=body.num_logprobs,
+            grammar=grammar,
+        )
 
     def _max_tokens(
         self, num_prompt_tokens: int, requested: int | None, *, default: int, param: str
@@ -159,18 +172,6 @@ class RequestBuilder:
             param=param,
             code="context_length_exceeded",
         )
-
-
-def _sampling(body: GenerationParams, grammar: str, seed: int) -> SamplingParams:
-    return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=min(max(body.top_k or 0, 0), _MAX_TOP_K),
-        min_p=body.min_p or 0.0,
-        seed=seed,
-        num_logprobs=body.num_logprobs,
-        grammar=grammar,
-    )
 
 
 def _seed_of_output(seed: int, output: int) -> int:

@@ -14,6 +14,7 @@ from openai.types.completion_create_params import (
 from pydantic import ValidationError
 
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
+from gllm_ray.model.generation_config import SamplingDefaults
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.openai_protocol import ChatCompletionRequest, CompletionRequest
 from gllm_ray.stages.metadata import MetadataDecoder, MetadataEncoder
@@ -361,6 +362,19 @@ def test_the_defaults_are_openais_with_a_seed_for_each_request(tokenizer):
             assert (sampling.top_k, sampling.min_p) == (0, 0.0)
             seeds.add(sampling.seed)
     assert len(seeds) == 4
+
+
+def test_the_models_defaults_hold_where_a_request_leaves_a_parameter_out():
+    tokenizer = Tokenizer.load("package://gllm_ray/demo/model")
+    said = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125}
+    tokenizer.sampling_defaults = SamplingDefaults(**said)
+    openais = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0}
+    for path in BODIES:
+        for change in ({"seed": 1}, {"seed": 1} | dict.fromkeys(said)):
+            sampling = request_for(tokenizer, path, change).sampling
+            assert sampling == SamplingParams(**said, seed=1)
+        sampling = request_for(tokenizer, path, openais | {"seed": 1}).sampling
+        assert sampling == SamplingParams(**openais, seed=1)
 
 
 def test_the_end_tokens_stop_unless_they_are_ignored(tokenizer):

@@ -7,8 +7,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gllm_ray.config import resolve_package_path
+from gllm_ray.config import ModelConfig, resolve_package_path
 from gllm_ray.errors import ConfigError, InvalidRequestError
+from gllm_ray.model.generation_config import SamplingDefaults
 from gllm_ray.model.tokenizer import Tokenizer
 
 DEMO = "package://gllm_ray/demo/model"
@@ -79,6 +80,28 @@ def test_every_source_of_stop_tokens_counts(tmp_path):
     assert Tokenizer.load(str(tmp_path)).stop_token_ids == {1, 2}
     write_json(tmp_path, generation_config={"eos_token_id": [2, 7]})
     assert Tokenizer.load(str(tmp_path)).stop_token_ids == {1, 2, 7}
+
+
+def test_the_model_says_how_to_sample_unless_the_configuration_does_not_listen(tmp_path, caplog):
+    save_tokenizer(tmp_path)
+    said = {"temperature": 0.6, "top_k": 20, "top_p": None, "do_sample": False, "eos_token_id": 7}
+    write_json(tmp_path, generation_config=said | {"repetition_penalty": 1.05})
+    with caplog.at_level("INFO", "gllm_ray.model.generation_config"):
+        tokenizer = Tokenizer.for_model(ModelConfig(path=str(tmp_path)))
+    assert tokenizer.sampling_defaults == SamplingDefaults(temperature=0.6, top_k=20)
+    assert "repetition_penalty=1.05, which is not supported" in caplog.text
+    assert "temperature=0.6 top_p=1.0 top_k=20 min_p=0.0" in caplog.text
+    config = ModelConfig(path=str(tmp_path), generation_config="none")
+    deaf = Tokenizer.for_model(config)
+    assert deaf.sampling_defaults == SamplingDefaults()
+    assert deaf.stop_token_ids == tokenizer.stop_token_ids == {1, 7}
+
+
+def test_a_way_to_sample_that_does_not_exist_is_refused_with_what_to_change(tmp_path):
+    save_tokenizer(tmp_path)
+    write_json(tmp_path, generation_config={"top_p": 1.5})
+    with pytest.raises(ConfigError, match=r"top_p=1\.5: must be .*generation_config: none"):
+        Tokenizer.load(str(tmp_path))
 
 
 def test_a_composed_models_text_part_counts(tmp_path):
