@@ -15,10 +15,16 @@ from gllm_ray.errors import InvalidRequestError
 
 # Requests that follow each other often have the same grammar.
 _MAX_COMPILED = 32
-# Parser items of a step, which bound the time of a mask: an ambiguous grammar takes up to 0.4 s
-# with this many, and 2 s with llguidance's own 50,000. JSON with 100 optional properties fits,
-# where there are 100,000 tokens. And errors without the parser's state: clients do not know it.
-_LIMITS = LLParserLimits(step_max_items=20_000, verbose_errors=False)
+_LIMITS = LLParserLimits(
+    # Parser items of a step, which bound the time of a mask: an ambiguous grammar takes up to 0.4 s
+    # with this many, and 2 s with llguidance's own 50,000. JSON with 100 optional properties fits,
+    # where there are 100,000 tokens.
+    step_max_items=20_000,
+    # Work on regular expressions at the beginning. 400 optional groups take less than 20,000;
+    # llguidance's own 1,000,000 lets the longest of a request take 40 s and 3 GiB, to be refused.
+    initial_lexer_fuel=200_000,
+    verbose_errors=False,  # Clients know nothing of the parser's state.
+)
 # llguidance compiles a rule within the rule that names it. The deepest grammars that a request may
 # have take 300 MiB; what a thread does not touch is address space only.
 _STACK_BYTES = 512 * 2**20

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import threading
+import time
 
 import jsonschema
 import pytest
@@ -256,6 +257,13 @@ def test_a_grammar_of_so_many_meanings_that_masks_take_seconds_fails():
     item = sequence(0, grammar, output)
     grammars.restrict(torch.zeros(1, VOCAB_SIZE), {0: item})
     assert "Too many items" in grammars.advance({0: item}, [output[0]])[0]
+
+
+def test_a_regular_expression_that_takes_too_much_work_is_refused_early():
+    begin = time.process_time()
+    with pytest.raises(InvalidRequestError, match="lexer"):
+        TOKENIZER.grammars.compile(grammar_from("regex", "(ab?)?" * 40_000))
+    assert time.process_time() - begin < 3
 
 
 def test_an_object_of_many_optional_properties_is_followed():
