@@ -63,6 +63,10 @@ class OverloadedError(GllmRayError):
 class ConfigError(GllmRayError):
     """A configuration or a checkpoint that cannot be served; nothing was started."""
 
+    def prefixed(self, prefix: str) -> "ConfigError":
+        """The same with a prefix before each line, such as the name of the file at fault."""
+        return ConfigError("\n".join(f"{prefix}: {line}" for line in str(self).splitlines()))
+
 
 class PipelineError(GllmRayError):
     """The pipeline cannot go on; every request it held ends with this error.

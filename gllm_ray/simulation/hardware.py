@@ -164,10 +164,7 @@ def _cost(layout: PipelineLayout, config: HardwareConfig) -> PipelineCost:
         num_layers = [len(layout.layers(stage_id)) for stage_id in range(layout.num_stages)]
         return MeasuredCost.from_prefills(layout, parse_prefill_times(text), device, num_layers)
     except ConfigError as error:
-        lines = str(error).splitlines()
-        raise ConfigError(
-            "\n".join(f"hardware.profile={str(path)!r}: {x}" for x in lines)
-        ) from None
+        raise error.prefixed(f"hardware.profile={str(path)!r}") from None
 
 
 def _links(config: HardwareConfig, num_stages: int) -> tuple[Link, ...]:

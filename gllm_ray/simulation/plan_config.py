@@ -212,8 +212,7 @@ def load_plan_config(path: Path) -> PlanConfig:
     try:
         config = parse_plan_config(data)
     except ConfigError as error:
-        lines = str(error).splitlines()
-        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
+        raise error.prefixed(str(path)) from None
     model, workload = config.model, config.workload
     if isinstance(model.config, str):
         model = model.model_copy(update={"config": str(path.parent / model.config)})

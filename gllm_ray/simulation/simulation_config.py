@@ -264,8 +264,7 @@ def load_simulation_config(path: Path) -> SimulationConfig:
     try:
         return _anchored(parse_simulation_config(data), path.parent)
     except ConfigError as error:
-        lines = str(error).splitlines()
-        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
+        raise error.prefixed(str(path)) from None
 
 
 def _anchored(config: SimulationConfig, directory: Path) -> SimulationConfig:
