@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from gllm_ray.autoscaling_config import AutoscalingConfig, ScalingRule
-from gllm_ray.config.api_key import ApiKeyVariable
+from gllm_ray.config.http_access import AllowedOrigins, ApiKeyVariable
 from gllm_ray.strict_schema import StrictModel
 
 
@@ -39,6 +39,7 @@ class DeploymentConfig(StrictModel):
         "free devices; 0: it stops some first.",
     )
     api_key_env: ApiKeyVariable = None
+    allowed_origins: AllowedOrigins = ()
 
     @property
     def scaling_rule(self) -> ScalingRule:

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from gllm_ray.config.api_key import ApiKeyVariable
+from gllm_ray.config.http_access import AllowedOrigins, ApiKeyVariable
 from gllm_ray.config.service import ServiceConfig
 from gllm_ray.strict_schema import StrictModel
 
@@ -44,6 +44,7 @@ class FrontEndConfig(StrictModel):
         "0: it stops some first, and no model answers until they have finished.",
     )
     api_key_env: ApiKeyVariable = None
+    allowed_origins: AllowedOrigins = ()
 
 
 class ModelsConfig(StrictModel):
@@ -58,11 +59,12 @@ class ModelsConfig(StrictModel):
             raise ValueError("models=[]: must list at least one")
         first: dict[str, int] = {}
         for i, config in enumerate(self.models):
-            if config.deployment.api_key_env is not None:
-                raise ValueError(
-                    f"models[{i}].deployment.api_key_env={config.deployment.api_key_env!r}: must "
-                    "be frontend.api_key_env, for the front end answers HTTP"
-                )
+            for key in ("api_key_env", "allowed_origins"):
+                if value := getattr(config.deployment, key):
+                    raise ValueError(
+                        f"models[{i}].deployment.{key}={value!r}: must be frontend.{key}, for the "
+                        "front end answers HTTP"
+                    )
             name = deployment_name(config)
             if name == FRONT_END_NAME or first.setdefault(name, i) != i:
                 other = f"that of models[{first[name]}]" if name in first else "the front end's"

@@ -147,6 +147,7 @@ class FrontEnd:
     async def __init__(self, config: ModelsConfig, *handles: DeploymentHandle) -> None:
         log_with_serve()
         self._api_keys = read_api_keys(config.frontend.api_key_env)
+        self._allowed_origins = config.frontend.allowed_origins
         # In turn: of threads that import transformers together, one may find it half done.
         tokenizers = [
             await asyncio.to_thread(Tokenizer.for_model, model.model) for model in config.models
@@ -161,4 +162,6 @@ class FrontEnd:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is initialized; the routes then close over it."""
-        return build_api(*self._models, api_keys=self._api_keys)
+        return build_api(
+            *self._models, api_keys=self._api_keys, allowed_origins=self._allowed_origins
+        )

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 
 from gllm_ray.errors import InvalidRequestError, PipelineError
@@ -63,6 +64,7 @@ class GenerationService(TokenService, Protocol):
 def build_api(
     *services: GenerationService,
     api_keys: Collection[str] = (),
+    allowed_origins: Sequence[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """The application that serves one model, or several.
@@ -70,6 +72,7 @@ def build_api(
     Args:
         services: One for each model.
         api_keys: Of which requests must show one; empty: they need none.
+        allowed_origins: Whose web pages may ask.
         max_body_bytes: The most the body of a request may have.
     """
     # FastAPI's pages of documentation load scripts from elsewhere.
@@ -79,6 +82,15 @@ def build_api(
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     if api_keys:
         app.add_middleware(KeyCheck, keys=api_keys)
+    if allowed_origins:
+        # Around the keys, for a browser asks first whether it may send one.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     install_error_handlers(app)
     app.include_router(router)
     return app

@@ -138,7 +138,11 @@ class LLMServer(PipelineOwner):
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is initialized; the routes then close over it."""
-        return build_api(self, api_keys=self._api_keys)
+        return build_api(
+            self,
+            api_keys=self._api_keys,
+            allowed_origins=self._config.deployment.allowed_origins,
+        )
 
     # A generator itself, so that Serve lets a handle call it.
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:

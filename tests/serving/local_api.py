@@ -36,6 +36,7 @@ async def local_api(
     hold_after=None,
     max_body_bytes=2**20,
     api_keys=(),
+    allowed_origins=(),
     **service_options,
 ):
     """Yield the service and an HTTP client; the model says `text` and ends, or follows `script`."""
@@ -44,7 +45,12 @@ async def local_api(
     pipeline = pipeline or ScriptedPipeline(script, hold_after=hold_after)
     async with (
         LocalService(tokenizer, pipeline, **service_options) as service,
-        http_client(service, max_body_bytes=max_body_bytes, api_keys=api_keys) as http,
+        http_client(
+            service,
+            max_body_bytes=max_body_bytes,
+            api_keys=api_keys,
+            allowed_origins=allowed_origins,
+        ) as http,
     ):
         yield service, http
 

@@ -80,10 +80,12 @@ def test_a_service_that_should_have_keys_does_not_start_without_usable_ones(valu
         read_api_keys("SOME_KEYS")
 
 
-def test_of_a_service_with_a_front_end_that_has_the_keys():
-    model = {"model": {"path": "m"}, "deployment": {"api_key_env": "KEYS"}}
-    assert parse_strictly(ServiceConfig, model).deployment.api_key_env == "KEYS"
-    with pytest.raises(ConfigError, match=r"must be frontend\.api_key_env"):
+@pytest.mark.parametrize(("key", "value"), [("api_key_env", "KEYS"), ("allowed_origins", ["*"])])
+def test_of_a_service_with_a_front_end_that_says_who_may_ask(key, value):
+    model = {"model": {"path": "m"}, "deployment": {key: value}}
+    said = getattr(parse_strictly(ServiceConfig, model).deployment, key)
+    assert said
+    with pytest.raises(ConfigError, match=rf"must be frontend\.{key}"):
         parse_strictly(ModelsConfig, {"models": [model]})
-    front = {"frontend": {"api_key_env": "KEYS"}, "models": [{"model": {"path": "m"}}]}
-    assert parse_strictly(ModelsConfig, front).frontend.api_key_env == "KEYS"
+    front = {"frontend": {key: value}, "models": [{"model": {"path": "m"}}]}
+    assert getattr(parse_strictly(ModelsConfig, front).frontend, key) == said

@@ -1,4 +1,4 @@
-"""Where a service has its API keys from."""
+"""Who may ask a service over HTTP."""
 
 from typing import Annotated
 
@@ -12,5 +12,14 @@ ApiKeyVariable = Annotated[
         description="Environment variable of the replicas that answer HTTP, with the API keys of "
         "the service, white space between them; whoever shows none gets a 401, save on /health. "
         "None: none is asked for.",
+    ),
+]
+
+AllowedOrigins = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s*]+)$")], ...],
+    Field(
+        strict=False,
+        json_schema_extra={"allowed": "a list of origins, such as https://chat.example.com, or *"},
+        description="Whose web pages may ask from a browser (CORS); *: all. Empty: none may.",
     ),
 ]
