@@ -12,8 +12,9 @@ class StatisticsPredictorConfig(StrictModel):
 
     name: Literal["statistics"] = Field(
         default="statistics",
-        description="What predicts output lengths: statistics of requests that have ended, only "
-        "the hint of each request, or a trained classifier; `length_predictor: <name>` is short.",
+        description="What predicts output lengths, for `temporal`: statistics of requests that "
+        "have ended, only the hint of each request, or a trained classifier; "
+        "`length_predictor: <name>` is short.",
     )
 
 
