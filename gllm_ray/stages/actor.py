@@ -40,8 +40,7 @@ class StageActor:
 
     def load(self) -> StageInfo:
         """See `Stage.load`."""
-        with no_garbage_collection():
-            info = self._stage.load()
+        info = self._stage.load()
         relax_garbage_collector()
         return replace(info, startup_s={**self._startup_s, **info.startup_s})
 
