@@ -27,6 +27,8 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How one token is drawn from the logits of a sequence.
 
+    As in vLLM, each of temperature, `min_p`, `top_k` and `top_p` acts on what those before it left.
+
     Attributes:
         temperature: 0 means greedy; otherwise the logits are divided by it.
         top_p: Keep the smallest set of tokens whose probability reaches this, in (0, 1].

@@ -156,16 +156,18 @@ def _draw_among(
     _, top_k, top_p, min_p, *_ = columns.unsqueeze(-1).unbind(1)
     candidates, ids = _most_likely(probs, num_candidates)
     cumulative = candidates.cumsum(dim=-1, dtype=torch.float64)
+    # As in vLLM: min p goes first, then top k; top p counts against the mass that the two leave.
     in_top_k = torch.arange(num_candidates, device=ids.device) < top_k
-    keeps_all_ranks = top_k >= vocab_size
-    top_k_mass = torch.where(
-        keeps_all_ranks, 1.0, (candidates * in_top_k).sum(dim=-1, keepdim=True)
-    )
-    in_top_p = (cumulative - candidates < top_p * top_k_mass) | (top_p >= 1)
-    kept = in_top_k & in_top_p & (candidates >= min_p * candidates[:, :1]) & (candidates > 0)
+    in_min_p = candidates >= min_p * candidates[:, :1]
+    left = in_top_k & in_min_p
+    keeps_all_ranks = (top_k >= vocab_size) & (min_p <= 0)
+    mass = torch.where(keeps_all_ranks, 1.0, (candidates * left).sum(dim=-1, keepdim=True))
+    in_top_p = (cumulative - candidates < top_p * mass) | (top_p >= 1)
+    kept = left & in_top_p & (candidates > 0)
     kept[:, 0] = True
 
-    is_mass_known = keeps_all_ranks | (top_k <= num_candidates) | (top_p >= 1)
+    is_cut_before = (top_k <= num_candidates) | ~in_min_p[:, -1:]
+    is_mass_known = keeps_all_ranks | is_cut_before | (top_p >= 1)
     # Tokens as likely as the last candidate may be missing among the candidates.
     is_cut_inside = ~(kept & (candidates <= candidates[:, -1:])).any(dim=-1, keepdim=True)
     is_done = (is_cut_inside & is_mass_known) | (num_candidates == vocab_size)

@@ -143,6 +143,10 @@ PROBS = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
         # top_p counts against the mass that top_k left: 0.4 of 0.65 is 0.615.
         ({"top_k": 2, "top_p": 0.62}, {0, 1}),
         ({"top_k": 2, "top_p": 0.61}, {0}),
+        # And against the mass that min_p left: 0.65 of 0.8 is 0.8125.
+        ({"min_p": 0.3, "top_p": 0.82}, {0, 1, 2}),
+        ({"min_p": 0.3, "top_p": 0.8}, {0, 1}),
+        ({"min_p": 0.3, "top_k": 2, "top_p": 0.61}, {0}),
     ],
 )
 def test_draws_cover_exactly_the_kept_tokens(params, support):
