@@ -86,7 +86,7 @@ class RunningGrammars:
             matcher = self._matchers[sequence.seq_id]
             if matcher is None:
                 continue
-            is_followed = not matcher.is_error() and matcher.consume_token(token_ids[row])
+            is_followed = not matcher.is_error() and self._follow(matcher, token_ids[row])
             if not is_followed:
                 failures[row] = matcher.get_error()
             if not is_followed or token_ids[row] in self._compiler.end_token_ids:
@@ -101,6 +101,11 @@ class RunningGrammars:
         matcher.consume_tokens(sequence.output_token_ids)
         return matcher
 
+    def _follow(self, matcher: LLMatcher, token_id: int) -> bool:
+        if token_id in self._compiler.text_end_ids and matcher.is_accepting():
+            return True  # it ends the output, whose text may not go on with it
+        return matcher.consume_token(token_id)
+
     def _refused(self, matchers: Collection[LLMatcher], vocab_size: int) -> np.ndarray:
         """Of each matcher the tokens that may not come next, bool `[matchers, vocab_size]`."""
         num_tokens = self._compiler.tokenizer.vocab_size
@@ -111,6 +116,8 @@ class RunningGrammars:
         for allowed, matcher in zip(is_allowed, matchers, strict=True):
             if allowed[self._compiler.special_ids].any():
                 self._compiler.respell(matcher, allowed)
+            if allowed[self._compiler.text_end_ids].any() and not matcher.is_accepting():
+                allowed[self._compiler.text_end_ids] = 0  # as a text, it would end the output early
         is_refused = np.ones((len(matchers), vocab_size), dtype=bool)
         width = min(num_tokens, vocab_size)
         is_refused[:, :width] = is_allowed[:, :width] == 0

@@ -43,6 +43,7 @@ class GrammarCompiler:
     Attributes:
         end_token_ids: See above.
         special_ids: Of the tokens that stand for themselves and not for a text.
+        text_end_ids: Of the end tokens that stand for a text, too.
         tokenizer: That of llguidance.
 
     Raises:
@@ -59,6 +60,7 @@ class GrammarCompiler:
             raise InvalidRequestError(f"not with this model's tokenizer: {error}") from error
         is_special = map(self.tokenizer.is_special_token, range(self.tokenizer.vocab_size))
         self.special_ids = np.flatnonzero(np.fromiter(is_special, bool))
+        self.text_end_ids = np.setdiff1d(sorted(end_token_ids), self.special_ids)
         self._compiled = lru_cache(_MAX_COMPILED)(self._compile)
 
     def compile(self, grammar: str) -> LLMatcher:

@@ -115,6 +115,18 @@ def test_the_end_tokens_are_those_of_the_model():
     assert len(allowed(grammars, sequence(0, GRAMMARS[2]))) == VOCAB_SIZE
 
 
+@pytest.mark.parametrize("complete", ["no", "yes"])
+def test_an_end_token_that_is_a_text_too_ends_only_what_is_complete(complete):
+    (text_end,) = TOKENIZER.encode(complete[0])
+    compiler = GrammarCompiler(TOKENIZER._backend.to_str(), frozenset({text_end}))
+    grammars = RunningGrammars(lambda: compiler)
+    assert text_end not in allowed(grammars, sequence(0, GRAMMARS[2], ()))
+    item = sequence(0, GRAMMARS[2], tuple(TOKENIZER.encode(complete)))
+    assert text_end in allowed(grammars, item)
+    assert grammars.advance({0: item}, [text_end]) == {}
+    assert len(allowed(grammars, sequence(0, GRAMMARS[2]))) == VOCAB_SIZE
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 2.0, "top_k": 50}])
 def test_rows_without_a_grammar_draw_as_if_they_were_alone(options):
     generator = torch.Generator().manual_seed(0)
