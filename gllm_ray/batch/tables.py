@@ -54,9 +54,8 @@ class RowTemplate:
             ConfigError: The template is none.
         """
         try:
-            template = SandboxedEnvironment(undefined=StrictUndefined).from_string(
-                "{{ prompt }}" if self.template is None else self.template
-            )
+            jinja = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+            template = jinja.from_string("{{ prompt }}" if self.template is None else self.template)
         except TemplateError as error:
             raise ConfigError(f"--template={self.template!r}: is no template: {error}") from error
 
@@ -171,6 +170,10 @@ def _read_batches(path: Path) -> "Iterator[pa.RecordBatch]":
     try:
         if path.suffix == ".csv":
             with csv.open_csv(path) as batches:
+                names = batches.schema.names
+            # Cells as they are spelled: a type that is inferred makes 1234 of 01234.
+            as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+            with csv.open_csv(path, convert_options=as_text) as batches:
                 yield from batches
         else:
             with parquet.ParquetFile(path) as table:

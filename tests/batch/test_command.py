@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import csv
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import yaml
 from starlette.responses import JSONResponse
 
 from gllm_ray.batch.command import main
+from gllm_ray.batch.tables import RowTemplate, read_table, write_table
 from gllm_ray.scheduling import QueueLimits
 from gllm_ray.serving.openai_api import build_api
 from tests.batch.local_job import make_line, read_lines, write_lines
@@ -73,13 +75,14 @@ def test_a_table_comes_back_with_columns_of_answers(
     suffix, id_column, ray_cluster, config, tmp_path, capsys
 ):
     pa = pytest.importorskip("pyarrow", reason="the data extra is not installed")
-    from pyarrow import csv, parquet
+    from pyarrow import csv as arrow_csv
+    from pyarrow import parquet
 
     table = pa.table({"number": [1, 2, 3], "text": ["one", "two, or", "three"]})
     if id_column == "custom_id":
         table = table.append_column("custom_id", pa.array(["1", "2", "3"]))
     source = tmp_path / f"in.{suffix}"
-    csv.write_csv(table, source) if suffix == "csv" else parquet.write_table(table, source)
+    arrow_csv.write_csv(table, source) if suffix == "csv" else parquet.write_table(table, source)
     output = tmp_path / f"out.{suffix}"
     template = "Write {{ prompt }} {{ number }}."
     asked = ["--prompt-column", "text", "--template", template, "--id-column", id_column]
@@ -87,7 +90,7 @@ def test_a_table_comes_back_with_columns_of_answers(
     assert main(options(config, source, output, *asked, '{"max_tokens": "4"}')) == 1
     assert f"{source}:3: max_tokens: Input should be a valid integer" in capsys.readouterr().err
     assert main(options(config, source, output, *asked, '{"max_tokens": 4, "seed": 1}')) == 0
-    read = csv.read_csv(output) if suffix == "csv" else parquet.read_table(output)
+    read = arrow_csv.read_csv(output) if suffix == "csv" else parquet.read_table(output)
     assert read.column_names == [
         "number",
         "text",
@@ -102,6 +105,33 @@ def test_a_table_comes_back_with_columns_of_answers(
     assert all(1 <= number <= 4 for number in read["num_generated_tokens"].to_pylist())
     assert main(options(config, source, output, *asked, '{"max_tokens": 5}')) == 1
     assert "requests changed" in capsys.readouterr().err
+
+
+def test_the_cells_of_a_csv_are_taken_and_given_back_as_they_are_spelled(tmp_path):
+    pytest.importorskip("pyarrow", reason="the data extra is not installed")
+    source, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("id,zip,price,flag\n001,01234,1.10,true\n002,00501,,false\n")
+    template = RowTemplate(
+        model="m",
+        url="/v1/completions",
+        prompt_column="zip",
+        template="{{ prompt }} {{ price }} {{ flag }}\n",
+        id_column="id",
+        params={},
+    )
+    rows = list(read_table(source, template))
+    assert [row.custom_id for row in rows] == ["001", "002"]
+    assert [row.body["prompt"] for row in rows] == ["01234 1.10 true\n", "00501  false\n"]
+    body = {
+        "choices": [{"text": "a", "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+    }
+    record = {"response": {"status_code": 200, "body": body}, "error": None}
+    answers = {row.custom_id: {"custom_id": row.custom_id, **record} for row in rows}
+    write_table(output, source, ".csv", iter(rows), answers.get)
+    with output.open(newline="") as file:
+        given_back = [line[:4] for line in csv.reader(file)][1:]
+    assert given_back == [["001", "01234", "1.10", "true"], ["002", "00501", "", "false"]]
 
 
 @pytest.mark.parametrize(
