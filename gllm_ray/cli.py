@@ -5,12 +5,14 @@ Neither Ray nor torch is imported to check a file: that is done where they are n
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from gllm_ray import __version__
 from gllm_ray.bench.command import add_bench_parser
+from gllm_ray.bench.load_options import output_file
 from gllm_ray.bench.profile_command import add_profile_parser
 from gllm_ray.config import FrontEndConfig, ServiceConfig
 from gllm_ray.errors import ConfigError
@@ -31,7 +33,16 @@ from gllm_ray.strict_schema import key_table
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status, and does not return from a good `serve`."""
     options = _parser().parse_args(arguments)
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Who read the output, such as `head`, has left; what is buffered must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return status
 
 
@@ -79,7 +90,7 @@ def _add_train_lengths(commands: Any) -> None:  # noqa: ANN401 - argparse does n
     train.add_argument("log", type=Path, metavar="LOG.jsonl", help="the log of a service")
     train.add_argument(
         "--output",
-        type=Path,
+        type=output_file,
         required=True,
         metavar="FILE",
         help="where to write the classifier, the `path` of `length_predictor`; overwritten",

@@ -10,7 +10,7 @@ from typing import Any
 
 from gllm_ray.bench.fidelity_models import MODELS, fidelity_service
 from gllm_ray.bench.large_simulations import LargeSimulation, bench_large_simulations
-from gllm_ray.bench.load_options import positive
+from gllm_ray.bench.load_options import output_file, positive
 from gllm_ray.bench.measured_command import show_step
 from gllm_ray.bench.pipeline_command import add_pipeline_benchmarks
 from gllm_ray.bench.policies import bench_policies
@@ -62,7 +62,9 @@ def _add_scheduler(benchmarks: Any) -> None:  # noqa: ANN401
     parser.add_argument("--waiting", type=int, default=10_000, help="requests that wait")
     parser.add_argument("--steps", type=int, default=4000, help="micro-batches to measure")
     parser.add_argument("--ring", action="store_true", help="as with `pipeline.ring: true`")
-    parser.add_argument("--output", type=Path, help="write the numbers to this file, as JSON")
+    parser.add_argument(
+        "--output", type=output_file, help="write the numbers to this file, as JSON"
+    )
     parser.set_defaults(run=_bench_scheduler)
 
 
@@ -99,7 +101,9 @@ def _add_fidelity(benchmarks: Any) -> None:  # noqa: ANN401
     parser.add_argument("--requests", type=positive, default=60, help="of each load")
     parser.add_argument("--repeats", type=positive, default=3, help="of everything")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and lengths")
-    parser.add_argument("--output", type=Path, help="write the numbers to this file, as JSON")
+    parser.add_argument(
+        "--output", type=output_file, help="write the numbers to this file, as JSON"
+    )
     parser.set_defaults(run=_bench_fidelity)
 
 
@@ -156,8 +160,8 @@ def _add_policies(benchmarks: Any) -> None:  # noqa: ANN401
     parser.add_argument("--processes", type=int, help="at a time; default: one a processor")
     parser.add_argument(
         "--output",
-        type=Path,
-        default=Path(__file__).parent / "results" / "policies.json",
+        type=output_file,
+        default=Path("policies.json"),
         help="write the numbers to this file, as JSON, and beside it the table, as Markdown",
     )
     parser.set_defaults(run=_bench_policies)
@@ -167,7 +171,15 @@ def _bench_policies(options: argparse.Namespace) -> int:
     effort = Effort(seeds=tuple(options.seeds))
     if options.quick:
         effort = effort.quarter()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    scenarios = [scenario for scenario in SCENARIOS if options.only in scenario.name]
+    with_reproduction = options.only in _REPRODUCTION
+    if not scenarios and not with_reproduction:
+        names = "; ".join([*(scenario.name for scenario in SCENARIOS), _REPRODUCTION])
+        print(
+            f"--only {options.only}: no scenario's name holds that; there are {names}",
+            file=sys.stderr,
+        )
+        return 1
 
     def write(results: dict[str, Any]) -> None:
         write_json(options.output, results)
@@ -176,11 +188,11 @@ def _bench_policies(options: argparse.Namespace) -> int:
         print(f"wrote {options.output}: {'; '.join(done)}", file=sys.stderr, flush=True)
 
     results = bench_policies(
-        [scenario for scenario in SCENARIOS if options.only in scenario.name],
+        scenarios,
         effort,
         options.processes,
         on_result=write,
-        with_reproduction=options.only in _REPRODUCTION,
+        with_reproduction=with_reproduction,
     )
     write(results)
     print(policy_table(results), end="")
@@ -206,7 +218,9 @@ def _add_simulator(benchmarks: Any) -> None:  # noqa: ANN401
         help="64 stages and 1,000 replicas instead, with their peak memory, for `balanced` or "
         "the policy given; takes minutes",
     )
-    parser.add_argument("--output", type=Path, help="write the numbers to this file, as JSON")
+    parser.add_argument(
+        "--output", type=output_file, help="write the numbers to this file, as JSON"
+    )
     parser.set_defaults(run=_bench_simulator)
 
 

@@ -77,7 +77,10 @@ def add_metrics_option(parser: argparse.ArgumentParser) -> None:
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Add where the result goes."""
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the result, for `gllm-ray bench table`"
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        help="write the result, for `gllm-ray bench table`",
     )
 
 
@@ -208,6 +211,16 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: must be >= 1")
     return number
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written, as is told before a measurement takes its time."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: is a directory; must be a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: its directory must be there")
+    return path
 
 
 def _latencies(text: str) -> list[str]:

@@ -13,6 +13,7 @@ from gllm_ray.bench.load_options import (
     add_json_option,
     add_load_options,
     add_output_options,
+    output_file,
     parse_load,
     positive,
 )
@@ -51,7 +52,7 @@ def _add_engine(benchmarks: Any) -> None:  # noqa: ANN401
         add_output_options(parser)
         parser.add_argument(
             "--trace",
-            type=Path,
+            type=output_file,
             metavar="FILE",
             help="write when each stage computed its latest micro-batches, and their hops, for "
             "Perfetto",

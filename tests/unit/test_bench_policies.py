@@ -119,7 +119,7 @@ def test_every_published_comparison_has_a_verdict_and_a_reason_where_it_is_not_r
 def test_the_command_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("gllm_ray.bench.command.SCENARIOS", (TINY, SCENARIOS[2]))
     monkeypatch.setattr("gllm_ray.bench.command.Effort", lambda seeds: replace(EFFORT, seeds=seeds))
-    path = tmp_path / "results" / "policies.json"
+    path = tmp_path / "policies.json"
     command = ["bench", "policies", "--only", "L20", "--seeds", "7", "--output", str(path)]
     assert main([*command, "--processes", "1"]) == 0
     written = json.loads(path.read_text())
@@ -127,3 +127,10 @@ def test_the_command_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
     assert [scenario["name"] for scenario in written["scenarios"]] == [TINY.name]
     assert written["reproduction"] == []
     assert path.with_suffix(".md").read_text() == capsys.readouterr().out
+
+
+def test_only_what_no_scenario_is_called_is_told_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "policies", "--only", "L21"]) == 1
+    assert "--only L21: no scenario's name holds that; there are L20 x 4" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,8 +1,10 @@
 """The `gllm-ray` command."""
 
+import _thread
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,48 @@ def test_the_version_is_that_of_the_package(capsys):
         main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out == f"gllm-ray {gllm_ray.__version__}\n"
+
+
+def test_ctrl_c_ends_a_command_with_a_word_and_the_status_of_the_signal(capsys):
+    threading.Timer(0.1, _thread.interrupt_main).start()
+    assert main(["bench", "scheduler"]) == 130  # it would take many seconds
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_output_that_nobody_reads_any_more_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", "gllm_ray.cli", "keys"],
+        cwd=ROOT,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["profile", str(DEMO)],
+        ["train-lengths", "lengths.jsonl"],
+        ["bench", "scheduler"],
+        ["bench", "policies"],
+    ],
+)
+def test_a_result_that_could_not_be_written_is_told_before_the_work(arguments, tmp_path, capsys):
+    for path, reason in (
+        (tmp_path / "none" / "a.json", "its directory must be there"),
+        (tmp_path, "is a directory; must be a file"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*arguments, "--output", str(path)])
+        assert caught.value.code == 2
+        assert f"argument --output: {path}: {reason}" in capsys.readouterr().err
 
 
 def test_validation_imports_neither_ray_nor_torch():
