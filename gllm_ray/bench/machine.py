@@ -2,7 +2,6 @@
 
 import os
 import platform
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import transformers
 
 import gllm_ray
+from gllm_ray.bench.source_commit import source_commit
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -29,24 +29,9 @@ def describe_machine(device: str) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "ray": metadata.version("ray"),
         },
-        "commit": _commit(),
+        "commit": source_commit(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
-
-
-def _commit() -> str | None:
-    """The commit of this package, with `-dirty` if files differ from it; None outside of git."""
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
 
 
 def _cpu_name() -> str:

@@ -3,11 +3,8 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 from platform import machine, python_version
 from statistics import fmean
-from subprocess import CalledProcessError
-from subprocess import run as run_command
 from typing import Any
 
 from gllm_ray.bench.policy_bounds import max_rate_per_s, offline_bound
@@ -21,6 +18,7 @@ from gllm_ray.bench.policy_scenarios import (
     slo_limits,
 )
 from gllm_ray.bench.slo_capacity import Search, keeps, slo_capacity
+from gllm_ray.bench.source_commit import source_commit
 
 Runs = dict[tuple[str, float | None, int], Measures]
 
@@ -47,7 +45,7 @@ def bench_policies(
     """
     results: dict[str, Any] = {
         "gllm_ray": version("gllm_ray"),
-        "commit": _commit(),
+        "commit": source_commit() or "",
         "python": python_version(),
         "simulated_on": machine(),
         "seeds": list(effort.seeds),
@@ -110,12 +108,3 @@ def _bounds(scenario: Scenario, effort: Effort) -> dict[str, float]:
         "offline_s": fmean(bound.time_s for bound in offline),
         "ideal_ratio": fmean(bound.ideal_ratio for bound in offline),
     }
-
-
-def _commit() -> str:
-    """The commit of the source, with a mark if it was changed since; empty where it has none."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return run_command(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, CalledProcessError):
-        return ""

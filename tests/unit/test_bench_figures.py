@@ -1,9 +1,13 @@
 """What is worked out of a load, on records whose figures can be told by hand."""
 
+import re
+import subprocess
+
 import pytest
 
 from gllm_ray.bench.load_generator import Load, RequestRecord
 from gllm_ray.bench.request_figures import RequestFigures
+from gllm_ray.bench.source_commit import source_commit
 from gllm_ray.simulation.metrics import Slo
 
 
@@ -69,3 +73,20 @@ def test_goodput_is_what_met_the_slo_as_a_share_of_all_failed_ones_too(slo, num_
 def test_a_load_of_which_nothing_finished_has_figures_too():
     figures = RequestFigures.of(Load(1.0, [record(0.0, [], 0, error="down")]), Slo(ttft_s=1.0))
     assert (figures.num_finished, figures.goodput_ratio, figures.ttft_s.p99) == (0, 0.0, 0.0)
+
+
+def test_the_commit_is_of_the_source_and_not_of_the_repository_around_an_environment(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+
+    for name in ("theirs.py", "ours.py"):
+        (tmp_path / name).touch()
+    assert source_commit(tmp_path / "ours.py") is None
+    git("init", "-q")
+    git("add", "theirs.py")
+    git("commit", "-qm", "theirs")
+    assert source_commit(tmp_path / "ours.py") is None
+    git("add", "ours.py")
+    git("commit", "-qm", "ours")
+    assert re.fullmatch("[0-9a-f]{12}", source_commit(tmp_path / "ours.py"))
