@@ -11,6 +11,7 @@ import transformers
 
 import gllm_ray
 from gllm_ray.bench.source_commit import source_commit
+from gllm_ray.stages.shard_settings import num_cores
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     """
     return {
         "hardware": torch.cuda.get_device_name(0) if device == "cuda" else _cpu_name(),
-        "num_cores": len(os.sched_getaffinity(0)),
+        "num_cores": num_cores(),
         "versions": {
             "gllm_ray": gllm_ray.__version__,
             "python": platform.python_version(),

@@ -52,7 +52,13 @@ def prepare_device(config: ServiceConfig) -> torch.device:
             raise ConfigError("pipeline.device='cuda': torch finds no GPU here; use cpu")
         torch.cuda.set_device(0)
         return torch.device("cuda", 0)
-    cores = len(os.sched_getaffinity(0))
-    share = max(1, cores // config.pipeline.num_stages)
+    share = max(1, num_cores() // config.pipeline.num_stages)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
     return torch.device("cpu")
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use; all of the machine where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -196,6 +196,20 @@ def test_int8_weights_take_less_memory_and_compute_nearly_the_same(num_stages, c
     assert 0 < (got - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_a_stage_has_its_share_of_all_cores_where_the_system_knows_no_affinity(
+    checkpoint, monkeypatch
+):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    num_threads = torch.get_num_threads()
+    try:
+        load_stages(checkpoint("llama"), 2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def test_more_stages_than_layers_are_refused(checkpoint):
     with pytest.raises(ConfigError, match=r"num_stages=5: the model has 4 layers"):
         load_stages(checkpoint("llama"), 5)
