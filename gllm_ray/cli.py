@@ -144,7 +144,11 @@ def _serve(options: argparse.Namespace) -> int:
     # `serve run` goes on for ever after a wrong file, so it was checked first.
     serve = str(Path(sys.executable).with_name("serve"))
     address = ["--address", options.address] if options.address else []
-    return os.execv(serve, [serve, "run", str(options.file), *address])
+    try:
+        return os.execv(serve, [serve, "run", str(options.file), *address])
+    except OSError as error:
+        print(f"{serve}: {error.strerror}; install ray[serve] beside gllm_ray", file=sys.stderr)
+        return 1
 
 
 def _print_keys(options: argparse.Namespace) -> int:

@@ -149,6 +149,15 @@ def test_serve_becomes_the_serve_run_of_the_same_environment(python_beside_serve
     assert result.returncode == 7
 
 
+def test_serve_without_ray_serve_says_so(tmp_path):
+    (tmp_path / "python").symlink_to(sys.executable)
+    result = run("serve", DEMO, python=tmp_path / "python")
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"{tmp_path / 'serve'}: No such file or directory; install ray[serve] beside gllm_ray\n"
+    )
+
+
 def test_serve_never_runs_a_wrong_file(python_beside_serve, wrong_file):
     result = run("serve", wrong_file, python=python_beside_serve)
     assert result.returncode == 1
