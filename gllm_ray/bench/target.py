@@ -14,6 +14,7 @@ from gllm_ray.batch.api_key import key_headers
 from gllm_ray.bench.command_process import CommandProcess
 from gllm_ray.bench.completions_client import CompletionsClient
 from gllm_ray.bench.load_generator import RequestRecord
+from gllm_ray.bench.measured_command import show_step
 from gllm_ray.bench.prompts import LoadRequest
 from gllm_ray.demo.serve_process import ServeProcess, free_port, on_port
 from gllm_ray.errors import ConfigError, PipelineError
@@ -155,13 +156,16 @@ async def _wait_until_ready(
     raise_if_ended: Callable[[], None],
 ) -> None:
     """Ask for a token until one comes: servers listen, and list models, before they can answer."""
-    failure = "no answer yet"
+    failure, is_told = "no answer yet", False
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(options.timeout_s):
             while failure:
                 raise_if_ended()
                 client.model = await _served_model(base_url) or options.model or ""
                 failure = await _probe(client)
+                if failure and not is_told:
+                    show_step(f"{name}: waiting for it up to {options.timeout_s:g} s: {failure}")
+                    is_told = True
                 await asyncio.sleep(_POLL_S if failure else 0)
             return
     raise RuntimeError(f"{name}: not ready after {options.timeout_s:g} s: {failure}")

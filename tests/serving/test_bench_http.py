@@ -97,7 +97,9 @@ def test_a_command_that_ends_is_a_failure_with_what_it_said(capsys):
 def test_a_service_that_never_answers_is_given_up(capsys):
     command = f"'{sys.executable}' -c 'import time; time.sleep(60)' {{port}}"
     assert main(["bench", "serve", command, "--timeout-s", "1"]) == 1
-    assert "not ready after 1 s: ClientConnectorError" in capsys.readouterr().err
+    waiting, given_up = capsys.readouterr().err.splitlines()
+    assert "waiting for it up to 1 s: ClientConnectorError" in waiting
+    assert "not ready after 1 s: ClientConnectorError" in given_up
 
 
 @asynccontextmanager
