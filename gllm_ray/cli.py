@@ -6,9 +6,13 @@ Neither Ray nor torch is imported to check a file: that is done where they are n
 import argparse
 import os
 import signal
+import socket
 import sys
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from gllm_ray import __version__
 from gllm_ray.bench.command import add_bench_parser
@@ -141,6 +145,11 @@ def _validate(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     if not _is_valid(options.file):
         return 1
+    if not options.address and os.environ.get("RAY_ADDRESS", "local") == "local":
+        http = load_serve_file(options.file).http_options
+        if (reason := _why_no_listening(http.host, http.port)) is not None:
+            print(f"{options.file}: http_options.port={http.port}: {reason}", file=sys.stderr)
+            return 1
     # `serve run` goes on for ever after a wrong file, so it was checked first.
     serve = str(Path(sys.executable).with_name("serve"))
     address = ["--address", options.address] if options.address else []
@@ -149,6 +158,26 @@ def _serve(options: argparse.Namespace) -> int:
     except OSError as error:
         print(f"{serve}: {error.strerror}; install ray[serve] beside gllm_ray", file=sys.stderr)
         return 1
+
+
+def _why_no_listening(host: str, port: int) -> str | None:
+    """Why an HTTP proxy could not be started here; None if it could, or a Serve's is there.
+
+    Serve would try for ever, with a traceback each time.
+    """
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            reason = error.strerror
+        else:
+            return None
+    with suppress(OSError, HTTPException):  # no answer, or one that is not Serve's
+        health = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/-/healthz"
+        with urlopen(health, timeout=2):
+            return None
+    return f"{reason} ({host}); free it, name another, or give the --address of the cluster to join"
 
 
 def _print_keys(options: argparse.Namespace) -> int:

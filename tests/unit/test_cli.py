@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -149,9 +150,33 @@ def test_serve_becomes_the_serve_run_of_the_same_environment(python_beside_serve
     assert result.returncode == 7
 
 
+@pytest.mark.parametrize("is_serve", [False, True])
+def test_serve_takes_no_port_but_that_of_a_serve_that_runs(python_beside_serve, tmp_path, is_serve):
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if is_serve and self.path == "/-/healthz" else 404)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_port
+        file = tmp_path / "serve.yaml"
+        file.write_text(DEMO.read_text("utf-8").replace("port: 8000", f"port: {port}"), "utf-8")
+        result = run("serve", file, python=python_beside_serve)
+        server.shutdown()
+    if is_serve:
+        assert result.returncode == 7
+    else:
+        assert result.returncode == 1
+        assert result.stderr == (
+            f"{file}: http_options.port={port}: Address already in use (127.0.0.1); free it, name "
+            "another, or give the --address of the cluster to join\n"
+        )
+
+
 def test_serve_without_ray_serve_says_so(tmp_path):
     (tmp_path / "python").symlink_to(sys.executable)
-    result = run("serve", DEMO, python=tmp_path / "python")
+    result = run("serve", DEMO, "--address", "auto", python=tmp_path / "python")
     assert result.returncode == 1
     assert result.stderr == (
         f"{tmp_path / 'serve'}: No such file or directory; install ray[serve] beside gllm_ray\n"
