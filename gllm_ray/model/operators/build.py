@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 from functools import cache
@@ -22,6 +23,7 @@ _FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # torch 2.10, the oldest that is supported
 )
 _TIMEOUT_S = 300
+_MAX_REASON = 300  # characters of a compiler's message, for one line of the log
 
 
 class OperatorsUnavailableError(Exception):
@@ -43,9 +45,13 @@ def load_operators() -> torch._ops._OpNamespace:
 def _load_once() -> str | None:
     """Load the operators; returns why they are not there, or None if they are."""
     try:
-        torch.ops.load_library(_build())
+        library = _build()
     except (OperatorsUnavailableError, OSError, RuntimeError) as error:
         return str(error)
+    try:
+        torch.ops.load_library(library)
+    except (OSError, RuntimeError) as error:
+        return f"{library} does not load ({error.__cause__ or error}); remove it to build it again"
     return None
 
 
@@ -86,30 +92,49 @@ def cpu_description() -> str:
     return "\n".join([platform.machine(), platform.processor(), *sorted(described)])
 
 
-def _find_compiler() -> str:
+def _find_compiler() -> list[str]:
+    """The command that compiles: `CXX`, which may have arguments, or the first that is there."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     for name in names:
-        if (path := shutil.which(name)) is not None:
-            return path
+        words = name.split()
+        if words and (path := shutil.which(words[0])) is not None:
+            return [path, *words[1:]]
     raise OperatorsUnavailableError(f"there is no C++ compiler ({', '.join(names)}) on PATH")
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: list[str], library: Path) -> None:
     # Only who builds waits for its import.
     from torch.utils.cpp_extension import include_paths, library_paths
 
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    command = [compiler, *_FLAGS, native, *map(str, sorted(_SOURCES.glob("*.cpp")))]
+    command = [*compiler, *_FLAGS, native, *map(str, sorted(_SOURCES.glob("*.cpp")))]
     command += [f"-I{path}" for path in include_paths()]
     command += [f"-L{path}" for path in library_paths()]
     command += ["-ltorch_cpu", "-lc10", "-o", str(library)]
-    try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise OperatorsUnavailableError(f"{compiler} took longer than {_TIMEOUT_S} s") from error
-    if result.returncode:
-        errors = [line for line in result.stderr.splitlines() if "error" in line]
-        reason = (errors or result.stderr.splitlines() or ["no message"])[0]
-        raise OperatorsUnavailableError(f"{compiler} failed: {reason}")
+    name = " ".join(compiler)
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, "LC_ALL": "C"},  # errors are found by their English names
+        start_new_session=True,
+    ) as process:
+        try:
+            _, messages = process.communicate(timeout=_TIMEOUT_S)
+        except BaseException as error:
+            # A compiler is a driver of processes that would outlive it.
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise OperatorsUnavailableError(f"{name} took longer than {_TIMEOUT_S} s") from error
+    if process.returncode:
+        raise OperatorsUnavailableError(f"{name} failed: {_reason(messages.splitlines())}")
+
+
+def _reason(lines: list[str]) -> str:
+    """The first error; drivers say that the linker failed, but it is the linker that says why."""
+    drivers = ("collect2: ", "linker command failed")
+    errors = [line for line in lines if "error:" in line and not any(d in line for d in drivers)]
+    return (errors or lines or ["no message"])[0][:_MAX_REASON]

@@ -105,7 +105,7 @@ def _load_device_switch() -> str | None:
         source, library = Path(directory) / "switch.cpp", Path(directory) / "switch.so"
         source.write_text(_DEVICE_SWITCH)
         try:
-            command = [_find_compiler(), "-std=c++20", "-shared", "-fPIC", source, "-o", library]
+            command = [*_find_compiler(), "-std=c++20", "-shared", "-fPIC", source, "-o", library]
         except OperatorsUnavailableError as error:
             return str(error)
         command += [f"-I{path}" for path in include_paths()]

@@ -1,12 +1,15 @@
 """Which attention a stage runs, where the operator comes from, and what happens without it."""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -56,7 +59,7 @@ def chosen(process: subprocess.Popen) -> str:
 @pytest.fixture
 def compiler():
     try:
-        return build._find_compiler()
+        return " ".join(build._find_compiler())
     except OperatorsUnavailableError as error:
         pytest.skip(str(error))
 
@@ -65,7 +68,7 @@ def compiler():
 def counting_compiler(compiler, tmp_path):
     """A compiler that adds a line to a file each time it runs."""
     script, count = tmp_path / "compiler", tmp_path / "count"
-    script.write_text(f'#!/bin/sh\necho run >> "{count}"\nexec "{compiler}" "$@"\n')
+    script.write_text(f'#!/bin/sh\necho run >> "{count}"\nexec {compiler} "$@"\n')
     script.chmod(0o755)
     count.touch()
     return script, count
@@ -91,13 +94,67 @@ def test_without_a_compiler_torch_attends_and_the_description_says_why(tmp_path)
     )
 
 
+def make_script(path: Path, body: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{body}\n", encoding="latin-1")
+    path.chmod(0o755)
+    return path
+
+
 def test_a_compiler_that_fails_leaves_torch_and_nothing_in_the_cache(tmp_path):
-    script = tmp_path / "compiler"
-    script.write_text("#!/bin/sh\necho 'x.cpp:1: fatal error: no headers' >&2\nexit 1\n")
-    script.chmod(0o755)
+    script = make_script(
+        tmp_path / "compiler", "echo 'x.cpp:1: fatal error: no headers' >&2\nexit 1"
+    )
     description = chosen(choose_in_process(tmp_path / "cache", CXX=str(script)))
     assert description.endswith(f"{script} failed: x.cpp:1: fatal error: no headers")
     assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ("x.cpp:1: error: \xab", "x.cpp:1: error: \ufffd"),  # in no encoding of ours
+        ("error: " + 1000 * "x", "error: " + 293 * "x"),
+        (
+            "ld: No space left on device\ncollect2: error: ld returned 1",
+            "ld: No space left on device",
+        ),
+        ("ld: no -lc10\nclang: error: linker command failed", "ld: no -lc10"),
+        ("a.cpp: warning\na.cpp: error: 1\na.cpp: error: 2", "a.cpp: error: 1"),
+    ],
+)
+def test_of_what_a_compiler_says_one_short_line_is_told(messages, reason, tmp_path):
+    script = make_script(tmp_path / "compiler", f"echo '{messages}' >&2\nexit 1")
+    with pytest.raises(OperatorsUnavailableError) as caught:
+        build._compile([str(script)], tmp_path / "library")
+    assert str(caught.value) == f"{script} failed: {reason}"
+
+
+def test_a_compiler_that_hangs_is_ended_with_the_processes_it_drives(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_TIMEOUT_S", 1)
+    script = make_script(tmp_path / "compiler", f"sleep 60 &\necho $! > {tmp_path}/pid\nwait")
+    with pytest.raises(OperatorsUnavailableError, match="took longer than 1 s"):
+        build._compile([str(script)], tmp_path / "library")
+    driven = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(driven) and psutil.Process(driven).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_compiler_may_be_given_with_arguments(compiler, monkeypatch):
+    monkeypatch.setenv("CXX", f"env {compiler}")
+    assert build._find_compiler() == [shutil.which("env"), *compiler.split()]
+
+
+def test_a_damaged_library_in_the_cache_leaves_torch_and_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = build._cache_directory() / "operators.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    description = chosen(choose_in_process(tmp_path))
+    assert description.endswith(
+        f"because {library} does not load ({library}: file too short); remove it to build it again"
+    )
 
 
 def test_a_cache_that_cannot_be_written_leaves_torch(compiler, tmp_path):
