@@ -71,7 +71,8 @@ def test_more_rows_than_the_cache_holds_are_multiplied_in_groups():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_same_bits_in_any_batch_and_with_any_threads(dtype):
+def test_a_row_has_the_same_bits_in_any_batch_and_with_any_threads(dtype, monkeypatch):
+    monkeypatch.setattr(linear, "cpu_description", str)  # of a CPU where torch is not faster
     layer, _ = make_linear(4104, 96, bias=True, dtype=dtype)
     assert type(layer) is PackedLinear
     inputs = torch.randn(130, 4104).to(dtype)
