@@ -43,6 +43,10 @@ CONFIGS = {
     "gpt2": _GPT2 | _GPT2_IDS,
     "gpt_neox": {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"},
     "mixtral": _COMMON | _EXPERTS,
+    # Its config says a window of 0, which no layer uses.
+    "qwen2_moe": _COMMON
+    | {"num_experts": 4, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 48},
     "qwen3_moe": _COMMON | _EXPERTS | {"moe_intermediate_size": 48},
     "deepseek_v3": _COMMON
     | {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8}

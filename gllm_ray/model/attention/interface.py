@@ -112,6 +112,8 @@ def _probe_attention(
     geometries = _geometries.get()
     if module in geometries:
         raise ConfigError(f"{type(module).__name__} attends twice per token; it cannot be served")
+    if attention_mask is not None and attention_mask.window == 0:
+        raise ConfigError(f"{type(module).__name__} has a sliding window of 0; it cannot be served")
     expand = getattr(type(module), "expand_kv", None)
     geometries[module] = AttentionGeometry(
         key_shape=(key.shape[1], key.shape[3]),
@@ -133,6 +135,8 @@ def _probe_mask(
     **_: object,
 ) -> _MaskRecord:
     """Note the window, and refuse a mask that is not causal within it."""
+    if local_size == 0:
+        return _MaskRecord(0)  # Qwen2-MoE asks for it where none of its layers has a window
     reach = local_size or 4
     query = torch.tensor(2 * reach)
     is_allowed = [
