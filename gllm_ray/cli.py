@@ -145,8 +145,10 @@ def _validate(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     if not _is_valid(options.file):
         return 1
-    if not options.address and os.environ.get("RAY_ADDRESS", "local") == "local":
-        http = load_serve_file(options.file).http_options
+    file = load_serve_file(options.file)
+    is_here = not options.address and os.environ.get("RAY_ADDRESS", "local") == "local"
+    if is_here and file.proxy_location != "Disabled":
+        http = file.http_options
         if (reason := _why_no_listening(http.host, http.port)) is not None:
             print(f"{options.file}: http_options.port={http.port}: {reason}", file=sys.stderr)
             return 1
@@ -165,19 +167,18 @@ def _why_no_listening(host: str, port: int) -> str | None:
 
     Serve would try for ever, with a traceback each time.
     """
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            reason = error.strerror
-        else:
-            return None
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = error.strerror
+    else:
+        return None
     with suppress(OSError, HTTPException):  # no answer, or one that is not Serve's
-        health = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/-/healthz"
-        with urlopen(health, timeout=2):
+        address = f"[{host}]" if ":" in host else host
+        with urlopen(f"http://{address}:{port}/-/healthz", timeout=2):
             return None
-    return f"{reason} ({host}); free it, name another, or give the --address of the cluster to join"
+    return f"{reason}; free it, name another, or give the --address of the cluster to join"
 
 
 def _print_keys(options: argparse.Namespace) -> int:

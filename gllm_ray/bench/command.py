@@ -161,7 +161,7 @@ def _add_policies(benchmarks: Any) -> None:  # noqa: ANN401
     parser.add_argument(
         "--output",
         type=output_file,
-        default=Path("policies.json"),
+        default=Path(__file__).parent / "results" / "policies.json",
         help="write the numbers to this file, as JSON, and beside it the table, as Markdown",
     )
     parser.set_defaults(run=_bench_policies)

@@ -169,8 +169,9 @@ def test_serve_takes_no_port_but_that_of_a_serve_that_runs(python_beside_serve, 
     else:
         assert result.returncode == 1
         assert result.stderr == (
-            f"{file}: http_options.port={port}: Address already in use (127.0.0.1); free it, name "
-            "another, or give the --address of the cluster to join\n"
+            f"{file}: http_options.port={port}: Address already in use (while attempting to bind on "
+            f"address ('127.0.0.1', {port})); free it, name another, or give the --address of the "
+            "cluster to join\n"
         )
 
 
