@@ -168,10 +168,11 @@ def test_serve_takes_no_port_but_that_of_a_serve_that_runs(python_beside_serve, 
         assert result.returncode == 7
     else:
         assert result.returncode == 1
+        address = "127.0.0.1", port
+        taken = f"Address already in use (while attempting to bind on address {address})"
         assert result.stderr == (
-            f"{file}: http_options.port={port}: Address already in use (while attempting to bind on "
-            f"address ('127.0.0.1', {port})); free it, name another, or give the --address of the "
-            "cluster to join\n"
+            f"{file}: http_options.port={port}: {taken}; free it, name another, or give the "
+            "--address of the cluster to join\n"
         )
 
 
