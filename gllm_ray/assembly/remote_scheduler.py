@@ -33,6 +33,7 @@ class RemoteScheduler:
 
     def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor
+        self._submissions: dict[str, asyncio.Future[None]] = {}  # under way, by request
 
     @classmethod
     def launch(cls, config: ServiceConfig, placement_group: PlacementGroup | None = None) -> Self:
@@ -81,10 +82,13 @@ class RemoteScheduler:
 
     async def add(self, request: GenerationRequest) -> None:
         """Accept a request; see `EngineEndpoint.add`."""
-        await _ask(self._actor.add.remote(request))
+        await self._submit([request.request_id], self._actor.add.remote(request))
 
     async def abort(self, request_id: str) -> None:
         """End a request early; see `EngineEndpoint.abort`."""
+        # Ray does not keep the order of calls here, and large requests take a slower way.
+        if (submission := self._submissions.get(request_id)) is not None:
+            await asyncio.wait([submission])
         await _ask(self._actor.abort.remote(request_id))
 
     async def next_events(self) -> list[TokenEvent]:
@@ -93,7 +97,8 @@ class RemoteScheduler:
 
     async def restore(self, requests: Sequence[OpenRequest]) -> None:
         """Go on with requests of a lost scheduler; see `EngineEndpoint.restore`."""
-        await _ask(self._actor.restore.remote(requests))
+        request_ids = [request.request.request_id for request in requests]
+        await self._submit(request_ids, self._actor.restore.remote(requests))
 
     async def load(self) -> EngineLoad:
         """How much the engine holds; raises what broke it."""
@@ -110,6 +115,17 @@ class RemoteScheduler:
     async def resume(self, outcome: StageGroup | PipelineError) -> None:
         """See `SchedulerActor.resume`."""
         await _ask(self._actor.resume.remote(outcome))
+
+    async def _submit(self, request_ids: Sequence[str], answer: Awaitable[None]) -> None:
+        """Await the answer to requests; who is cancelled meanwhile aborts them after it."""
+        submission = asyncio.ensure_future(_ask(answer))
+        self._submissions |= dict.fromkeys(request_ids, submission)
+        submission.add_done_callback(lambda _: self._note_answer(request_ids))
+        await asyncio.shield(submission)
+
+    def _note_answer(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._submissions.pop(request_id, None)
 
 
 async def _ask(answer: Awaitable[T]) -> T:

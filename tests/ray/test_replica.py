@@ -7,7 +7,9 @@ import signal
 import time
 
 import pytest
+import ray
 
+from gllm_ray.assembly.remote_scheduler import RemoteScheduler
 from gllm_ray.assembly.replica import PipelineReplica
 from gllm_ray.config import RecoveryConfig
 from gllm_ray.engine.client import EngineClient
@@ -107,6 +109,41 @@ def test_without_recovery_a_replica_serves_until_a_stage_dies_and_then_ends_ever
         await client.close()
         await replica.close()
         await wait_until_gone(own)
+
+    asyncio.run(scenario())
+
+
+@ray.remote(num_cpus=0)
+class CallLog:
+    """Notes in which order an asyncio actor takes the calls of a scheduler."""
+
+    def __init__(self):
+        self.calls = []
+
+    async def add(self, request):
+        self.calls.append(("add", request.request_id))
+
+    async def abort(self, request_id):
+        self.calls.append(("abort", request_id))
+
+    async def all(self):
+        return self.calls
+
+
+def test_the_abort_of_a_large_request_never_overtakes_it(ray_cluster):
+    async def scenario():
+        scheduler = RemoteScheduler(actor := CallLog.remote())
+        names = [str(i) for i in range(20)]
+        for name in names:
+            # So large that Ray sends it by the object store.
+            large = GenerationRequest(
+                request_id=name, prompt_token_ids=(1,), max_tokens=1, cache_salt="x" * 300_000
+            )
+            adding = asyncio.create_task(scheduler.add(large))
+            await asyncio.sleep(0)
+            adding.cancel()
+            await scheduler.abort(name)
+        assert await actor.all.remote() == [(kind, n) for n in names for kind in ("add", "abort")]
 
     asyncio.run(scenario())
 
