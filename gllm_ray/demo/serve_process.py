@@ -53,25 +53,28 @@ class ServeProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        _adopt_orphans()
-        with self.log_file.open("wb") as log:
-            self._process = subprocess.Popen(
-                [str(_program("serve")), "run", str(self._config_file)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | _ray_environment(self._directory),
-                # A Ctrl-C reaches this process alone, which then stops the other in order.
-                start_new_session=True,
-            )
+        try:
+            _adopt_orphans()
+            with self.log_file.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [str(_program("serve")), "run", str(self._config_file)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | _ray_environment(self._directory),
+                    # A Ctrl-C reaches this process alone, which then stops the other in order.
+                    start_new_session=True,
+                )
+        except BaseException:  # such as a Ctrl-C, which may come when the process is there already
+            self.__exit__(*sys.exc_info())
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        assert self._process is not None
         # An impatient second Ctrl-C must not leave processes behind.
         for interrupt in INTERRUPTS:
             signal.signal(interrupt, signal.SIG_IGN)
-        if self._process.poll() is None:
+        if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_TIMEOUT_S)
