@@ -1,7 +1,7 @@
 """From the token events of a request to the growth of its text."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -119,11 +119,19 @@ async def merge_deltas(
                     yield delta
                     pending[asyncio.ensure_future(anext(stream, None))] = stream
     finally:
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        for stream in streams:
-            await stream.aclose()
+        # Shielded, because a server may cancel again and again who reads for a client that is gone.
+        await asyncio.shield(asyncio.create_task(_close(streams, pending)))
+
+
+async def _close(
+    streams: Sequence[AsyncGenerator[TextDelta, None]],
+    pending: Collection[asyncio.Future[TextDelta | None]],
+) -> None:
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    for stream in streams:
+        await stream.aclose()
 
 
 async def collect_outputs(

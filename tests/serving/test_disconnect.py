@@ -6,6 +6,8 @@ import json
 import pytest
 
 from gllm_ray.serving.openai_api import build_api
+from gllm_ray.serving.text_stream import merge_deltas, text_deltas
+from tests.factories import make_request
 from tests.fakes import LocalService, ScriptedPipeline
 from tests.serving.local_api import BODIES, wait_until
 
@@ -118,6 +120,32 @@ def test_a_stream_is_aborted_when_the_server_says_its_client_is_gone(tokenizer, 
         body = body_of(COMPLETION_PATH, True, num_prompts)
         connection = Connection(COMPLETION_PATH, body, spec_version="2.3")
         await leave(tokenizer, connection, 9, lambda _call: connection.hang_up())
+
+    asyncio.run(main())
+
+
+def test_who_reads_several_outputs_and_is_cancelled_twice_aborts_each_of_them(tokenizer):
+    async def main():
+        pipeline = ScriptedPipeline(tokenizer.encode("abc"), hold_after=6)
+        async with LocalService(tokenizer, pipeline) as service:
+            streams = [
+                text_deltas(
+                    index,
+                    service.generate(make_request(str(index), max_tokens=MAX_TOKENS)),
+                    tokenizer.new_detokenizer((1,), ()),
+                )
+                for index in range(2)
+            ]
+            merged = merge_deltas(streams)
+            await anext(merged)  # that of the other output is there, too
+            closing = asyncio.create_task(merged.aclose())
+            await asyncio.sleep(0)
+            closing.cancel()
+            await asyncio.wait([closing])
+            await wait_until(lambda: not service._client._streams)
+            pipeline.release()
+            await service.until_idle()
+            assert pipeline.num_tokens < MAX_TOKENS
 
     asyncio.run(main())
 
