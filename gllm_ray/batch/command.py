@@ -59,7 +59,7 @@ def run_to_status(job: Coroutine[Any, Any, JobResult], output: str) -> int:
     except (GllmRayError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, SystemExit):  # the latter by Ray, while it connects
         return _stopped(signal.SIGTERM)
     except KeyboardInterrupt:
         return _stopped(signal.SIGINT)

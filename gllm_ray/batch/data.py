@@ -156,7 +156,7 @@ class _PoolActor:
         remove_placement_group(self._group)
 
     def _columns_of(self, answer: Answer) -> tuple[str, int, int, str]:
-        if answer.status != 200:
+        if not answer.is_success:
             message = answer.body["error"]["message"]
             if not self._continues_on_error:
                 raise InvalidRequestError(message)

@@ -53,12 +53,17 @@ class Answer:
     """What the route says.
 
     Attributes:
-        status: Of HTTP; 200 alone is a success.
+        status: Of HTTP.
         body: The response's, or in the shape of OpenAI's errors.
     """
 
     status: int
     body: Mapping[str, Any]
+
+    @property
+    def is_success(self) -> bool:
+        """Whether there is an output."""
+        return self.status == 200 and "choices" in self.body
 
     @classmethod
     def of_error(cls, error: Exception) -> "Answer":
@@ -109,7 +114,7 @@ def parse_schema(schema: type[Schema], data: object) -> Schema:
 def make_record(custom_id: str, answer: Answer) -> dict[str, Any]:
     """A line of the output file, or of the file of errors."""
     error = None
-    if answer.status != 200:
+    if not answer.is_success:
         told = answer.body.get("error")
         told = told if isinstance(told, dict) else {}
         error = {"code": told.get("code"), "message": told.get("message")}

@@ -17,9 +17,9 @@ import httpx
 import pytest
 import uvicorn
 import yaml
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 
-from gllm_ray.batch.command import main
+from gllm_ray.batch.command import main, run_to_status
 from gllm_ray.batch.tables import RowTemplate, read_table, write_table
 from gllm_ray.scheduling import QueueLimits
 from gllm_ray.serving.openai_api import build_api
@@ -178,12 +178,13 @@ class KeyGateway:
 
 
 @contextlib.contextmanager
-def http_service(tokenizer, *, keys=None, **scheduler_options):
+def http_service(tokenizer, *, keys=None, wrap=None, **scheduler_options):
     """The routes over a scripted model, on a port of their own; yields the address.
 
     Args:
         tokenizer: The demo model's.
         keys: One of which a client must show; None: it need not.
+        wrap: What else stands before the routes.
         scheduler_options: As `make_scheduler` takes them.
     """
     with socket.socket() as listener:
@@ -193,6 +194,8 @@ def http_service(tokenizer, *, keys=None, **scheduler_options):
         api = build_api(service)
         if keys is not None:
             api = KeyGateway(api, keys)
+        if wrap is not None:
+            api = wrap(api)
         server = uvicorn.Server(uvicorn.Config(api, log_level="warning", lifespan="off"))
 
         async def serve():
@@ -230,6 +233,34 @@ def test_a_running_service_answers_and_a_row_it_refuses_ends_with_2(tokenizer, t
     assert (error["custom_id"], error["error"]["code"]) == ("long", "context_length_exceeded")
     assert main(asked) == 1  # nobody tells any more which model it is
     assert "tells of no one model" in capsys.readouterr().err
+
+
+class PageGateway:
+    """Stands before the routes, and answers the first row with a page."""
+
+    def __init__(self, api):
+        self._api = api
+        self._num_rows = 0
+
+    async def __call__(self, scope, receive, send):
+        self._num_rows += scope.get("method") == "POST"
+        is_page = (scope.get("method"), self._num_rows) == ("POST", 1)
+        await (PlainTextResponse("Please log in") if is_page else self._api)(scope, receive, send)
+
+
+def test_an_answer_without_an_output_is_a_failure_and_may_be_retried(tokenizer, tmp_path):
+    pytest.importorskip("pyarrow", reason="the data extra is not installed")
+    source = tmp_path / "in.csv"
+    source.write_text("text\nhello\n")
+    output = tmp_path / "out.csv"
+    with http_service(tokenizer, wrap=PageGateway) as url:
+        asked = ["--url", url, "--input", str(source), "--output", str(output)]
+        asked += ["--prompt-column", "text"]
+        assert main(asked) == 2
+        (record,) = read_lines(tmp_path / "out.errors.jsonl")
+        assert record["error"]["message"] == "status 200, and no JSON"
+        assert main([*asked, "--retry-errors"]) == 0
+    assert "Hello" in output.read_text()
 
 
 def test_a_service_that_is_full_is_asked_again(tokenizer, tmp_path):
@@ -344,6 +375,19 @@ def check_stop(program, tmp_path):
 
 def test_sigterm_keeps_what_is_done_and_ends_with_143(tmp_path):
     check_stop(lambda source, output: ["tests.batch.local_job", str(source), str(output)], tmp_path)
+
+
+def test_sigterm_while_ray_connects_ends_with_143_too(tmp_path, capsys):
+    async def job():
+        # As Ray does until it is connected.
+        before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    assert run_to_status(job(), str(tmp_path / "out.jsonl")) == 128 + signal.SIGTERM
+    assert "run it again to go on from here" in capsys.readouterr().err
 
 
 @pytest.mark.slow
