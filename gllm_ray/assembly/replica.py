@@ -150,13 +150,17 @@ class PipelineReplica:
             while True:
                 await self._replace_scheduler(await self._until_lost())
         except PipelineError as error:
-            self._endpoint.fail(error)
+            self._give_up(error)
             raise
         except Exception as error:
             logger.exception("supervision of the pipeline broke")
             failure = PipelineError(f"internal error: {type(error).__name__}")
-            self._endpoint.fail(failure)
+            self._give_up(failure)
             raise failure from error
+
+    def _give_up(self, error: PipelineError) -> None:
+        self._endpoint.fail(error)
+        self._scheduler.kill()  # it may live, and who waits for it would wait on
 
     async def _until_lost(self) -> SchedulerLostError:
         """Repair the stages until their scheduler is lost."""

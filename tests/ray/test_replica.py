@@ -22,6 +22,8 @@ from gllm_ray.errors import (
 )
 from gllm_ray.messages import FinishReason, GenerationRequest
 from gllm_ray.serving.server import LLMServer
+from gllm_ray.stages.stage_group import StageGroup
+from gllm_ray.stages.supervised_pipeline import Fault
 from tests.pipelines import make_service_config
 from tests.ray.test_ray_pipeline import stage_processes
 
@@ -144,6 +146,30 @@ def test_the_abort_of_a_large_request_never_overtakes_it(ray_cluster):
             adding.cancel()
             await scheduler.abort(name)
         assert await actor.all.remote() == [(kind, n) for n in names for kind in ("add", "abort")]
+
+    asyncio.run(scenario())
+
+
+@ray.remote(num_cpus=0)
+class WaitingScheduler:
+    """Tells of a fault in a stage that nobody has, and then of nothing."""
+
+    async def next_fault(self):
+        return Fault(cause="a stage was lost", broken=frozenset({7}), detect_s=0.0)
+
+    async def next_events(self):
+        await asyncio.Event().wait()
+
+
+def test_when_supervision_breaks_who_waits_for_events_is_told(ray_cluster, tiny_llama):
+    async def scenario():
+        config = make_service_config(tiny_llama, num_stages=2, cpus_per_stage=0.5)
+        group = StageGroup(stages=(), infos=(), num_blocks=1, max_model_len=1, epoch=0)
+        scheduler = RemoteScheduler(WaitingScheduler.remote())
+        replica = PipelineReplica(config, group, scheduler, None)
+        with pytest.raises(PipelineError, match="internal error: IndexError"):
+            await asyncio.wait_for(replica.next_events(), 30)
+        await replica.close()
 
     asyncio.run(scenario())
 
