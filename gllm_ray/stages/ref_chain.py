@@ -46,12 +46,13 @@ class RefChain:
 
     async def next_answer(self) -> tuple[int, list[object]]:
         """See `ControlPlane`."""
-        batch_id, refs = self._in_flight[0]
+        in_flight = self._in_flight  # `end` may begin another while this waits
+        batch_id, refs = in_flight[0]
         try:
             answer = await refs[-1]
         except RayError as error:
             raise translate_ray_error(error) from error
-        self._in_flight.popleft()
+        in_flight.popleft()
         return batch_id, answer
 
     @property
@@ -87,7 +88,7 @@ class RefChain:
         done, late = await asyncio.wait(steps, timeout=_DRAIN_TIMEOUT_S)
         for step in late:
             step.cancel()
-        self._in_flight.clear()
+        self._in_flight = deque()
         failed = ((i, step.exception()) for step, i in steps.items() if step in done)
         return [
             Failed(i, translate_ray_error(error, name_stage(self._group.infos[i])))

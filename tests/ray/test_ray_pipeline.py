@@ -20,9 +20,11 @@ from gllm_ray.bundles import bundles
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import ConfigError, PipelineError, StageLostError
 from gllm_ray.messages import SamplingParams, StepInterval
+from gllm_ray.stages import ref_chain
 from gllm_ray.stages.metadata import MetadataEncoder
 from gllm_ray.stages.ray_pipeline import RayPipeline
-from gllm_ray.stages.stage_group import start_stage_group
+from gllm_ray.stages.ref_chain import RefChain
+from gllm_ray.stages.stage_group import StageGroup, start_stage_group
 from tests.pipelines import (
     RayStages,
     Reference,
@@ -256,6 +258,32 @@ def test_a_model_that_cannot_be_served_is_refused_and_leaves_no_actor(
     while stage_processes() != expected and time.monotonic() < deadline:
         time.sleep(0.05)
     assert stage_processes() == expected
+
+
+@ray.remote(num_cpus=0)
+class SlowStage:
+    def step(self, epoch: int, metadata: bytes, previous: object) -> str:
+        time.sleep(0.5)
+        return "late"
+
+
+def test_an_answer_that_comes_when_its_chain_has_ended_is_an_answer(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ref_chain, "_DRAIN_TIMEOUT_S", 0.05)
+
+    async def run() -> object:
+        stages = (SlowStage.remote(),)
+        group = StageGroup(stages=stages, infos=(), num_blocks=1, max_model_len=1, epoch=0)
+        chain = RefChain(group)
+        chain.submit(make_batch(7, [1]))
+        answer = asyncio.create_task(chain.next_answer())
+        await asyncio.sleep(0)
+        assert await chain.end() == []
+        assert chain.oldest is None
+        return await answer
+
+    assert asyncio.run(run()) == (7, "late")
 
 
 @pytest.mark.parametrize("stage_id", range(NUM_STAGES))
