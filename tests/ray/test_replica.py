@@ -160,13 +160,17 @@ class WaitingScheduler:
     async def next_events(self):
         await asyncio.Event().wait()
 
+    async def load(self):
+        """Show that it lives."""
+
 
 def test_when_supervision_breaks_who_waits_for_events_is_told(ray_cluster, tiny_llama):
     async def scenario():
         config = make_service_config(tiny_llama, num_stages=2, cpus_per_stage=0.5)
         group = StageGroup(stages=(), infos=(), num_blocks=1, max_model_len=1, epoch=0)
-        scheduler = RemoteScheduler(WaitingScheduler.remote())
-        replica = PipelineReplica(config, group, scheduler, None)
+        actor = WaitingScheduler.remote()
+        await actor.__ray_ready__.remote()
+        replica = PipelineReplica(config, group, RemoteScheduler(actor), None)
         with pytest.raises(PipelineError, match="internal error: IndexError"):
             await asyncio.wait_for(replica.next_events(), 30)
         await replica.close()
