@@ -98,6 +98,12 @@ def test_a_break_in_what_is_wanted_starts_the_delay_anew():
     assert wanted == [1, 1, 1, 1, 1, 1, 2]
 
 
+def test_a_change_the_other_way_starts_the_delay_anew():
+    autoscaler = Autoscaler(rule())
+    looks = ((0, 8), (1, 0), (3, 8), (5, 8), (6, 8))
+    assert [autoscaler.decide(load(num, num_replicas=2), s) for s, num in looks] == [2, 2, 2, 2, 4]
+
+
 def test_a_change_goes_no_further_than_was_wanted_all_the_time():
     autoscaler = Autoscaler(rule())
     assert [autoscaler.decide(load(num), s) for s, num in ((0, 8), (1, 4), (3, 8))] == [1, 1, 2]
@@ -172,6 +178,11 @@ def test_no_more_are_wanted_while_those_start_that_a_queue_has_asked_for():
 def test_how_slowly_prompts_once_waited_for_kv_blocks_keeps_no_replica():
     freed = signals(drain_tokens_per_s=0.3, arriving_tokens_per_s=2.0, kv_utilization=0.1)
     assert decide_at_once(load(1, num_replicas=3, signals=[freed] * 3)) == 1
+
+
+def test_a_queue_that_is_no_longer_than_its_target_keeps_no_replica():
+    told = [replace(IDLE, num_waiting_tokens=2000)] * 3
+    assert decide_at_once(load(num_replicas=3, signals=told), target_queue_time_s=2.0) == 1
 
 
 def test_a_queue_starts_at_least_one_replica():

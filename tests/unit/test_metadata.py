@@ -75,6 +75,17 @@ def test_a_grammar_is_told_once_and_not_with_every_token() -> None:
     assert max(sizes[1:]) < 500
 
 
+def test_a_sequence_that_comes_back_within_256_micro_batches_is_known() -> None:
+    encoder = MetadataEncoder()
+    told = sequence(0, tuple(range(256)), SamplingParams(temperature=1.0))
+    others = [sequence(1, ())] * 255
+    sizes = [
+        len(encoder.encode(MicroBatch(batch_id=batch_id, sequences=(each,))))
+        for batch_id, each in enumerate([told, *others, told, *others, told])
+    ]
+    assert max(sizes[256], sizes[512]) < sizes[0] / 5
+
+
 def test_sequences_that_ended_are_forgotten_at_both_ends() -> None:
     encoder, decoder = MetadataEncoder(), MetadataDecoder()
     sizes = []

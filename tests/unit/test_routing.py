@@ -53,13 +53,31 @@ def test_a_replica_that_holds_more_of_the_beginning_is_better():
     assert routing.cost_tokens("a", longer) - routing.cost_tokens("b", longer) == 128
 
 
-def test_prompts_share_the_keys_of_what_they_begin_with_and_of_their_salt():
-    one, other = (RoutedPrompt.of_tokens([*range(150), last, *range(64)]) for last in (7, 8))
-    assert one.keys[:2] == other.keys[:2]
-    assert one.keys[2] != other.keys[2]
-    assert len(RoutedPrompt.of_tokens(range(63)).keys) == 0
-    salted = RoutedPrompt.of_tokens(range(150), "salt")
+def test_of_holders_of_the_same_beginning_the_one_with_the_least_work_is_taken():
+    routing = router()
+    routing.end("b", routing.start("b", prompt("p")))
+    for busy in ("a", "c"):
+        routing.start(busy, prompt("p"))
+    assert {routing.choose(REPLICAS, prompt("p")) for _ in range(20)} == {"b"}
+
+
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_prompts_share_the_keys_of_the_whole_pieces_that_they_begin_with(num_common, num_more):
+    common, more = range(num_common), range(num_more)
+    one, other = (RoutedPrompt.of_tokens([*common, last, *more]) for last in (201, 202))
+    assert len(one.keys) == one.num_tokens // one.tokens_per_key
+    shared = num_common // one.tokens_per_key
+    assert one.keys[:shared] == other.keys[:shared]
+    assert not set(one.keys[shared:]) & set(other.keys)
+    salted = RoutedPrompt.of_tokens([*common, 201, *more], "salt")
     assert not set(salted.keys) & set(one.keys)
+
+
+def test_a_prefix_that_is_used_again_outlives_one_that_is_not():
+    routing = router(max_keys=2)
+    for prefix in ("used", "unused", "used", "new"):
+        routing.start("a", prompt(prefix))
+    assert [routing.cost_tokens("a", prompt(p)) for p in ("used", "unused")] == [200.0, 1200.0]
 
 
 def test_what_was_used_last_is_remembered_and_the_beginning_longest():
