@@ -255,3 +255,43 @@ def test_an_innocent_that_breaks_the_pipeline_at_a_later_token_is_a_suspect_agai
     search.note_events([TokenEvent("b", 1)])
     assert is_admitted(search, "a")
     assert search.note_fault({"a": 1}) == "a"
+
+
+def test_a_trial_explains_its_fault_only_if_requests_got_tokens_since_the_one_before():
+    search = PoisonSearch()
+    for _ in range(2):
+        search.note_fault(dict.fromkeys("abcd", 0))
+    assert search.note_events([TokenEvent("a", 1)]) is False
+    search.note_fault({"a": 1, "b": 0})
+    assert search.is_explained
+    search.note_fault({"b": 0})
+    assert not search.is_explained
+
+
+def test_who_got_a_token_on_trial_is_innocent_though_others_broke_it():
+    search = PoisonSearch()
+    for _ in range(2):
+        search.note_fault(dict.fromkeys("abcd", 0))
+    search.note_events([TokenEvent("a", 1)])
+    search.note_fault({"a": 1, "b": 0})
+    assert search.alone == {"b"}
+    search.note_events([TokenEvent("b", 1)])
+    assert not waiting(search, "abcd")
+    search.note_fault({"a": 1, "b": 1, "c": 0, "d": 0})
+    assert search.held_back == {"d"}
+
+
+def test_a_search_begins_anew_whatever_one_before_it_found():
+    search = PoisonSearch()
+    for _ in range(2):
+        search.note_fault({"a": 0, "b": 0})
+    search.note_events([TokenEvent("a", 1)])
+    assert search.note_fault({"b": 0}) == "b"
+    assert search.is_solved
+    for _ in range(2):
+        search.note_fault({"c": 0, "d": 0})
+    search.note_events([TokenEvent("c", 1)])
+    search.note_events([TokenEvent("d", 1)])
+    assert search.held_back == set()
+    assert not search.is_solved
+    assert [search.note_fault({"e": 0}) for _ in range(4)] == [None, None, None, "e"]
