@@ -97,13 +97,11 @@ class Engine:
         Raises:
             PipelineError: The pipeline is broken and every event has been returned.
         """
-        if not self._events:
+        while not self._events:
             self._raise_if_broken()
+            self._has_events.clear()
             await self._has_events.wait()
-        self._has_events.clear()
         events, self._events = self._events, []
-        if not events:
-            self._raise_if_broken()
         return events
 
     def load(self) -> EngineLoad:

@@ -4,7 +4,7 @@ import pytest
 
 from gllm_ray.engine.engine import Engine
 from gllm_ray.errors import InvalidRequestError, PipelineError, StageLostError
-from gllm_ray.messages import FinishReason
+from gllm_ray.messages import FinishReason, OpenRequest
 from gllm_ray.scheduling import QueueLimits
 from tests.factories import make_request, make_scheduler
 from tests.fake_pipeline import FakePipeline
@@ -98,7 +98,11 @@ def test_a_lost_stage_ends_every_open_request_and_refuses_new_ones():
         with pytest.raises(StageLostError):
             await engine.add(make_request("late"))
         with pytest.raises(StageLostError):
+            await engine.restore([OpenRequest(request=make_request("late"))])
+        with pytest.raises(StageLostError):
             await engine.next_events()
+        with pytest.raises(StageLostError):
+            engine.load()
         await engine.close()
         return events
 
@@ -120,6 +124,39 @@ def test_a_waiting_reader_learns_that_the_pipeline_broke():
         with pytest.raises(PipelineError, match="broken"):
             await asyncio.wait_for(reader, 1)
         await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_error_of_ours_ends_every_open_request_too():
+    async def scenario():
+        pipeline = FakePipeline()
+        pipeline.failure = ZeroDivisionError()
+        engine = Engine(make_scheduler(), pipeline)
+        engine.start()
+        await engine.add(make_request())
+        async with asyncio.timeout(5):
+            (event,) = await drain(engine, 1)
+        with pytest.raises(PipelineError, match="internal error: ZeroDivisionError"):
+            await engine.next_events()
+        await engine.close()
+        return event
+
+    assert asyncio.run(scenario()).finish_reason is FinishReason.ERROR
+
+
+def test_nothing_is_computed_once_it_is_closed():
+    async def scenario():
+        pipeline = FakePipeline(is_held=True)
+        engine = Engine(make_scheduler(), pipeline)
+        engine.start()
+        await engine.add(make_request())
+        await asyncio.sleep(0.01)
+        await engine.close()
+        num_submitted = len(pipeline.submitted)
+        pipeline.let_go()
+        await asyncio.sleep(0.01)
+        assert len(pipeline.submitted) == num_submitted == 1
 
     asyncio.run(scenario())
 
