@@ -362,6 +362,15 @@ def test_a_restored_request_is_not_refused_and_does_not_expire():
     assert scheduler.load().num_waiting_tokens == 2 * 9
 
 
+def test_a_restored_request_that_can_never_be_served_here_is_refused_and_leaves_nothing():
+    scheduler = make_scheduler(num_blocks=4)
+    too_long = make_request("a", max_tokens=100)
+    with pytest.raises(InvalidRequestError, match="the limit is"):
+        scheduler.restore(OpenRequest(request=too_long, output_token_ids=(1,)))
+    assert scheduler.is_idle
+    assert scheduler.num_requests == 0
+
+
 def test_a_restored_request_keeps_its_priority_and_ends_after_the_tokens_it_asked_for():
     scheduler = make_scheduler()
     for name, priority in (("later", 1), ("first", 0)):
