@@ -36,7 +36,7 @@ class SequencePool:
         num_preemptions: Preemptions so far.
     """
 
-    def __init__(self, settings: SchedulerSettings, *, overtaking: float = 0.0) -> None:
+    def __init__(self, settings: SchedulerSettings, *, overtaking: float) -> None:
         self.allocator = BlockAllocator(settings.num_blocks, settings.block_size)
         self.prefix_cache = PrefixCache(self.allocator, is_enabled=settings.prefix_caching)
         self.waiting = WaitingQueue(fair_share=settings.fair_share, overtaking=overtaking)
