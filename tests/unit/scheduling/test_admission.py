@@ -3,11 +3,14 @@
 from collections import deque
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gllm_ray.errors import OverloadedError
 from gllm_ray.messages import FinishReason
 from gllm_ray.policy_config import ChunkedPrefillConfig, TokenThrottlingConfig
 from gllm_ray.scheduling import QueueLimits
+from gllm_ray.scheduling.admission import BacklogRate
 from tests.factories import make_request, make_scheduler, result_of
 
 
@@ -39,6 +42,27 @@ def test_more_prompt_tokens_than_may_wait_are_refused_unless_nothing_waits():
     scheduler = make_scheduler(queue=QueueLimits(max_tokens=10))
     scheduler.add(make_request("alone", num_prompt_tokens=30))
     assert "30 tokens wait, and the prompt has 1" in str(refusal(scheduler, num_prompt_tokens=1))
+
+
+def test_prompts_may_wait_up_to_the_limit_of_tokens_together():
+    scheduler = make_scheduler(queue=QueueLimits(max_tokens=10))
+    scheduler.add(make_request("a", num_prompt_tokens=4))
+    assert "4 tokens wait, and the prompt has 7" in str(refusal(scheduler, num_prompt_tokens=7))
+    scheduler.add(make_request("b", num_prompt_tokens=6))
+
+
+@given(st.lists(st.tuples(st.integers(0, 1000), st.floats(0.01, 1)), min_size=1, max_size=10))
+def test_a_rate_is_the_mean_of_the_last_ten_seconds_of_backlog(spans):
+    rate, now_s = BacklogRate(), 0.0
+    for num_tokens, elapsed_s in spans:
+        rate.note(num_tokens, now_s, is_backlogged=True)
+        now_s += elapsed_s
+    rate.note(50, now_s, is_backlogged=True)
+    assert rate.tokens_per_s == pytest.approx(sum(num_tokens for num_tokens, _ in spans) / now_s)
+    rate.note(60, now_s + 10, is_backlogged=True)
+    assert rate.tokens_per_s == pytest.approx(5)
+    rate.note(0, now_s + 40, is_backlogged=True)
+    assert rate.tokens_per_s == pytest.approx(2)
 
 
 def test_a_refused_request_may_come_again_under_its_id():
