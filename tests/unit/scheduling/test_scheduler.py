@@ -211,3 +211,18 @@ def test_a_prompt_of_lower_priority_number_is_computed_between_the_chunks_of_ano
     scheduler.add(make_request("urgent", num_prompt_tokens=16, priority=-1))
     batch = scheduler.schedule()
     assert [scheduler.request_of(s.seq_id).request_id for s in batch.sequences] == ["urgent"]
+
+
+def test_a_policy_sees_what_is_in_flight_and_which_blocks_hold_nothing_yet():
+    policy = ChunkedPrefillConfig(token_budget=8)
+    scheduler = make_scheduler(num_blocks=16, block_size=4, num_stages=4, policy=policy)
+    assert scheduler._view(0.0).prefill_start == 0
+    scheduler.add(make_request("a", num_prompt_tokens=8))
+    scheduler.commit(result_of(scheduler.schedule()))
+    scheduler.add(make_request("b", num_prompt_tokens=24))
+    assert scheduler.schedule().num_tokens == 8
+    view = scheduler._view(0.0)
+    assert (view.num_tokens_in_flight, view.num_prefills_in_flight) == (8, 1)
+    assert (view.num_decoding, view.num_ready) == (1, 0)
+    assert (view.prefill_start, view.num_waiting_tokens) == (7, 17)
+    assert (view.num_free_blocks, view.kv_free_ratio) == (7, (7 + 17 // 4) / 16)

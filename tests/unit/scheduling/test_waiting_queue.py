@@ -159,6 +159,13 @@ def test_who_leaves_unserved_is_not_charged():
     assert pop_all(queue) == [1, 2, 3]
 
 
+def test_who_waits_moves_up_at_once_when_one_of_its_tenant_leaves():
+    gone, next_of_a = sequence(0, num_tokens=100, tenant="a"), sequence(1, tenant="a")
+    queue = queue_of(gone, next_of_a, sequence(2, tenant="b"), fair_share=True)
+    queue.remove(gone)
+    assert queue.head() is next_of_a
+
+
 def test_who_waits_is_not_charged_for_those_of_its_tenant_that_left():
     many = [sequence(i, num_tokens=10, tenant="a") for i in range(100)]
     queue = queue_of(*many, fair_share=True)
