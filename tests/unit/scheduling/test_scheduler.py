@@ -12,6 +12,7 @@ from gllm_ray.policy_config import (
 from gllm_ray.scheduling.cost_model import LinearCostModel
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
 from gllm_ray.scheduling.load import StepLoad
+from gllm_ray.scheduling.sequence import Sequence
 from tests.factories import make_request, make_scheduler, result_of
 
 
@@ -226,3 +227,21 @@ def test_a_policy_sees_what_is_in_flight_and_which_blocks_hold_nothing_yet():
     assert (view.num_decoding, view.num_ready) == (1, 0)
     assert (view.prefill_start, view.num_waiting_tokens) == (7, 17)
     assert (view.num_free_blocks, view.kv_free_ratio) == (7, (7 + 17 // 4) / 16)
+
+
+def test_an_output_is_expected_to_end_as_predicted_and_at_its_limit_once_it_is_longer():
+    sequence = Sequence(0, make_request(num_prompt_tokens=8, max_tokens=10))
+    sequence.predicted_output_tokens = 3
+    expected = []
+    for token_id in range(5):
+        expected.append(sequence.num_expected_tokens)
+        sequence.token_ids.append(token_id)
+    assert expected == [3, 2, 1, 7, 6]
+
+
+@pytest.mark.parametrize(("last", "kept"), [(0, [5, 0]), (~0, [5])], ids=["known", "in flight"])
+def test_who_starts_over_forgets_a_token_that_is_not_known_and_no_other(last, kept):
+    sequence = Sequence(0, make_request(prompt=[5]))
+    sequence.token_ids.append(last)
+    sequence.restart()
+    assert sequence.token_ids == kept
