@@ -8,7 +8,7 @@ from gllm_ray.errors import ConfigError
 
 
 def record_of(custom_id, *, status=200):
-    return make_record(custom_id, Answer(status=status, body={"text": "é\ud800\n"}))
+    return make_record(custom_id, Answer(status=status, body={"choices": ["é\ud800\n"]}))
 
 
 @given(data=st.data())

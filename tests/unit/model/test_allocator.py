@@ -39,4 +39,4 @@ def test_large_tensors_that_come_and_go_cause_hardly_any_page_faults():
     process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
     in_thread, in_main_thread = map(int, process.stdout.split())
     # Without, a thread takes thousands of pages again.
-    assert max(in_thread, in_main_thread) < 250
+    assert max(in_thread, in_main_thread) < 1000
