@@ -77,6 +77,18 @@ def test_the_slower_of_two_services_loses_every_pair(tmp_path, capsys):
     assert [line[-1] for line in steps.splitlines() if line.startswith("pair")] == list("ABAB")
 
 
+def test_a_compared_service_stands_still_while_the_other_is_measured(tmp_path):
+    busy = server(0.01, 10**9, "--busy")
+    arguments = ["--num-prompts", "2", "--output-len", "20", "--pairs", "2"]
+    status, result = bench(tmp_path, "compare", busy, busy, *arguments)
+    assert status == 0
+    for pair in result["pairs"]:
+        for name, other in ("ab", "ba"):
+            cpu_s = pair[name]["conditions"]["cpu_s"]
+            assert cpu_s[name] > 0.1
+            assert cpu_s[other] == 0
+
+
 def test_requests_that_fail_are_told_and_their_pair_has_no_ratio(tmp_path, capsys):
     arguments = ["--num-prompts", "4", "--output-len", "2", "--pairs", "1"]
     status, result = bench(tmp_path, "compare", server(0), server(0, 4), *arguments)
