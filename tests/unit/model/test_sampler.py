@@ -110,6 +110,18 @@ def test_the_shortlist_of_candidates_changes_no_draw(params, seed, std, has_ties
         assert sample(logits, [params] * 4, range(4)) == shortlisted
 
 
+@given(
+    st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(0, 99),
+)
+@settings(deadline=None)
+def test_greedy_takes_the_first_of_the_largest_whatever_their_type_and_sign(offsets, dtype, seed):
+    logits = (random_logits(3, 300, seed) + 2 * torch.tensor(offsets)[:, None]).to(dtype)
+    first_largest = [row.index(max(row)) for row in logits.tolist()]
+    assert sample(logits, [SamplingParams(temperature=0.0)] * 3, range(3)) == tuple(first_largest)
+
+
 @given(st.integers(0, 2**64), st.integers(0, 99))
 @settings(deadline=None)
 def test_temperature_0_and_top_k_1_both_take_the_most_likely(seed, logits_seed):
