@@ -1,6 +1,5 @@
 """`gllm-ray bench compare`: two services in turns, on the same requests."""
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -11,14 +10,10 @@ from gllm_ray.bench.request_load import RequestLoad
 from gllm_ray.bench.request_run import run_requests
 from gllm_ray.bench.result_file import Result, make_result
 from gllm_ray.bench.serve_bench import http_clocks
-from gllm_ray.bench.standing_still import standing_still
 from gllm_ray.bench.target import TargetOptions, start_target
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-# What a service that stood still does first, such as what its clocks call overdue.
-_SETTLING_S = 1.0
 
 
 async def bench_compare(
@@ -32,9 +27,9 @@ async def bench_compare(
 ) -> Result:
     """Run A, B, A, B, ...: what disturbs the machine for long disturbs both.
 
-    A service that was started for this stands still while the other one is measured: an idle Ray
-    takes some 7 % of two cores. Each pair gets prompts of its own, so that no service finds those
-    of an earlier one in its cache.
+    A service is started for its turn and ended after it: beside another, even an idle Ray would
+    take some 7 % of two cores. Each pair gets prompts of its own, so that no service finds those of
+    an earlier one in its cache.
 
     Args:
         a: A service, see `start_target`, and its options.
@@ -50,22 +45,16 @@ async def bench_compare(
     """
     warm_up = load.warm_up(tokenizer=tokenizer)
     pairs = []
-    on_step(f"starting {a[0]}")
-    async with start_target(*a) as target_a:
-        on_step(f"starting {b[0]}")
-        async with start_target(*b) as target_b:
-            clocks = http_clocks(a=target_a, b=target_b)
-            for number in range(num_pairs):
-                requests = load.requests(number, tokenizer=tokenizer)
-                runs = []
-                turns = (("A", target_a, target_b), ("B", target_b, target_a))
-                for name, target, other in turns:
-                    on_step(f"pair {number + 1} of {num_pairs}: {name}")
-                    with standing_still(other.pid if other.is_started else None):
-                        await asyncio.sleep(_SETTLING_S)
-                        await send_load(target.client.send, warm_up)
-                        runs.append(await run_requests(target.client.send, requests, load, clocks))
-                pairs.append(Pair(*runs))
+    for number in range(num_pairs):
+        requests = load.requests(number, tokenizer=tokenizer)
+        runs = []
+        for name, service in (("a", a), ("b", b)):
+            on_step(f"pair {number + 1} of {num_pairs}: {name.upper()}")
+            async with start_target(*service) as target:
+                clocks = http_clocks(**{name: target})
+                await send_load(target.client.send, warm_up)
+                runs.append(await run_requests(target.client.send, requests, load, clocks))
+        pairs.append(Pair(*runs))
     return make_result(
         "compare",
         a=a[0],

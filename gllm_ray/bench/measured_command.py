@@ -17,7 +17,9 @@ def measure_and_report(options: argparse.Namespace, measure: Callable[[], "Resul
     from gllm_ray.bench.result_file import failures, write_json
     from gllm_ray.bench.result_table import result_tables
 
-    # As a Ctrl-C does, a SIGTERM ends what was started.
+    # As a Ctrl-C does, a SIGTERM ends what was started. Shells let their background jobs ignore
+    # SIGINT, and so all that these start, which is ended by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         result = measure()

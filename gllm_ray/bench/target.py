@@ -54,12 +54,10 @@ class Target:
 
     Attributes:
         pid: The root of its processes; None: not known.
-        is_started: Whether it was started for this measurement, and runs for nobody else.
         client: Sends requests to it.
     """
 
     pid: int | None
-    is_started: bool
     client: CompletionsClient
 
 
@@ -78,11 +76,9 @@ async def start_target(text: str, options: TargetOptions) -> AsyncIterator[Targe
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    # One of ours that ends takes along all that this process has started: services end in the
-    # order opposite to that of their start, all at the end of a benchmark.
+    # One of ours that ends takes along all that this process has started.
     with contextlib.ExitStack() as stack:
-        is_started = not text.startswith(("http://", "https://"))
-        if not is_started:
+        if text.startswith(("http://", "https://")):
             url, pid = text.rstrip("/"), options.pid
             raise_if_ended = _never_ends
         elif _is_serve_config(text):
@@ -105,7 +101,7 @@ async def start_target(text: str, options: TargetOptions) -> AsyncIterator[Targe
                 await _wait_until_ready(client, text, url, options, raise_if_ended)
             except RuntimeError as error:
                 raise PipelineError(str(error)) from None
-            yield Target(pid=pid, is_started=is_started, client=client)
+            yield Target(pid=pid, client=client)
 
 
 def model_directory(text: str) -> str | None:

@@ -72,8 +72,7 @@ class ServeProcess:
 
     def __exit__(self, *exc_info: object) -> None:
         # An impatient second Ctrl-C must not leave processes behind.
-        for interrupt in INTERRUPTS:
-            signal.signal(interrupt, signal.SIG_IGN)
+        handlers = {each: signal.signal(each, signal.SIG_IGN) for each in INTERRUPTS}
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -81,6 +80,8 @@ class ServeProcess:
         _end_descendants()
         if exc_info[0] in (None, KeyboardInterrupt):
             shutil.rmtree(self._directory, ignore_errors=True)
+        for interrupt, handler in handlers.items():
+            signal.signal(interrupt, handler)
 
     @property
     def pid(self) -> int:

@@ -1,24 +1,13 @@
 """A server that streams completions as OpenAI's API does: a token a chunk, at a fixed pace.
 
 It is what a peer is to `gllm-ray bench compare`: a process of its own that knows nothing of us.
-`python sse_server.py PORT SECONDS_A_TOKEN [FAILING_EVERY [--busy]]`; a busy one has a process that
-computes all the time.
+`python sse_server.py PORT SECONDS_A_TOKEN [FAILING_EVERY]`
 """
 
 import json
-import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-# Ends with who holds the other end of its pipe.
-BUSY = """
-import sys, threading
-pipe = threading.Thread(target=sys.stdin.read)
-pipe.start()
-while pipe.is_alive():
-    pass
-"""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -71,7 +60,5 @@ if __name__ == "__main__":
     port, Handler.token_s = int(sys.argv[1]), float(sys.argv[2])
     if len(sys.argv) > 3:
         Handler.failing_every = int(sys.argv[3])
-    if sys.argv[4:] == ["--busy"]:
-        busy = subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE)
     ThreadingHTTPServer.request_queue_size = 64
     ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()

@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import signal
+import subprocess
 import sys
+import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import psutil
 import pytest
 import uvicorn
 
+from gllm_ray.bench import request_run
 from gllm_ray.bench.completions_client import CompletionsClient
 from gllm_ray.bench.load_generator import send_load
 from gllm_ray.bench.prompts import LoadRequest
@@ -77,16 +81,17 @@ def test_the_slower_of_two_services_loses_every_pair(tmp_path, capsys):
     assert [line[-1] for line in steps.splitlines() if line.startswith("pair")] == list("ABAB")
 
 
-def test_a_compared_service_stands_still_while_the_other_is_measured(tmp_path):
-    busy = server(0.01, 10**9, "--busy")
-    arguments = ["--num-prompts", "2", "--output-len", "20", "--pairs", "2"]
-    status, result = bench(tmp_path, "compare", busy, busy, *arguments)
-    assert status == 0
-    for pair in result["pairs"]:
-        for name, other in ("ab", "ba"):
-            cpu_s = pair[name]["conditions"]["cpu_s"]
-            assert cpu_s[name] > 0.1
-            assert cpu_s[other] == 0
+def test_only_the_service_that_is_measured_runs(tmp_path, monkeypatch):
+    seen = []
+
+    async def count_servers(*arguments, **options):
+        seen.append([_is_server(each) for each in psutil.process_iter(["cmdline"])].count(True))
+        return await send_load(*arguments, **options)
+
+    monkeypatch.setattr(request_run, "send_load", count_servers)
+    arguments = ["--num-prompts", "2", "--output-len", "2", "--pairs", "2"]
+    assert bench(tmp_path, "compare", server(0.01), server(0.01), *arguments)[0] == 0
+    assert seen == [1] * 4
 
 
 def test_requests_that_fail_are_told_and_their_pair_has_no_ratio(tmp_path, capsys):
@@ -96,6 +101,23 @@ def test_requests_that_fail_are_told_and_their_pair_has_no_ratio(tmp_path, capsy
     assert result["pairs"][0]["b"]["figures"]["num_failed"] == 1
     assert result["ratios"]["output_tokens_per_s"]["pairs"] == [None]
     assert "1 requests failed: status 503" in capsys.readouterr().err
+
+
+def test_a_bench_in_the_background_is_ended_by_sigterm_with_what_it_started():
+    command = [sys.executable, "-m", "gllm_ray.cli", "bench", "serve", server(30)]
+    in_background = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command]
+    with subprocess.Popen(in_background, stderr=subprocess.DEVNULL) as process:
+        while not (servers := _servers_of(process)):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGINT
+        assert not any(each.is_running() for each in servers)
+
+
+def _servers_of(process):
+    children = psutil.Process(process.pid).children()
+    return [each for each in children if str(SERVER) in each.cmdline()]
 
 
 def test_a_command_that_ends_is_a_failure_with_what_it_said(capsys):
