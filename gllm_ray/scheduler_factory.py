@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Protocol
 
 from gllm_ray.config import SchedulerConfig, resolve_package_path
 from gllm_ray.errors import ConfigError
@@ -19,34 +20,51 @@ from gllm_ray.scheduling.length_predictor import HintPredictor, LengthPredictor,
 from gllm_ray.scheduling.load import CostModel
 
 
+class PipelineOptions(Protocol):
+    """What the configuration of a pipeline, served or simulated, tells the scheduler."""
+
+    @property
+    def num_stages(self) -> int:
+        """Depth of the pipeline."""
+
+    @property
+    def max_in_flight(self) -> int | None:
+        """Micro-batches in flight; None: as the policy wants."""
+
+    @property
+    def crowding(self) -> float:
+        """How many times longer a stage computes while all others do, too."""
+
+    @property
+    def ring(self) -> bool:
+        """Whether one more micro-batch may continue the oldest of them."""
+
+
 def make_settings(
     config: SchedulerConfig,
+    pipeline: PipelineOptions,
     *,
-    num_stages: int,
     num_blocks: int,
     block_size: int,
     max_model_len: int,
-    max_in_flight: int | None,
-    ring: bool,
 ) -> SchedulerSettings:
     """What a configuration and a pipeline tell the scheduler; see `SchedulerSettings`.
 
     Args:
         config: The limits of the scheduler.
-        num_stages: Depth of the pipeline.
+        pipeline: What it fills.
         num_blocks: KV blocks that every stage has.
         block_size: Tokens a block holds.
         max_model_len: Prompt and output tokens a sequence may have.
-        max_in_flight: Micro-batches in flight; None: as the policy wants.
-        ring: Whether one more may continue the oldest of them.
     """
     return SchedulerSettings(
-        num_stages=num_stages,
+        num_stages=pipeline.num_stages,
         num_blocks=num_blocks,
         block_size=block_size,
         max_model_len=max_model_len,
-        max_in_flight=max_in_flight,
-        ring=ring,
+        max_in_flight=pipeline.max_in_flight,
+        crowding=pipeline.crowding,
+        ring=pipeline.ring,
         max_decodes=config.max_decodes,
         prefix_caching=config.prefix_caching,
         fair_share=config.fair_share,

@@ -29,12 +29,10 @@ def build_scheduler(config: ServiceConfig, *, num_blocks: int, max_model_len: in
     """A scheduler for stages that have `num_blocks` KV blocks each."""
     settings = make_settings(
         config.scheduler,
-        num_stages=config.pipeline.num_stages,
+        config.pipeline,
         num_blocks=num_blocks,
         block_size=config.kv_cache.block_size,
         max_model_len=max_model_len,
-        max_in_flight=config.pipeline.max_in_flight,
-        ring=config.pipeline.ring,
     )
     return Scheduler(
         make_policy(config.scheduler.policy),

@@ -8,6 +8,8 @@ from gllm_ray.config.byte_size import ByteSize
 from gllm_ray.strict_schema import StrictModel
 
 _MAX_AHEAD = 1  # micro-batches that a policy may want beside one for each stage
+# Stages on CPU have threads of their own, but share caches, memory and what serves them.
+_CPU_CROWDING = 1.2
 
 
 def _list_to_tuple(value: object) -> object:
@@ -161,6 +163,15 @@ class PipelineConfig(StrictModel):
     def most_in_flight(self) -> int:
         """Micro-batches in flight at most, whatever the policy."""
         return (self.max_in_flight or self.num_stages + _MAX_AHEAD) + self.ring
+
+    @property
+    def crowding(self) -> float:
+        """How many times longer a stage computes while all others do, too; at least 1."""
+        if self.num_stages == 1:
+            return 1.0
+        if self.device == "cpu":
+            return _CPU_CROWDING
+        return min(self.num_stages, 1 / self.gpus_per_stage)
 
     def stage(self, stage_id: int) -> StageConfig:
         """What a stage has, of its own or like all of them."""

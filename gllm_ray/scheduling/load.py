@@ -72,6 +72,7 @@ class LoadView:
         num_in_flight: Micro-batches in flight, but for the one that counts as committed.
         num_tokens_in_flight: Their rows.
         max_in_flight: How many there may be, counted alike.
+        crowding: As `SchedulerSettings.crowding`.
         num_waiting_tokens: Prompt tokens not yet scheduled, of waiting and prefilling sequences.
         num_prefilling: Sequences that hold blocks for a prompt that is not wholly scheduled.
         prefill_start: Position at which the next prefill chunk starts, prefix hits aside.
@@ -105,6 +106,7 @@ class LoadView:
     num_in_flight: int
     num_tokens_in_flight: int
     max_in_flight: int
+    crowding: float
     num_waiting_tokens: int
     num_prefilling: int
     prefill_start: int

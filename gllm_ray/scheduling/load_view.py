@@ -29,6 +29,7 @@ def take_view(
         num_in_flight=len(steps),
         num_tokens_in_flight=num_decodes + sum([step.num_prefill_tokens for step in steps]),
         max_in_flight=flights.max_pending,
+        crowding=settings.crowding,
         num_waiting_tokens=pool.num_waiting_tokens,
         num_prefilling=len(pool.prefilling),
         prefill_start=next_prefill.num_computed_tokens if next_prefill else 0,

@@ -30,6 +30,8 @@ class SchedulerSettings:
         max_decodes: Decodes in one micro-batch, at most.
         max_in_flight: Micro-batches in flight at most, the ring's additional one aside; None: as
             many as stages, and those that the policy wants ahead.
+        crowding: How many times longer a stage computes while all others do, too; 1 where each has
+            a processor to itself.
         ring: Whether one more micro-batch may be in flight, whose decodes continue those of the
             oldest one before its tokens are known here.
         prefix_caching: Whether sequences share the blocks of a common prefix.
@@ -43,6 +45,7 @@ class SchedulerSettings:
     max_model_len: int
     max_decodes: int
     max_in_flight: int | None = None
+    crowding: float = 1.0
     ring: bool = False
     prefix_caching: bool = True
     fair_share: bool = False

@@ -74,12 +74,10 @@ def _scheduler_factory(config: SimulationConfig, hardware: Hardware) -> Callable
     options = config.scheduler
     settings = make_settings(
         options,
-        num_stages=config.pipeline.num_stages,
+        config.pipeline,
         num_blocks=hardware.num_blocks,
         block_size=config.kv_cache.block_size,
         max_model_len=hardware.max_model_len,
-        max_in_flight=config.pipeline.max_in_flight,
-        ring=config.pipeline.ring,
     )
     is_fitted = options.cost_calibration is None and config.cost_model == "fitted"
     fit = fit_scheduler_cost(hardware.cost, "the simulated stage times") if is_fitted else None

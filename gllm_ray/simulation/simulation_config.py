@@ -67,6 +67,12 @@ class SimulatedPipelineConfig(StrictModel):
         description="Micro-batches in flight; null: as many as stages, and one "
         "more for balanced while prompts queue.",
     )
+    crowding: float = Field(
+        default=1.0,
+        ge=1,
+        description="How many times longer the scheduler takes a stage to compute while all others "
+        "do, too: above 1 where stages share processors, which the stage times do not tell.",
+    )
     ring: bool = Field(
         default=False,
         description="Whether a decode may be submitted before its token has come from the last "

@@ -53,6 +53,7 @@ class Setting:
     policy: PolicyConfig
     prefix_caching: bool = True
     fair_share: bool = False
+    crowding: float = 1.0
     queue: QueueLimits = field(default_factory=QueueLimits)
 
 
@@ -128,6 +129,7 @@ settings_of_pipelines = st.builds(
     max_decodes=st.integers(1, 8),
     policy=token_throttling | chunked_prefill | prefill_first | temporal | balanced,
     fair_share=st.booleans(),
+    crowding=st.sampled_from([1.0, 1.2, 4.0]),
     queue=st.builds(
         QueueLimits,
         max_requests=st.none() | st.integers(1, 5),
@@ -251,6 +253,7 @@ class Harness:
             block_size=BLOCK_SIZE,
             max_model_len=MAX_MODEL_LEN,
             max_in_flight=self.max_in_flight,
+            crowding=self.setting.crowding,
             ring=self.setting.ring,
             max_decodes=self.setting.max_decodes,
             policy=self.setting.policy,

@@ -20,6 +20,9 @@ _MAX_ROW_COST = 1.2
 _MAX_DEEP_ROW_COST, _MIN_DEEP_ROW_COST = 1.06, 1.03
 _NEARLY = 1.1  # micro-batches nine tenths full count as full
 _UNCALIBRATED_ROWS = 512  # where that is not known
+# What a micro-batch costs processors that stages share with each other and with whom they serve,
+# beside the stages' time.
+_STEP_OVERHEAD_S = 1e-3
 # Rounds from which on a backlog is deep, until half of them are left. The pipeline then takes
 # one more micro-batch than it has stages.
 _DEEP_ROUNDS = 8
@@ -75,6 +78,10 @@ class BalancedPolicy:
     times the marginal cost, half their number above what the micro-batches in flight hold. Beyond
     16 rounds the excess over 1 falls in proportion to them, down to 0.03.
 
+    Where stages share processors, few decodes go together, for each micro-batch reads all weights
+    and slows the others: one holds them all, and those that are ready wait for those in flight, if
+    time(decodes) <= crowding * time(share) + 1 ms and the backlog is not deep.
+
     It also holds before the cost model is calibrated; time is then a token count, and rows are 512.
     """
 
@@ -106,9 +113,14 @@ class BalancedPolicy:
         config, frame = self._config, self._frame(view)
         if view.num_in_flight >= frame.num_groups:
             return TokenBudget(prefill_tokens=0, decodes=0)
+        num_ready, num_groups = view.num_ready, frame.num_groups
+        go_together = self._go_together(view, num_groups)
+        if go_together:
+            num_groups = 1
+            num_ready = num_ready if num_ready == view.num_decoding else 0  # till all are back
         reserved_blocks = self._reserve.blocks(view)
         weight = _decode_weight(view)
-        decodes = _decodes(view, min(view.num_ready, view.num_decoding / frame.num_groups))
+        decodes = _decodes(view, min(num_ready, view.num_decoding / num_groups))
         target = self._target_time(view, frame, reserved_blocks)
         max_chunk = max(frame.max_rows - decodes.num_decodes, config.min_prefill_tokens)
         prefill_tokens = max(
@@ -121,11 +133,19 @@ class BalancedPolicy:
             # Shared, so that the total is exact whichever decodes it turns out to be.
             prefill_tokens=total if is_within else config.min_prefill_tokens,
             is_shared=is_within,
-            decodes=view.num_ready,
+            decodes=num_ready,
             reserved_blocks=reserved_blocks,
-            decode_load=_decode_load(view, weight, frame.num_groups),
+            decode_load=None if go_together else _decode_load(view, weight, num_groups),
             decode_weight=weight,
         )
+
+    def _go_together(self, view: LoadView, num_groups: int) -> bool:
+        """Whether all decodes in one micro-batch are sooner back than in several."""
+        if self._is_deep or view.crowding == 1 or not view.cost.is_calibrated:
+            return False
+        share_time = view.cost.stage_time(_decodes(view, view.num_decoding / num_groups))
+        time = view.cost.stage_time(_decodes(view, view.num_decoding))
+        return time <= view.crowding * share_time + _STEP_OVERHEAD_S
 
     def _frame(self, view: LoadView) -> _Frame:
         """Small micro-batches for latency, or for throughput where the backlog is deep.

@@ -173,6 +173,39 @@ def test_a_limit_in_flight_holds_before_any_backlog(max_in_flight):
     assert len(pipeline.in_flight) == max_in_flight
 
 
+FEW = {"num_decoding": 4, "num_context_tokens": 400}
+CROWDED = {"crowding": 1.2, "num_waiting_tokens": 0}
+
+
+def test_where_stages_share_processors_few_decodes_wait_for_each_other():
+    together = decision(**CROWDED, **FEW, num_ready=4)
+    assert (together.decodes, together.decode_load) == (4, None)
+    assert decision(**CROWDED, **FEW, num_ready=3, num_in_flight=1).decodes == 0
+
+
+def test_prompts_do_not_wait_for_decodes_that_wait_for_each_other():
+    waiting = CROWDED | {"num_waiting_tokens": 256}
+    budget = decision(**waiting, **FEW, num_ready=3, num_in_flight=1)
+    assert budget.decodes == 0
+    assert budget.prefill_tokens >= 64
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"crowding": 1.0},
+        {"num_decoding": 400, "num_context_tokens": 400_000},
+        {"num_waiting_tokens": 10**6},
+        {"cost": LearntCostModel()},
+    ],
+    ids=["a processor each", "many", "a deep backlog", "not calibrated"],
+)
+def test_decodes_are_spread_where_to_go_together_would_not_pay(changes):
+    budget = decision(**(CROWDED | FEW | {"num_ready": 3, "num_in_flight": 1} | changes))
+    assert budget.decodes == 3
+    assert budget.decode_load is not None
+
+
 @pytest.mark.parametrize("tbt_target_s", [0.1, 0.15])
 def test_the_stage_times_of_a_round_stay_within_the_tbt_target(tbt_target_s):
     pipeline = Pipeline([100] * 60, config=BalancedConfig(tbt_target_s=tbt_target_s))

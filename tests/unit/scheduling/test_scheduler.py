@@ -43,6 +43,24 @@ def test_decodes_are_spread_over_as_many_micro_batches_as_stages():
     assert [len(b.sequences) for b in batches] == [2, 2, 2, 2]
 
 
+def test_where_stages_share_processors_sequences_that_began_apart_decode_together():
+    cost = LinearCostModel(
+        floor_s=0.01, token_s=1e-4, context_token_s=0, attention_pair_s=0, tile=1
+    )
+    scheduler = make_scheduler(policy=BalancedConfig(), crowding=1.2, cost=cost)
+    scheduler.add(make_request("first"))
+    scheduler.commit(result_of(scheduler.schedule()))
+    first = scheduler.schedule()
+    scheduler.add(make_request("second"))
+    prompt = scheduler.schedule()
+    scheduler.commit(result_of(first))
+    first = scheduler.schedule()
+    scheduler.commit(result_of(prompt))
+    assert scheduler.schedule() is None
+    scheduler.commit(result_of(first))
+    assert len(scheduler.schedule().sequences) == 2
+
+
 def test_abort_of_a_sequence_in_flight_applies_at_its_commit():
     scheduler = make_scheduler()
     scheduler.add(make_request())

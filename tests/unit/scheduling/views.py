@@ -33,6 +33,7 @@ def view(**changes: Any) -> LoadView:
         "num_in_flight": 0,
         "num_tokens_in_flight": 0,
         "max_in_flight": changes.get("num_stages", 4),
+        "crowding": 1.0,
         "num_waiting_tokens": 6144,
         "num_prefilling": 0,
         "prefill_start": 0,

@@ -142,6 +142,7 @@ OVERLOADED = changed(
         ({"pipeline.num_stages": 4}, SMALL),
         ({"pipeline.layers": [4, 12]}, SMALL),
         ({"pipeline.max_in_flight": 1}, SMALL),
+        ({"pipeline.crowding": 2.0}, changed({"scheduler": {"policy": "balanced"}})),
         ({"pipeline.ring": True}, SMALL),
         ({"kv_cache.block_size": 1024}, SMALL),
         ({"kv_cache.memory_utilization": 0.5}, SMALL),
