@@ -171,7 +171,7 @@ class PipelineConfig(StrictModel):
             return 1.0
         if self.device == "cpu":
             return _CPU_CROWDING
-        return min(self.num_stages, 1 / self.gpus_per_stage)
+        return min(self.num_stages, int(1 / self.gpus_per_stage))
 
     def stage(self, stage_id: int) -> StageConfig:
         """What a stage has, of its own or like all of them."""

@@ -399,6 +399,7 @@ def test_nccl_needs_a_whole_gpu_for_each_stage():
         ({"num_stages": 4}, 1.0),
         ({"num_stages": 4, "gpus_per_stage": 0.5}, 2.0),
         ({"num_stages": 2, "gpus_per_stage": 0.25}, 2.0),
+        ({"num_stages": 2, "gpus_per_stage": 0.6}, 1.0),
         ({"num_stages": 1, "gpus_per_stage": 0.25}, 1.0),
     ],
 )
