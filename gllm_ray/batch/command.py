@@ -19,6 +19,7 @@ from gllm_ray.batch.api_key import key_headers
 from gllm_ray.batch.job import BatchJob, JobResult
 from gllm_ray.batch.locations import fetch, is_remote
 from gllm_ray.batch.options import (
+    MAX_IN_FLIGHT,
     URL_MAX_IN_FLIGHT,
     URL_TIMEOUT_S,
     make_parser,
@@ -130,7 +131,7 @@ async def _job_of_config(options: argparse.Namespace, source: Path) -> BatchJob:
             yield answers
 
     model = identify_model(config.model, checkpoint.directory)
-    max_in_flight = options.max_in_flight or config.deployment.max_ongoing_requests
+    max_in_flight = options.max_in_flight or MAX_IN_FLIGHT
     return _make_job(options, source, checks, model, start, max_in_flight)
 
 

@@ -9,6 +9,8 @@ from gllm_ray.batch.records import URLS
 from gllm_ray.batch.tables import TABLE_SUFFIXES, RowTemplate, parse_params
 from gllm_ray.errors import ConfigError
 
+# A pipeline of one's own decides better what to begin with, the more rows it knows.
+MAX_IN_FLIGHT = 8192
 URL_MAX_IN_FLIGHT = 128
 URL_TIMEOUT_S = 3600
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -41,8 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-in-flight",
         type=_positive,
         metavar="N",
-        help="rows that run at once (default: deployment.max_ongoing_requests of the "
-        f"configuration; with --url {URL_MAX_IN_FLIGHT})",
+        help="rows that the pipeline holds at once, of which it runs as many as it has room for "
+        f"(default: {MAX_IN_FLIGHT}; with --url {URL_MAX_IN_FLIGHT})",
     )
     parser.add_argument(
         "--timeout-s",

@@ -73,7 +73,10 @@ class LoadView:
         num_tokens_in_flight: Their rows.
         max_in_flight: How many there may be, counted alike.
         crowding: As `SchedulerSettings.crowding`.
+        num_arrivals: Requests that came so far.
         num_waiting_tokens: Prompt tokens not yet scheduled, of waiting and prefilling sequences.
+        num_waiting_token_steps: KV tokens that waiting sequences are expected to hold, summed over
+            their decodes.
         num_prefilling: Sequences that hold blocks for a prompt that is not wholly scheduled.
         prefill_start: Position at which the next prefill chunk starts, prefix hits aside.
         num_decoding: Sequences in decode, ready or in flight, and those whose decode in flight is
@@ -107,7 +110,9 @@ class LoadView:
     num_tokens_in_flight: int
     max_in_flight: int
     crowding: float
+    num_arrivals: int
     num_waiting_tokens: int
+    num_waiting_token_steps: int
     num_prefilling: int
     prefill_start: int
     num_decoding: int

@@ -30,6 +30,7 @@ class SequencePool:
         prefilling: They hold blocks for a prompt that is not wholly scheduled, by id.
         ready: In decode and without a decode in flight, but perhaps with the micro-batch that
             samples what to decode; by id, the one that waits longest first.
+        num_arrivals: Sequences added so far.
         num_prefilling_tokens: Unscheduled tokens of `prefilling`.
         num_remaining_tokens: Output tokens to come, of all sequences in decode.
         num_context_tokens: Tokens of all sequences in decode.
@@ -43,6 +44,7 @@ class SequencePool:
         self.live: dict[int, Sequence] = {}
         self.prefilling: dict[int, Sequence] = {}
         self.ready: dict[int, Sequence] = {}
+        self.num_arrivals = 0
         self.num_prefilling_tokens = 0
         self.num_remaining_tokens = 0
         self.num_context_tokens = 0
@@ -74,6 +76,7 @@ class SequencePool:
     def add(self, sequence: Sequence, deadline_s: float | None) -> None:
         """Let a new sequence wait, until a time if one is given."""
         self._sequences[sequence.seq_id] = sequence
+        self.num_arrivals += 1
         self.waiting.add(sequence, deadline_s)
 
     def under_way(self) -> Sequence | None:

@@ -316,6 +316,7 @@ class Scheduler:
         """Put as much in flight as the budget lets: decodes, then prefill chunks."""
         budget.decodes = min(budget.decodes, self._settings.max_decodes)
         step = Step()
+        self._pool.waiting.put_first(budget.long_output)
         self._pool.schedule_decodes(step, budget, may_wait=bool(self._flights))
         taken = step.num_decodes if budget.is_shared else 0
         self._pool.schedule_prefills(

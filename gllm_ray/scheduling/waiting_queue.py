@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from heapq import heapify, heappop, heappush, nlargest
 from itertools import accumulate
+from math import inf
 from operator import attrgetter, itemgetter
 from typing import Any, Generic, TypeVar
 
+from gllm_ray.scheduling.long_outputs import LongOutputs
 from gllm_ray.scheduling.sequence import Rank, Sequence
 
 # One admission in this many is made without regard to priorities.
@@ -31,8 +33,10 @@ class WaitingQueue:
     The counter counts the tenant's prompt tokens, from at least the virtual time, so it can neither
     save up nor owe for long. Virtual time is what a tenant with a backlog has been served.
 
-    No priority starves: one admission in eight is made without regard to them, and who is admitted
-    so ranks before all others, so that it is not preempted either.
+    `put_first` lets long outputs of the lowest priority go first, unless tenants take turns.
+
+    One admission in eight is made without regard to priorities and lengths, so that nobody starves.
+    Whoever is not admitted by its rank ranks before all others then, lest it be preempted.
 
     Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI '24, Algorithm 2.
         Deviations: prompt tokens alone are charged, and when a request comes, which gives the
@@ -44,10 +48,15 @@ class WaitingQueue:
         fair_share: Whether tenants take turns.
         overtaking: Tokens that may come later than a prompt and yet be admitted before it, for each
             of its own; 0: none.
+
+    Attributes:
+        num_tokens: Uncomputed tokens of all members.
+        num_token_steps: KV tokens that they are expected to hold, summed over their decodes.
     """
 
     def __init__(self, *, fair_share: bool = False, overtaking: float = 0.0) -> None:
-        self.num_tokens = 0  # uncomputed tokens of all members
+        self.num_tokens = 0
+        self.num_token_steps = 0
         self._fair_share = fair_share
         self._overtaking = overtaking
         self._members: dict[int, Sequence] = {}
@@ -62,6 +71,8 @@ class WaitingQueue:
         self._virtual_time = 0.0  # tokens
         self._num_tokens_before = 0  # of all prompts that ever came
         self._num_pops = 0
+        self._long_outputs = LongOutputs(self._members)
+        self._long_output = inf
         self._held_back: AbstractSet[int] = frozenset()
         self._admitted: AbstractSet[int] | None = None  # None: all that are not held back
 
@@ -90,7 +101,9 @@ class WaitingQueue:
         self._members[sequence.seq_id] = sequence
         self._num_waiting[sequence.request.tenant] += 1
         self.num_tokens += sequence.num_uncomputed_tokens
+        self.num_token_steps += _token_steps(sequence)
         if not sequence.epoch:
+            self._long_outputs.note_arrival()
             sequence.rank = (sequence.request.priority, self._due(sequence), sequence.seq_id)
         self._ranks.push(sequence.rank)
         self._ages.push(sequence.rank[1:])
@@ -105,6 +118,10 @@ class WaitingQueue:
         """Hold all others back, whether they are here or come later."""
         self._held_back, self._admitted = frozenset(), seq_ids
 
+    def put_first(self, long_output: float) -> None:
+        """Let outputs of at least so many expected tokens go first, the longest before others."""
+        self._long_output = long_output
+
     def head(self) -> Sequence | None:
         """The sequence to admit next."""
         self._apply_refunds()
@@ -115,7 +132,9 @@ class WaitingQueue:
             return next((s for s in self if s.seq_id not in self._held_back), None)
         is_aged = self._num_pops % _AGING_INTERVAL == _AGING_INTERVAL - 1
         first = self._ages.first() if is_aged else self._ranks.first()
-        return None if first is None else self._members[first[-1]]
+        if first is None:
+            return None
+        return (None if is_aged else self._first_long()) or self._members[first[-1]]
 
     def pop(self) -> Sequence:
         """Take the head out: it is admitted."""
@@ -148,9 +167,19 @@ class WaitingQueue:
                 self.remove(sequence)
                 yield sequence
 
+    def _first_long(self) -> Sequence | None:
+        """Of the lowest priority the longest expected output, if it is long."""
+        first, longest = self._ranks.first(), None
+        if self._long_output < inf and not self._fair_share:
+            longest = self._long_outputs.first()
+        if first is None or longest is None or longest.rank[0] > first[0]:
+            return None
+        return longest if longest.num_expected_tokens >= self._long_output else None
+
     def _forget(self, sequence: Sequence) -> None:
         del self._members[sequence.seq_id]
         self.num_tokens -= sequence.num_uncomputed_tokens
+        self.num_token_steps -= _token_steps(sequence)
         tenant = sequence.request.tenant
         self._num_waiting[tenant] -= 1
         self._arrivals[tenant].pop(sequence.seq_id, None)
@@ -191,6 +220,12 @@ class WaitingQueue:
                     self._ranks.push(sequence.rank)
                     self._ages.push(sequence.rank[1:])
         self._refunds.clear()
+
+
+def _token_steps(sequence: Sequence) -> int:
+    """KV tokens a waiting sequence is expected to hold, summed over its decodes."""
+    num_decodes = sequence.num_expected_tokens
+    return num_decodes * sequence.num_tokens + num_decodes**2 // 2
 
 
 def _running_totals(gone: list[tuple[int, int]]) -> tuple[list[int], list[int]]:

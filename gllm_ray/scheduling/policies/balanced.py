@@ -1,7 +1,7 @@
 """Our own policy: every micro-batch takes the same predicted time."""
 
 from bisect import bisect_left
-from math import ceil
+from math import ceil, inf
 from typing import NamedTuple
 
 from gllm_ray.policy_config import BalancedConfig
@@ -26,6 +26,8 @@ _STEP_OVERHEAD_S = 1e-3
 # Rounds from which on a backlog is deep, until half of them are left. The pipeline then takes
 # one more micro-batch than it has stages.
 _DEEP_ROUNDS = 8
+# A backlog takes so many times the rounds of full micro-batches that keep the KV cache full.
+_BACKLOG_ROUNDS = 1.4
 _MIN_PREFILL_SHARE = 0.25  # of the rows of these rounds, however many decodes there are
 # Rounds that it takes at least to fill the KV cache: near full, prefill takes up what
 # ended sequences release, evenly.
@@ -78,6 +80,10 @@ class BalancedPolicy:
     times the marginal cost, half their number above what the micro-batches in flight hold. Beyond
     16 rounds the excess over 1 falls in proportion to them, down to 0.03.
 
+    A batch, to which nobody has added for 8 rounds, should not end with a few long outputs alone.
+    Those expected to take more rounds than what waits go first: 1.4 times as many as it needs to be
+    prefilled, or to hold its KV in turn. `overtaking: 0` keeps the order here, too.
+
     Where stages share processors, few decodes go together, for each micro-batch reads all weights
     and slows the others: one holds them all, and those that are ready wait for those in flight, if
     time(decodes) <= crowding * time(share) + 1 ms and the backlog is not deep.
@@ -90,6 +96,7 @@ class BalancedPolicy:
         self._reserve = AdaptiveReserve()
         self._is_deep = False
         self._batch_id = -1
+        self._num_arrivals = self._arrival_batch_id = 0
         # Targets of this micro-batch and the one before, over the time of one full of prefill.
         self._level = self._level_before = 0.0
 
@@ -137,6 +144,7 @@ class BalancedPolicy:
             reserved_blocks=reserved_blocks,
             decode_load=None if go_together else _decode_load(view, weight, num_groups),
             decode_weight=weight,
+            long_output=self._long_output(view, frame),
         )
 
     def _go_together(self, view: LoadView, num_groups: int) -> bool:
@@ -146,6 +154,17 @@ class BalancedPolicy:
         share_time = view.cost.stage_time(_decodes(view, view.num_decoding / num_groups))
         time = view.cost.stage_time(_decodes(view, view.num_decoding))
         return time <= view.crowding * share_time + _STEP_OVERHEAD_S
+
+    def _long_output(self, view: LoadView, frame: _Frame) -> float:
+        """Outputs that would take longer than the backlog, if it is all there will be."""
+        if view.num_arrivals != self._num_arrivals:
+            self._num_arrivals, self._arrival_batch_id = view.num_arrivals, view.batch_id
+        num_quiet_rounds = (view.batch_id - self._arrival_batch_id) / view.num_stages
+        if num_quiet_rounds < _DEEP_ROUNDS or not self._config.overtaking:
+            return inf
+        prefill_rounds = view.num_waiting_tokens / (frame.max_rows * frame.num_groups)
+        kv_rounds = view.num_waiting_token_steps / (view.num_blocks * view.block_size)
+        return _BACKLOG_ROUNDS * max(prefill_rounds, kv_rounds)
 
     def _frame(self, view: LoadView) -> _Frame:
         """Small micro-batches for latency, or for throughput where the backlog is deep.

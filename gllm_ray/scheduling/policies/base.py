@@ -1,7 +1,7 @@
 """What a policy decides."""
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from typing import Protocol
 
 from gllm_ray.scheduling.load import LoadView
@@ -19,6 +19,8 @@ class TokenBudget:
         decode_load: Decodes stop once the sum of their contexts and weights, in tokens, reaches
             this; None: their number alone counts.
         decode_weight: What a decode costs beside reading its context, in context tokens.
+        long_output: Waiting sequences that are expected to produce at least so many tokens are
+            admitted first, the longest before the others.
     """
 
     prefill_tokens: int
@@ -27,6 +29,7 @@ class TokenBudget:
     is_shared: bool = False
     decode_load: float | None = None
     decode_weight: float = 0.0
+    long_output: float = inf
 
     def __post_init__(self) -> None:
         assert self.prefill_tokens >= 0, "negative prefill budget"

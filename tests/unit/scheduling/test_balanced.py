@@ -1,7 +1,7 @@
 from collections import deque
 from dataclasses import replace
 from itertools import pairwise
-from math import ceil
+from math import ceil, inf
 
 import pytest
 from hypothesis import given
@@ -171,6 +171,31 @@ def test_a_limit_in_flight_holds_before_any_backlog(max_in_flight):
     pipeline.max_in_flight, pipeline.num_waiting_tokens = max_in_flight, 10**6
     pipeline.steps(40)
     assert len(pipeline.in_flight) == max_in_flight
+
+
+def long_outputs(*views, config=BalancedConfig()):  # noqa: B008
+    policy = make_policy(config)
+    return [policy.budget(view(cost=COST, **changes)).long_output for changes in views]
+
+
+def test_long_outputs_go_first_once_nobody_has_come_for_eight_rounds():
+    come = ({"batch_id": 10}, {"batch_id": 41}, {"batch_id": 42}, {"batch_id": 43})
+    assert [number < inf for number in long_outputs(*come)] == [False, False, True, True]
+    new = ({"batch_id": 10}, {"batch_id": 42, "num_arrivals": 201}, {"batch_id": 73})
+    assert [number < inf for number in long_outputs(*new)] == [False, False, False]
+
+
+def test_an_output_is_long_that_takes_longer_than_the_backlog():
+    quiet = {"batch_id": 50, "num_waiting_tokens": 4096}
+    held = [{"num_waiting_token_steps": 16_000 * rounds} for rounds in (1000, 500, 3)]
+    numbers = long_outputs({"batch_id": 1}, *(quiet | steps for steps in held))
+    assert numbers[1:3] == [1400, 700]  # rounds of a full KV cache, of 16,000 tokens
+    assert numbers[3] == pytest.approx(1.4 * 4096 / (4 * 256))  # of four full micro-batches
+
+
+def test_without_overtaking_long_outputs_do_not_go_first_either():
+    config = BalancedConfig(overtaking=0)
+    assert long_outputs({"batch_id": 1}, {"batch_id": 1000}, config=config) == [inf, inf]
 
 
 FEW = {"num_decoding": 4, "num_context_tokens": 400}

@@ -1,5 +1,7 @@
 """Who is admitted next."""
 
+from math import inf
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -8,9 +10,13 @@ from gllm_ray.scheduling.waiting_queue import WaitingQueue
 from tests.factories import make_request
 
 
-def sequence(seq_id, *, num_tokens=8, priority=0, tenant=""):
+def sequence(seq_id, *, num_tokens=8, max_tokens=4, priority=0, tenant=""):
     request = make_request(
-        str(seq_id), num_prompt_tokens=num_tokens, priority=priority, tenant=tenant
+        str(seq_id),
+        num_prompt_tokens=num_tokens,
+        max_tokens=max_tokens,
+        priority=priority,
+        tenant=tenant,
     )
     return Sequence(seq_id, request)
 
@@ -103,6 +109,69 @@ def test_a_long_prompt_is_admitted_under_an_endless_flow_of_short_ones():
         if queue.pop().seq_id == 0:
             break
     assert seq_id == 27  # due at 400; those are due 40 after the 100 + 10 a prompt before them
+
+
+def outputs(*max_tokens, **options):
+    return [sequence(i, max_tokens=n, **options) for i, n in enumerate(max_tokens)]
+
+
+def test_long_outputs_go_first_the_longest_before_the_others():
+    queue = queue_of(*outputs(10, 50, 20, 90, 49, 50))
+    queue.put_first(50)
+    assert pop_all(queue) == [3, 1, 5, 0, 2, 4]
+
+
+def test_what_counts_as_long_may_change_with_each_admission():
+    queue = queue_of(*outputs(10, 50, 20, 90))
+    popped = []
+    for long_output in (60, 60, inf, 20):
+        queue.put_first(long_output)
+        popped.append(queue.pop().seq_id)
+    assert popped == [3, 0, 1, 2]
+
+
+def test_of_equally_long_outputs_the_ranks_decide():
+    items = [sequence(i, num_tokens=n, max_tokens=60) for i, n in enumerate([90, 10, 50])]
+    queue = queue_of(*items, overtaking=2)
+    queue.put_first(50)
+    assert pop_all(queue) == [1, 0, 2]
+
+
+def test_a_long_output_that_comes_later_goes_first_too():
+    queue = queue_of(*outputs(60, 50, 10))
+    queue.put_first(50)
+    assert queue.pop().seq_id == 0
+    queue.add(sequence(3, max_tokens=70))
+    assert pop_all(queue) == [3, 1, 2]
+
+
+def test_long_outputs_of_higher_priority_numbers_pass_nobody_of_a_lower_one():
+    queue = queue_of(*outputs(60, 70, priority=1), sequence(2), sequence(3, max_tokens=50))
+    queue.put_first(50)
+    assert pop_all(queue) == [3, 2, 1, 0]
+
+
+def test_where_tenants_take_turns_long_outputs_do_not_go_first():
+    items = [sequence(0, tenant="a"), sequence(1, tenant="b", max_tokens=90)]
+    queue = queue_of(*items, fair_share=True)
+    queue.put_first(50)
+    assert pop_all(queue) == [0, 1]
+
+
+def test_one_admission_in_eight_heeds_no_length():
+    queue = queue_of(*outputs(4, *[50] * 20))
+    queue.put_first(50)
+    assert [queue.pop().seq_id for _ in range(9)] == [1, 2, 3, 4, 5, 6, 7, 0, 8]
+
+
+def test_a_long_output_that_went_first_goes_first_again_after_a_preemption():
+    short, long = outputs(10, 90)
+    queue = queue_of(short, long)
+    queue.put_first(50)
+    assert queue.pop() is long
+    queue.put_first(inf)
+    preempt(queue, long)
+    assert pop_all(queue) == [1, 0]
 
 
 def test_tenants_take_turns_and_short_prompts_of_each_go_first():
@@ -213,6 +282,7 @@ def test_counts_and_order_follow_the_members(todo):
             queue.add(waiting[-1], deadline_s=index)
         assert len(queue) == len(waiting)
         assert queue.num_tokens == 8 * len(waiting)
+        assert queue.num_token_steps == 40 * len(waiting)
         assert list(queue) == sorted(waiting, key=lambda s: (s.request.priority, s.seq_id))
 
 

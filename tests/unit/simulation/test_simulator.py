@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import FinishReason
-from gllm_ray.policy_config import POLICY_CONFIGS, ChunkedPrefillConfig
+from gllm_ray.policy_config import POLICY_CONFIGS, BalancedConfig, ChunkedPrefillConfig
 from gllm_ray.scheduling import QueueLimits
 from gllm_ray.simulation.deployment import StageLoss
 from gllm_ray.simulation.events import EventQueue
@@ -284,3 +284,14 @@ def test_what_waits_to_happen_does_not_grow_with_the_workload(monkeypatch):
     pipeline = simulation._replicas[0]._pipeline
     assert len(pipeline._causes) <= 6
     assert len(pipeline._passages) == 0
+
+
+def test_a_batch_does_not_end_with_the_long_outputs_alone():
+    requests = [request(output=8) for _ in range(1600)] + [request(output=300)] * 2
+    wall_s = {}
+    for overtaking in (0, 64):
+        policy = BalancedConfig(overtaking=overtaking)
+        make = serial_scheduler(2, policy=policy, num_blocks=400)
+        wall_s[overtaking] = simulate(deployment(2, make=make), requests).report.wall_s
+    long_s = 2 * 300
+    assert wall_s[64] < wall_s[0] - 0.8 * long_s
