@@ -99,7 +99,7 @@ class LoadView:
         max_decodes: Decodes a micro-batch may hold whatever the budget.
         head: The waiting sequence that is admitted next; None if none waits.
         waiting: The waiting sequences by rank; all but the head are admitted in that order as long
-            as no priority is passed over. May be iterated again.
+            as no priority is passed over and no long output goes first. May be iterated again.
         live: The sequences that hold blocks, in flight or not; may be iterated again.
     """
 

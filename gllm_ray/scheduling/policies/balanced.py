@@ -26,7 +26,7 @@ _STEP_OVERHEAD_S = 1e-3
 # Rounds from which on a backlog is deep, until half of them are left. The pipeline then takes
 # one more micro-batch than it has stages.
 _DEEP_ROUNDS = 8
-# A backlog takes so many times the rounds of full micro-batches that keep the KV cache full.
+# A backlog takes so many times the rounds of micro-batches and a KV cache that are always full.
 _BACKLOG_ROUNDS = 1.4
 _MIN_PREFILL_SHARE = 0.25  # of the rows of these rounds, however many decodes there are
 # Rounds that it takes at least to fill the KV cache: near full, prefill takes up what
@@ -80,9 +80,10 @@ class BalancedPolicy:
     times the marginal cost, half their number above what the micro-batches in flight hold. Beyond
     16 rounds the excess over 1 falls in proportion to them, down to 0.03.
 
-    A batch, to which nobody has added for 8 rounds, should not end with a few long outputs alone.
-    Those expected to take more rounds than what waits go first: 1.4 times as many as it needs to be
-    prefilled, or to hold its KV in turn. `overtaking: 0` keeps the order here, too.
+    A batch, which is a backlog that nobody has added to for 8 rounds, should not end with a few
+    long outputs alone. Those that are expected to take more rounds than all that waits go first.
+    That takes 1.4 times the rounds of its prefill, or those in which it fills the KV cache,
+    whichever are more. `overtaking: 0` keeps the order here, too.
 
     Where stages share processors, few decodes go together, for each micro-batch reads all weights
     and slows the others: one holds them all, and those that are ready wait for those in flight, if
