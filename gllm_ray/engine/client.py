@@ -1,7 +1,7 @@
 """One stream of events for each request, out of the one stream an engine gives.
 
 The engine's events are fetched for all requests at once, so the cost of a fetch, such as a call to
-another process, is shared; a consumer that lags gets what gathered meanwhile in one piece.
+another process, is shared; a consumer that lags gets what gathered meanwhile in large pieces.
 """
 
 import asyncio
@@ -14,6 +14,10 @@ from gllm_ray.interfaces import EngineEndpoint
 from gllm_ray.messages import FinishReason, GenerationRequest, OpenRequest, TokenEvent
 
 logger = logging.getLogger(__name__)
+
+# A client that reads again after minutes must not hold the others of this process up: what is made
+# of so many events, log probabilities included, takes milliseconds.
+MAX_EVENTS_AT_ONCE = 64
 
 NOT_BEGUN = "the request waited longer than it may, because nothing could take it; send it again"
 
@@ -76,8 +80,8 @@ class EngineClient:
             tells_acceptance: Yield first, once the engine has accepted it, a list without events.
 
         Yields:
-            The events since the last yield, at least one; the last list ends with the terminal
-            event.
+            The events since the last yield, at least one and `MAX_EVENTS_AT_ONCE` at most; the last
+            list ends with the terminal event.
 
         Raises:
             InvalidRequestError: The request can never be served.
@@ -134,7 +138,8 @@ class EngineClient:
             self._raise_if_broken()
             stream.has_news.clear()
             await stream.has_news.wait()
-        events, stream.events = stream.events, []
+        events = stream.events[:MAX_EVENTS_AT_ONCE]
+        del stream.events[:MAX_EVENTS_AT_ONCE]
         return events
 
     def _raise_if_broken(self) -> None:

@@ -1,5 +1,6 @@
 """Streamed responses: server-sent events that never end without saying why."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 
@@ -39,6 +40,8 @@ async def sse_events(
             num_output_tokens += delta.num_tokens
             if piece := writer.write(delta):
                 yield piece
+            if delta.num_tokens > 1:  # The client lags, and more may be there to be taken at once.
+                await asyncio.sleep(0)
             delta = await anext(rest, None)
     except Exception as error:  # The status is sent, and a mere end would look like success.
         if not isinstance(error, GllmRayError):

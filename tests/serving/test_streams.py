@@ -9,7 +9,10 @@ import pytest
 from gllm_ray.errors import PipelineError
 from gllm_ray.messages import FinishReason, GenerationRequest, TokenEvent
 from gllm_ray.serving.openai_api import build_api
+from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead
+from gllm_ray.serving.streaming import sse_events
 from gllm_ray.serving.text_stream import TextDelta, merge_deltas, text_deltas
+from tests.factories import make_request
 from tests.serving.local_api import BODIES, local_api, sse_chunks, wait_until
 
 CHAT_PATH, COMPLETION_PATH = BODIES
@@ -198,6 +201,49 @@ def test_tokens_that_came_together_are_one_event(tokenizer):
     assert text["choices"][0]["delta"]["content"] == "def f(x): return x"
     assert finish["choices"][0]["finish_reason"] == "stop"
     assert (role["choices"][0]["delta"]["role"], done) == ("assistant", "[DONE]")
+
+
+@pytest.mark.parametrize("num_outputs", [1, 3])
+def test_others_get_their_turn_between_the_pieces_of_a_stream_that_had_lagged(
+    tokenizer, num_outputs
+):
+    """It finds all its tokens there, and a client that takes them as fast as they are sent."""
+    token_ids = tokenizer.encode("def f(x): return x")
+    step = [{"token_id": token_id} for token_id in token_ids]
+    end = [{"finish_reason": FinishReason.LENGTH}]
+    service = RecitingService(tokenizer, *[step] * 5, end)
+
+    async def main():
+        deltas = [
+            text_deltas(
+                index,
+                service.generate(make_request(str(index))),
+                tokenizer.new_detokenizer((), ()),
+            )
+            for index in range(num_outputs)
+        ]
+        merged = deltas[0] if num_outputs == 1 else merge_deltas(deltas)
+        head = ResponseHead.new(model="m", is_chat=False, token_bytes=tokenizer.token_bytes)
+        events = sse_events(
+            await anext(merged), merged, ChunkWriter(head, include_usage=False), num_prompt_tokens=1
+        )
+        num_turns, turns = 0, []
+
+        async def another():
+            nonlocal num_turns
+            while True:
+                num_turns += 1
+                await asyncio.sleep(0)
+
+        other = asyncio.create_task(another())
+        async for event in events:
+            turns += [num_turns] * ('"text":"def' in event)
+        other.cancel()
+        return turns
+
+    turns = asyncio.run(main())
+    assert len(turns) == 5 * num_outputs
+    assert len(set(turns)) == len(turns)
 
 
 def test_a_stop_string_wins_over_what_came_with_it(tokenizer):

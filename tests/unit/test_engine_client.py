@@ -3,7 +3,7 @@ from contextlib import aclosing
 
 import pytest
 
-from gllm_ray.engine.client import EngineClient
+from gllm_ray.engine.client import MAX_EVENTS_AT_ONCE, EngineClient
 from gllm_ray.engine.engine import Engine
 from gllm_ray.errors import InvalidRequestError, OverloadedError, PipelineError, StageLostError
 from gllm_ray.messages import FinishReason, TokenEvent
@@ -56,21 +56,31 @@ def test_each_request_gets_its_own_events_in_order():
         assert [event.finish_reason is None for event in events[:-1]] == [True] * (len(events) - 1)
 
 
-def test_a_consumer_that_lags_gets_what_gathered_in_one_list():
+@pytest.mark.parametrize(
+    ("num_later", "sizes"),
+    [
+        (4, [4]),
+        (MAX_EVENTS_AT_ONCE, [MAX_EVENTS_AT_ONCE]),
+        (2 * MAX_EVENTS_AT_ONCE + 1, [MAX_EVENTS_AT_ONCE, MAX_EVENTS_AT_ONCE, 1]),
+    ],
+)
+def test_a_consumer_that_lags_gets_what_gathered_in_lists_of_bounded_size(num_later, sizes):
     async def scenario(client, endpoint):
         async with aclosing(client.generate(make_request("a"))) as stream:
             first = asyncio.create_task(anext(stream))
             await settle()
             endpoint.send(token("a", 0))
             await first
-            for token_id in (1, 2, 3):
+            for token_id in range(1, num_later):
                 endpoint.send(token("a", token_id))
-            endpoint.send(token("a", 4, FinishReason.STOP))
+            endpoint.send(token("a", num_later, FinishReason.STOP))
             await settle()
             return await collect(stream)
 
-    (events,) = run_with_client(scenario)
-    assert [event.token_id for event in events] == [1, 2, 3, 4]
+    lists = run_with_client(scenario)
+    assert [len(events) for events in lists] == sizes
+    token_ids = [event.token_id for events in lists for event in events]
+    assert token_ids == list(range(1, num_later + 1))
 
 
 def test_a_stream_that_ended_is_not_aborted():
