@@ -74,8 +74,14 @@ class EngineEndpoint(Protocol):
             PipelineError: The engine is broken.
         """
 
-    async def abort(self, request_id: str) -> None:
-        """End a request early; unknown or finished ids are ignored."""
+    async def abort(self, request_id: str, num_output_tokens: int | None = None) -> None:
+        """End a request early; unknown or finished ids are ignored.
+
+        Args:
+            request_id: Which one.
+            num_output_tokens: Its output is complete with so many tokens, as with a stop string;
+                None: it is given up.
+        """
 
     async def next_events(self) -> list[TokenEvent]:
         """Wait for events, then return all that gathered since the last call.

@@ -62,12 +62,14 @@ class ScriptedEndpoint:
     Attributes:
         added: Every accepted request.
         aborted: The id of every abort.
+        completed: How many tokens those of them had that were complete.
         refusal: Set it to refuse the next requests.
     """
 
     def __init__(self) -> None:
         self.added: list[GenerationRequest] = []
         self.aborted: list[str] = []
+        self.completed: dict[str, int] = {}
         self.refusal: Exception | None = None
         self.may_add = asyncio.Event()
         self.may_add.set()
@@ -87,9 +89,11 @@ class ScriptedEndpoint:
         self.added.append(request)
         await self.may_add.wait()
 
-    async def abort(self, request_id: str) -> None:
+    async def abort(self, request_id: str, num_output_tokens: int | None = None) -> None:
         await self.may_abort.wait()
         self.aborted.append(request_id)
+        if num_output_tokens is not None:
+            self.completed[request_id] = num_output_tokens
 
     async def next_events(self) -> list[TokenEvent]:
         news = await self._news.get()

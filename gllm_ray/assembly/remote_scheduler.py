@@ -84,12 +84,12 @@ class RemoteScheduler:
         """Accept a request; see `EngineEndpoint.add`."""
         await self._submit([request.request_id], self._actor.add.remote(request))
 
-    async def abort(self, request_id: str) -> None:
+    async def abort(self, request_id: str, num_output_tokens: int | None = None) -> None:
         """End a request early; see `EngineEndpoint.abort`."""
         # Ray does not keep the order of calls here, and large requests take a slower way.
         if (submission := self._submissions.get(request_id)) is not None:
             await asyncio.wait([submission])
-        await _ask(self._actor.abort.remote(request_id))
+        await _ask(self._actor.abort.remote(request_id, num_output_tokens))
 
     async def next_events(self) -> list[TokenEvent]:
         """Wait for events; see `EngineEndpoint.next_events`."""

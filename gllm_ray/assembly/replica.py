@@ -108,9 +108,9 @@ class PipelineReplica:
         """Go on with requests of another pipeline, which is lost; see `EngineEndpoint.restore`."""
         await self._endpoint.restore(requests)
 
-    async def abort(self, request_id: str) -> None:
+    async def abort(self, request_id: str, num_output_tokens: int | None = None) -> None:
         """End a request early; see `EngineEndpoint.abort`."""
-        await self._endpoint.abort(request_id)
+        await self._endpoint.abort(request_id, num_output_tokens)
 
     async def next_events(self) -> list[TokenEvent]:
         """Wait for events; see `EngineEndpoint.next_events`."""

@@ -55,9 +55,9 @@ class SchedulerActor:
         """Go on with requests of a lost scheduler; see `EngineEndpoint.restore`."""
         await self._engine.restore(requests)
 
-    async def abort(self, request_id: str) -> None:
+    async def abort(self, request_id: str, num_output_tokens: int | None = None) -> None:
         """End a request early; see `EngineEndpoint.abort`."""
-        await self._engine.abort(request_id)
+        await self._engine.abort(request_id, num_output_tokens)
 
     async def next_events(self) -> list[list[object]]:
         """Wait for events; see `EngineEndpoint.next_events`.

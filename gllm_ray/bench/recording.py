@@ -134,9 +134,9 @@ class RecordingScheduler:
         self._added_s[request.request_id] = time.time()
         await self._engine.add(request)
 
-    async def abort(self, request_id: str) -> None:
+    async def abort(self, request_id: str, num_output_tokens: int | None = None) -> None:
         """See `EngineEndpoint.abort`."""
-        await self._engine.abort(request_id)
+        await self._engine.abort(request_id, num_output_tokens)
 
     async def next_events(self) -> list[list[object]]:
         """See `SchedulerActor.next_events`."""

@@ -9,6 +9,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator
 
+from gllm_ray.engine.completion import OutputCompleteError
 from gllm_ray.errors import GllmRayError, InvalidRequestError, OverloadedError, PipelineError
 from gllm_ray.interfaces import EngineEndpoint
 from gllm_ray.messages import FinishReason, GenerationRequest, OpenRequest, TokenEvent
@@ -73,6 +74,8 @@ class EngineClient:
     ) -> AsyncGenerator[list[TokenEvent], None]:
         """Run a request; closing the generator early aborts it.
 
+        `OutputCompleteError`, thrown into it, aborts it as one that is complete.
+
         Args:
             request: What to generate.
             output_token_ids: What its client has got of it from another engine, which had accepted
@@ -92,7 +95,7 @@ class EngineClient:
         if request.request_id in self._streams:
             raise InvalidRequestError(f"request_id={request.request_id!r} is in use already")
         stream = self._streams[request.request_id] = _Stream()
-        is_alive = True
+        is_alive, num_output_tokens = True, None
         try:
             try:
                 await self._submit(request, output_token_ids)
@@ -105,10 +108,13 @@ class EngineClient:
                 events = await self._take(stream)
                 is_alive = events[-1].finish_reason is None
                 yield events
+        except OutputCompleteError as end:
+            num_output_tokens = end.num_output_tokens
+            raise
         finally:
             self._streams.pop(request.request_id, None)
             if is_alive and self._failure is None:
-                await self._abort(request.request_id)
+                await self._abort(request.request_id, num_output_tokens)
 
     async def abort(self, request_id: str) -> None:
         """End a request for whom its consumer cannot; its stream ends with the event of an abort.
@@ -147,15 +153,17 @@ class EngineClient:
             # Without this, each raise would add its frames to the one before.
             raise self._failure.with_traceback(None)
 
-    async def _abort(self, request_id: str) -> None:
-        await asyncio.shield(self._begin_abort(request_id))
+    async def _abort(self, request_id: str, num_output_tokens: int | None = None) -> None:
+        await asyncio.shield(self._begin_abort(request_id, num_output_tokens))
 
-    def _begin_abort(self, request_id: str) -> asyncio.Task[None]:
+    def _begin_abort(
+        self, request_id: str, num_output_tokens: int | None = None
+    ) -> asyncio.Task[None]:
         """Abort in a task of its own: the consumer is often being cancelled, again and again."""
 
         async def abort() -> None:
             with contextlib.suppress(PipelineError):
-                await self._endpoint.abort(request_id)
+                await self._endpoint.abort(request_id, num_output_tokens)
 
         task = asyncio.create_task(abort())
         self._aborts.add(task)

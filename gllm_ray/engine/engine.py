@@ -87,9 +87,9 @@ class Engine:
             self._scheduler.restore(request)
         self._wake()
 
-    async def abort(self, request_id: str) -> None:
-        """End a request early; unknown or finished ids are ignored."""
-        self._deliver(self._scheduler.abort(request_id))
+    async def abort(self, request_id: str, num_output_tokens: int | None = None) -> None:
+        """End a request early; see `EngineEndpoint.abort`."""
+        self._deliver(self._scheduler.abort(request_id, num_output_tokens))
 
     async def next_events(self) -> list[TokenEvent]:
         """Wait for events, then return all that gathered since the last call.

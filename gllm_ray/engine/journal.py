@@ -100,13 +100,13 @@ class JournaledEndpoint:
         for request in requests:
             await self._submit(request, is_new=False)
 
-    async def abort(self, request_id: str) -> None:
+    async def abort(self, request_id: str, num_output_tokens: int | None = None) -> None:
         """End a request early; see `EngineEndpoint.abort`."""
         self._journal.forget(request_id)
         engine = self._engine
         if engine is not None:
             try:
-                await engine.abort(request_id)
+                await engine.abort(request_id, num_output_tokens)
             except SchedulerLostError as error:
                 self.note_loss(engine, error)
 

@@ -22,7 +22,7 @@ class LengthPredictor(Protocol):
         """
 
     def observe(self, request: GenerationRequest, num_output_tokens: int) -> None:
-        """Learn from a request that ended by itself, with `stop` or `length`."""
+        """Learn from a request that ended by itself: with `stop`, `length` or a stop string."""
 
 
 def own_hint(request: GenerationRequest) -> int | None:

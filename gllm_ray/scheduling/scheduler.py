@@ -157,16 +157,23 @@ class Scheduler:
         sequence.token_ids += open_request.output_token_ids
         self._pool.add(sequence, None)
 
-    def abort(self, request_id: str) -> list[TokenEvent]:
+    def abort(self, request_id: str, num_output_tokens: int | None = None) -> list[TokenEvent]:
         """End a request early; one that is in flight ends at its commit.
 
+        Args:
+            request_id: Which one. Unknown ids are ignored.
+            num_output_tokens: Its output is complete with so many tokens, of which the predictor
+                learns; None: it is not.
+
         Returns:
-            The terminal event, if the request ends now. Unknown ids are ignored.
+            The terminal event, if the request ends now.
         """
         seq_id = self._seq_ids.get(request_id)
         if seq_id is None:
             return []
         sequence = self._pool[seq_id]
+        if num_output_tokens is not None and not sequence.is_aborted:
+            self._predictor.observe(sequence.request, num_output_tokens)
         self._pool.dequeue(sequence)
         if sequence.num_in_flight:
             sequence.is_aborted = True

@@ -5,14 +5,13 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 from typing import NamedTuple, NoReturn, Protocol
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from gllm_ray.engine.completion import OutputCompleteError, passing_on
 from gllm_ray.errors import GllmRayError, PipelineError
 from gllm_ray.messages import EngineLoad, FinishReason, GenerationRequest, TokenEvent
-from gllm_ray.serving.text_stream import OutputCompleteError
 
 METRIC_PREFIX = "gllm_ray_"  # Ray puts `ray_` before it
 _REPORT_PERIOD_S = 5.0
@@ -119,7 +118,7 @@ class ServiceMetrics:
         start_s, first_s, num_tokens = time.monotonic(), None, 0
         reason = "abort"
         try:
-            async with aclosing(events):
+            async with passing_on(events):
                 async for step in events:
                     num_new = sum(event.token_id is not None for event in step)
                     if num_new and first_s is None:

@@ -20,6 +20,7 @@ from gllm_ray.assembly.replica import PipelineReplica
 from gllm_ray.autoscaling import SignalMeter
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
+from gllm_ray.engine.completion import passing_on
 from gllm_ray.errors import PipelineError
 from gllm_ray.garbage import no_garbage_collection, relax_garbage_collector
 from gllm_ray.messages import GenerationRequest, StageInfo, TokenEvent
@@ -148,7 +149,7 @@ class LLMServer(PipelineOwner):
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
         """Run a request; closing the generator early aborts it. See `EngineClient.generate`."""
         events = self._metrics.observe(request, self._client.generate(request))
-        async with aclosing(events) as steps:
+        async with passing_on(events) as steps:
             async for step in steps:
                 yield step
 

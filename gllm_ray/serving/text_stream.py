@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Collection, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
+from gllm_ray.engine.completion import OutputCompleteError, complete
 from gllm_ray.errors import (
     GllmRayError,
     InvalidRequestError,
@@ -51,10 +52,6 @@ class TextDelta:
     scored: tuple[ScoredToken, ...] = ()
 
 
-class OutputCompleteError(Exception):
-    """Thrown into events of which no more are needed, for the text has come to a stop string."""
-
-
 async def text_deltas(
     index: int, events: AsyncGenerator[list[TokenEvent], None], detokenizer: Detokenizer
 ) -> AsyncGenerator[TextDelta, None]:
@@ -64,14 +61,17 @@ async def text_deltas(
         OverloadedError: The request waited too long for its first token.
         PipelineError: The server ended the request before it was complete.
     """
+    num_tokens = 0
     async with aclosing(events):
         async for step in events:
             delta = _text_delta(index, step, detokenizer)
-            yield delta
+            num_tokens += delta.num_tokens
+            try:
+                yield delta
+            finally:  # also if the reader wants no more, for the output is complete all the same
+                if delta.finish_reason is not step[-1].finish_reason:
+                    await complete(events, OutputCompleteError(num_tokens))
             if delta.finish_reason is not None:
-                if step[-1].finish_reason is not delta.finish_reason:
-                    with suppress(OutputCompleteError, StopAsyncIteration):
-                        await events.athrow(OutputCompleteError)
                 return
 
 

@@ -1,6 +1,7 @@
 """A whole replica on a cluster: stages, scheduler actor, and a client of it."""
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ from gllm_ray.stages.stage_group import StageGroup
 from gllm_ray.stages.supervised_pipeline import Fault
 from tests.pipelines import make_service_config
 from tests.ray.test_ray_pipeline import stage_processes
+from tests.serving.local_api import http_client
 
 NUM_REQUESTS = 8
 
@@ -125,7 +127,7 @@ class CallLog:
     async def add(self, request):
         self.calls.append(("add", request.request_id))
 
-    async def abort(self, request_id):
+    async def abort(self, request_id, _num_output_tokens):
         self.calls.append(("abort", request_id))
 
     async def all(self):
@@ -294,5 +296,36 @@ def test_a_model_without_a_tokenizer_is_refused_before_its_weights_are_loaded(
         with pytest.raises(ConfigError, match="tokenizer"):
             await start_server(with_tokenizer(config, tiny_llama))
         await wait_until_gone(actor_processes() - others)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .*__del__")
+def test_an_output_that_a_stop_string_ends_teaches_the_scheduler_its_length(
+    ray_cluster, own_log, tmp_path
+):
+    log = tmp_path / "lengths"
+
+    async def complete(http, **change):
+        body = {"model": "demo", "prompt": "def read", "max_tokens": 24, "temperature": 0}
+        answer = await http.post("/v1/completions", json=body | {"ignore_eos": True} | change)
+        lines = map(json.loads, log.read_text().splitlines())
+        return answer.json(), [line["num_output_tokens"] for line in lines]
+
+    async def scenario():
+        config = make_service_config("package://gllm_ray/demo/model", cpus_per_stage=0.5)
+        parts = [(config.model, {"served_name": "demo"}), (config.scheduler, {"length_log": str(log)})]
+        model, scheduler = (part.model_copy(update=change) for part, change in parts)
+        server = await start_server(
+            config.model_copy(update={"model": model, "scheduler": scheduler})
+        )
+        async with http_client(server) as http:
+            answer, lengths = await complete(http)
+            assert lengths == [24]
+            answer, lengths = await complete(http, stop=[answer["choices"][0]["text"][10:14]])
+            num_tokens = answer["usage"]["completion_tokens"]
+            assert num_tokens < 24
+            assert lengths == [24, num_tokens]
+        await server.__del__()
 
     asyncio.run(scenario())

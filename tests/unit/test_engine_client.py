@@ -4,6 +4,7 @@ from contextlib import aclosing
 import pytest
 
 from gllm_ray.engine.client import MAX_EVENTS_AT_ONCE, EngineClient
+from gllm_ray.engine.completion import OutputCompleteError, complete, passing_on
 from gllm_ray.engine.engine import Engine
 from gllm_ray.errors import InvalidRequestError, OverloadedError, PipelineError, StageLostError
 from gllm_ray.messages import FinishReason, TokenEvent
@@ -108,6 +109,22 @@ def test_a_stream_closed_early_is_aborted_once():
         endpoint.send(token("a", 2), token("a", None, FinishReason.ABORT))
         await settle()
         assert endpoint.aborted == ["a"]
+        assert endpoint.completed == {}
+
+    run_with_client(scenario)
+
+
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_an_output_that_is_complete_is_aborted_as_one_unless_its_request_has_ended(has_ended):
+    async def scenario(client, endpoint):
+        async with passing_on(client.generate(make_request("a"))) as stream:
+            first = asyncio.create_task(anext(stream))
+            await settle()
+            endpoint.send(token("a", 1), token("a", 2, FinishReason.LENGTH if has_ended else None))
+            await first
+            await complete(stream, OutputCompleteError(2))
+        assert endpoint.aborted == ([] if has_ended else ["a"])
+        assert endpoint.completed == ({} if has_ended else {"a": 2})
 
     run_with_client(scenario)
 

@@ -87,8 +87,8 @@ class MortalEngine:
     async def add(self, request):
         await self._answer(self._engine.add(request), self._add_latency)
 
-    async def abort(self, request_id):
-        await self._answer(self._engine.abort(request_id), self._latency)
+    async def abort(self, request_id, num_output_tokens=None):
+        await self._answer(self._engine.abort(request_id, num_output_tokens), self._latency)
 
     async def next_events(self):
         return await self._answer(self._engine.next_events(), self._latency)

@@ -82,6 +82,28 @@ def test_abort_of_a_waiting_request_ends_it_at_once():
     assert scheduler.schedule() is None
 
 
+@pytest.mark.parametrize("is_in_flight", [True, False])
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_the_predictor_learns_once_from_an_abort_of_an_output_that_is_complete(
+    is_complete, is_in_flight
+):
+    predictor = StatisticsPredictor()
+    scheduler = make_scheduler(predictor=predictor)
+    num_requests = 32  # so many make a prediction
+    for _ in range(num_requests):
+        assert predictor.predict(make_request(max_tokens=9)) is None
+        scheduler.add(make_request(max_tokens=9))
+        for _ in range(3):
+            scheduler.commit(result_of(scheduler.schedule()))
+        batch = scheduler.schedule() if is_in_flight else None
+        for _ in range(2):
+            scheduler.abort("a", 2 if is_complete else None)
+        if batch is not None:
+            scheduler.commit(result_of(batch))
+        assert scheduler.is_idle
+    assert predictor.predict(make_request(max_tokens=9)) == (2 if is_complete else None)
+
+
 def test_the_youngest_is_preempted_and_returns_to_the_front():
     scheduler = make_scheduler(num_stages=1, num_blocks=8, max_model_len=32)
     for name in "abc":
