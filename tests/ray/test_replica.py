@@ -314,7 +314,10 @@ def test_an_output_that_a_stop_string_ends_teaches_the_scheduler_its_length(
 
     async def scenario():
         config = make_service_config("package://gllm_ray/demo/model", cpus_per_stage=0.5)
-        parts = [(config.model, {"served_name": "demo"}), (config.scheduler, {"length_log": str(log)})]
+        parts = [
+            (config.model, {"served_name": "demo"}),
+            (config.scheduler, {"length_log": str(log)}),
+        ]
         model, scheduler = (part.model_copy(update=change) for part, change in parts)
         server = await start_server(
             config.model_copy(update={"model": model, "scheduler": scheduler})
