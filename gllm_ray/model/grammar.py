@@ -4,6 +4,7 @@ llguidance does the work. A matcher follows one output; its state is a function 
 the tokens it was told, so it can be made anew wherever an output goes on.
 """
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -15,16 +16,20 @@ from gllm_ray.errors import InvalidRequestError
 
 # Requests that follow each other often have the same grammar.
 _MAX_COMPILED = 32
-_LIMITS = LLParserLimits(
-    # Parser items of a step, which bound the time of a mask: an ambiguous grammar takes up to 0.4 s
-    # with this many, and 2 s with llguidance's own 50,000. JSON with 100 optional properties fits,
-    # where there are 100,000 tokens.
-    step_max_items=20_000,
+_LIMITS = {
+    # Those of a position: a choice has one for each text, JSON several for each optional property.
+    "max_items_in_row": 40_000,
     # Work on regular expressions at the beginning. 400 optional groups take less than 20,000;
     # llguidance's own 1,000,000 lets the longest of a request take 40 s and 3 GiB, to be refused.
-    initial_lexer_fuel=200_000,
-    verbose_errors=False,  # Clients know nothing of the parser's state.
-)
+    "initial_lexer_fuel": 200_000,
+    "verbose_errors": False,  # Clients know nothing of the parser's state.
+}
+# Parser items of a step, which bound the time of a mask: the most ambiguous grammars take 2 s with
+# this many, and four times as long with llguidance's own 50,000.
+_MAX_STEP_ITEMS = 20_000
+# JSON takes less time for each: 500 optional properties have as many where there are 100,000
+# tokens, in 0.1 s; the most ambiguous schemas take 1.6 s.
+_MAX_JSON_STEP_ITEMS = 100_000
 # llguidance compiles a rule within the rule that names it. The deepest grammars that a request may
 # have take 300 MiB; what a thread does not touch is address space only.
 _STACK_BYTES = 512 * 2**20
@@ -98,7 +103,7 @@ class GrammarCompiler:
             return compiled.result()
 
     def _compile_deep(self, grammar: str) -> LLMatcher:
-        matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=_LIMITS)
+        matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=_limits_of(grammar))
         if matcher.is_error():
             raise InvalidRequestError(matcher.get_error())
         beginning = matcher.deep_copy()
@@ -108,3 +113,19 @@ class GrammarCompiler:
             is_empty = reason.startswith("NoExtensionBias")
             raise InvalidRequestError("no output can match it" if is_empty else reason)
         return matcher
+
+
+def _limits_of(grammar: str) -> LLParserLimits:
+    max_items = _MAX_JSON_STEP_ITEMS if _is_json_schema(grammar) else _MAX_STEP_ITEMS
+    return LLParserLimits(step_max_items=max_items, **_LIMITS)
+
+
+def _is_json_schema(grammar: str) -> bool:
+    """Whether it is nothing but JSON schemas, as llguidance spells them."""
+    if not grammar.startswith("{"):  # so it is in Lark's syntax
+        return False
+    try:
+        parts = json.loads(grammar)["grammars"]
+        return all(part.get("json_schema") and not part.get("lark_grammar") for part in parts)
+    except (ValueError, LookupError):
+        return False

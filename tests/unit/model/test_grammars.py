@@ -278,13 +278,37 @@ def test_a_regular_expression_that_takes_too_much_work_is_refused_early():
     assert time.process_time() - begin < 3
 
 
-def test_an_object_of_many_optional_properties_is_followed():
-    schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(100)}}
-    grammar = LLMatcher.grammar_from_json_schema(schema)
-    grammars = running()
-    for number in range(0, 100, 9):
-        text = json.dumps({f"p{i}": "x" for i in range(number)})
-        assert allowed(grammars, sequence(0, grammar, tuple(TOKENIZER.encode(text[:-1]))))
+@pytest.mark.parametrize("is_open", [True, False])
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"type": "string"}, "x"),
+        ({}, ["x"]),
+        ({"type": "array", "items": {"type": "string"}}, ["x", "y"]),
+        ({"type": "object", "properties": {"a": {}, "b": {}}}, {"b": 1}),
+    ],
+    ids=str,
+)
+def test_an_object_of_500_optional_properties_is_followed(schema, value, is_open):
+    properties = {f"p{i}": schema for i in range(500)}
+    grammar = LLMatcher.grammar_from_json_schema(
+        {"type": "object", "properties": properties, "additionalProperties": is_open}
+    )
+    matcher = TOKENIZER.grammars.compile(grammar)
+    for token_id in TOKENIZER.encode(json.dumps({f"p{i}": value for i in range(0, 500, 45)})):
+        matcher.compute_bitmask()
+        assert matcher.consume_token(token_id), matcher.get_error()
+    assert matcher.is_accepting()
+
+
+def test_a_schema_of_many_meanings_is_followed():
+    item = {"$ref": "#/$defs/item"}
+    kinds = [{"type": "object", "properties": {"x": item, f"y{i}": item}} for i in range(300)]
+    schema = {**item, "$defs": {"item": {"anyOf": kinds}}}
+    matcher = TOKENIZER.grammars.compile(LLMatcher.grammar_from_json_schema(schema))
+    for token_id in TOKENIZER.encode('{"x": {"x": {"x": {"x": {"y1": {"x": {}}}}}}}'):
+        matcher.compute_bitmask()
+        assert matcher.consume_token(token_id), matcher.get_error()
 
 
 @pytest.mark.parametrize("text", ["<|end|>", "é<|system|>!", "<|user|><|end|>"])
