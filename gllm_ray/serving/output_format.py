@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import groupby
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from llguidance import LLMatcher, grammar_from
@@ -16,6 +17,10 @@ _MAX_NAME_CHARS = 1024
 _MAX_GRAMMAR_CHARS = 2**18
 # As many as have room, of a few characters each.
 _MAX_CHOICES = 2**15
+# Of one text: its mask takes time in proportion, and twice as many llguidance does not follow.
+_MAX_CHOICE_CHARS = 2**16
+# llguidance follows side by side what begins alike, and gives up if that is long.
+_MIN_SHARED_CHARS = 64
 # Translating takes longer than in proportion to the length: a quarter of a second at this one.
 _MAX_GBNF_CHARS = 2**15
 # How a line begins that a grammar in Lark's syntax has to have, and no other has.
@@ -90,8 +95,7 @@ class StructuredOutputs(RequestSchema):
             return grammar_from("regex", self.regex)
         if self.choice is not None:
             _check_length(sum(map(len, self.choice)))
-            texts = (json.dumps(text, ensure_ascii=False) for text in self.choice)
-            return grammar_from("lark", f"start: {' | '.join(texts)}")
+            return grammar_from("lark", _choice_rules(self.choice))
         return _lark_or_gbnf(self.grammar or "")
 
 
@@ -134,6 +138,30 @@ def _check_length(num_chars: int) -> None:
     """Raise before work that takes as long as the text is, during which no other thread runs."""
     if num_chars > _MAX_GRAMMAR_CHARS:
         raise ValueError(f"it is too long: the limit is {_MAX_GRAMMAR_CHARS} characters")
+
+
+def _choice_rules(choice: list[str]) -> str:
+    """Rules in Lark's syntax for one of several texts; a long beginning that some share is one."""
+    if (length := max(map(len, choice))) > _MAX_CHOICE_CHARS:
+        raise ValueError(
+            f"a text of the choice has {length} characters; the limit is {_MAX_CHOICE_CHARS}"
+        )
+    rules: list[str] = []
+    todo = [sorted(set(choice))]
+    for texts in todo:
+        alternatives = []
+        for _, group in groupby(texts, key=lambda text: text[:_MIN_SHARED_CHARS]):
+            first, *others = group
+            if not others:
+                alternatives.append(json.dumps(first, ensure_ascii=False))
+                continue
+            pairs = enumerate(zip(first, others[-1], strict=False))  # they are sorted
+            shared = first[: next((place for place, (a, b) in pairs if a != b), None)]
+            alternatives.append(f"{json.dumps(shared, ensure_ascii=False)} rest{len(todo)}")
+            todo.append([text[len(shared) :] for text in (first, *others)])
+        name = f"rest{len(rules)}" if rules else "start"
+        rules.append(f"{name}: {' | '.join(alternatives)}")
+    return "\n".join(rules)
 
 
 def _lark_or_gbnf(text: str) -> str:

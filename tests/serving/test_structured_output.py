@@ -221,6 +221,11 @@ def test_nothing_is_kept_of_outputs_that_ended_or_were_given_up(tokenizer, pipel
             "structured_outputs",
             "limit is 262144",
         ),
+        (
+            {"structured_outputs": {"choice": ["a", "a" * 70_000]}},
+            "structured_outputs",
+            "has 70000 characters; the limit is 65536",
+        ),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs", "structured_outputs"),
         ({"structured_outputs": {"json": {"type": "no"}}}, "structured_outputs", "type: no"),
         ({"structured_outputs": {"regex": "\ud800"}}, "structured_outputs", "surrogate"),
@@ -337,3 +342,32 @@ def test_a_grammar_that_cannot_be_followed_further_fails_its_request_alone(
     assert failed.code == "request_breaks_engine"
     assert isinstance(failed, openai.APIError if is_streamed else openai.BadRequestError)
     assert text == "ab" * 20
+
+
+LONG = "".join(f"{number} sheep, " for number in range(600))
+CHOICES = {
+    "many texts": [f"text {number}" for number in range(5000)],
+    "long texts that begin alike": [LONG + f"and dog {number}" for number in range(25)],
+    "long beginnings that some share": [
+        LONG,
+        LONG + "!",
+        LONG[:99],
+        LONG[:99] + "?",
+        "a",
+        "",
+        "ab",
+    ],
+    "a long text": ["no", "a" * 65_536],
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_each_text_of_a_choice_can_be_said_and_nothing_else(tokenizer, choice):
+    grammar = StructuredOutputs(choice=choice).llguidance_grammar
+    matcher = tokenizer.grammars.compile(grammar)
+    for text in (*choice[:3], *choice[-3:]):
+        follower = matcher.deep_copy()
+        assert follower.consume_tokens(tokenizer.encode(text)), follower.get_error()
+        assert follower.is_accepting()
+        follower = matcher.deep_copy()
+        assert not follower.consume_tokens(tokenizer.encode(text + " more"))
