@@ -8,7 +8,7 @@ from gllm_ray.scheduling.sequence import Sequence
 class LongOutputs:
     """Finds the longest expected output among the members of the lowest priority.
 
-    They are sorted when that is first asked for, and after one has come; they may go unsaid.
+    Sorts them when it is first asked, and again after one has come; those that leave need not tell.
 
     Args:
         members: The sequences by id.
