@@ -70,7 +70,6 @@ class Scheduler:
         self._flights = Flights(settings, policy.num_ahead)
         self._stage_times = StageTimes(cost, settings.num_stages, self._flights.max_in_flight)
         self._seq_ids: dict[str, int] = {}
-        self._next_seq_id = 0
 
     @property
     def num_requests(self) -> int:
@@ -369,9 +368,8 @@ class Scheduler:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
 
     def _new_sequence(self, request: GenerationRequest) -> Sequence:
-        sequence = Sequence(self._next_seq_id, request)
+        sequence = Sequence(self._pool.num_arrivals, request)
         sequence.predicted_output_tokens = self._predictor.predict(request)
-        self._next_seq_id += 1
         self._seq_ids[request.request_id] = sequence.seq_id
         return sequence
 

@@ -168,13 +168,16 @@ class WaitingQueue:
                 yield sequence
 
     def _first_long(self) -> Sequence | None:
-        """Of the lowest priority the longest expected output, if it is long."""
-        first, longest = self._ranks.first(), None
-        if self._long_output < inf and not self._fair_share:
-            longest = self._long_outputs.first()
-        if first is None or longest is None or longest.rank[0] > first[0]:
+        """Of the lowest priority the longest expected output, if it is long.
+
+        None passes a preempted sequence whose turn it is.
+        """
+        first = self._ranks.first()
+        if self._long_output == inf or self._fair_share or first is None:
             return None
-        return longest if longest.num_expected_tokens >= self._long_output else None
+        longest = None if self._members[first[-1]].epoch else self._long_outputs.first()
+        is_long = longest is not None and longest.num_expected_tokens >= self._long_output
+        return longest if is_long else None
 
     def _forget(self, sequence: Sequence) -> None:
         del self._members[sequence.seq_id]

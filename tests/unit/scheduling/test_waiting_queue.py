@@ -2,6 +2,7 @@
 
 from math import inf
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,6 +163,16 @@ def test_one_admission_in_eight_heeds_no_length():
     queue = queue_of(*outputs(4, *[50] * 20))
     queue.put_first(50)
     assert [queue.pop().seq_id for _ in range(9)] == [1, 2, 3, 4, 5, 6, 7, 0, 8]
+
+
+@pytest.mark.parametrize("priority", [0, 1])
+def test_no_long_output_passes_a_preempted_sequence_whose_turn_it_is(priority):
+    preempted = sequence(0, priority=priority)
+    queue = queue_of(preempted, *(sequence(i, max_tokens=50) for i in range(1, 21)))
+    queue.put_first(50)
+    assert [queue.pop().seq_id for _ in range(8)] == [1, 2, 3, 4, 5, 6, 7, 0]
+    preempt(queue, preempted)
+    assert queue.head() is preempted
 
 
 def test_a_long_output_that_went_first_goes_first_again_after_a_preemption():
