@@ -80,8 +80,8 @@ void find_chunk(const Problem& problem, const Task& task, int64_t kv_head, int64
   }
 }
 
-// Rows that are brought to the cache while others are read, one with each of them: all at once
-// would wait for each other.
+// Rows that are brought to the second cache while others are read, one with each of them: all at
+// once would wait for each other, and so would more lines than the first cache can await.
 template <typename T>
 struct Upcoming {
   const T* const* rows;
@@ -89,7 +89,8 @@ struct Upcoming {
 
   void fetch(int64_t j) const {
     if (j >= count) return;
-    for (int64_t d = 0; d < width; d += kCacheLine / sizeof(T)) __builtin_prefetch(rows[j] + d);
+    constexpr int64_t kStep = kCacheLine / sizeof(T);
+    for (int64_t d = 0; d < width; d += kStep) __builtin_prefetch(rows[j] + d, 0, 2);
     asm volatile("");  // GCC removes calls of functions that only prefetch
   }
 };
