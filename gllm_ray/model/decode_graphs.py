@@ -172,6 +172,7 @@ def _first_rows(inputs: PackedInputs, size: int) -> PackedInputs:
         context_lens=inputs.context_lens[:size],
         block_tables=inputs.block_tables[:size],
         tables=SequenceTables(row_starts[: size + 1], context_lens[:size], block_tables[:size]),
+        drawn=torch.arange(size),
         sample_rows=row_starts[:size].long(),
     )
 

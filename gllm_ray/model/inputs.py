@@ -78,7 +78,8 @@ class PackedInputs:
         block_tables: `[num_sequences, longest]` blocks, filled up with zeros.
         tables: The last three on the device.
         block_size: Slots of a block.
-        sample_rows: `[num_samples]` rows whose logits are drawn from.
+        drawn: `[num_samples]` sequences that a token is drawn for; on the CPU.
+        sample_rows: `[num_samples]` their last rows, whose logits are drawn from.
         copied_slots: The slots of `MicroBatch.block_copies`, those copied from and those copied
             to, each `[num_copies * block_size]`; None where nothing is copied.
     """
@@ -91,6 +92,7 @@ class PackedInputs:
     block_tables: torch.Tensor
     tables: SequenceTables
     block_size: int
+    drawn: torch.Tensor
     sample_rows: torch.Tensor
     copied_slots: tuple[torch.Tensor, torch.Tensor] | None
 
@@ -161,13 +163,13 @@ def pack(
     ids = np.fromiter(chain.from_iterable(seq.token_ids for seq in sequences), dtype=np.int64)
     if sampled:
         ids = np.where(ids < 0, np.array(sampled)[~np.minimum(ids, -1)], ids)
-    is_sampled = np.array([seq.sampling is not None for seq in sequences], dtype=bool)
+    drawn = np.flatnonzero([seq.sampling is not None for seq in sequences])
     input_ids, position_ids, slot_mapping, sample_rows = _copy_together(
         [
             ids,
             positions,
             blocks * block_size + positions % block_size,
-            row_starts[1:][is_sampled] - 1,
+            row_starts[1:][drawn] - 1,
         ],
         np.int64,
         device,
@@ -184,6 +186,7 @@ def pack(
             *_copy_together([row_starts, context_lens, tables], np.int32, device)
         ),
         block_size=block_size,
+        drawn=torch.from_numpy(drawn),
         sample_rows=sample_rows,
         copied_slots=_copied_slots(batch, block_size, device),
     )

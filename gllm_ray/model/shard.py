@@ -18,6 +18,7 @@ from gllm_ray.errors import ConfigError
 from gllm_ray.model.attention.interface import PAGED, PROBE, cache_latents, probe_forward
 from gllm_ray.model.inputs import PackedInputs
 from gllm_ray.model.kv_cache import AttentionGeometry
+from gllm_ray.model.last_layer import skip_unread_rows
 from gllm_ray.model.linear import quantize_linears
 
 
@@ -222,7 +223,9 @@ class Shard:
             for name, module in before.items():
                 if not (self._holds_tied_head(model) and module is model.get_input_embeddings()):
                     model.set_submodule(name, _NoEmbedding())
-        if not self.is_last:
+        if self.is_last:
+            skip_unread_rows(layers[-1])
+        else:
             layers[self._last_layer - 1].register_forward_hook(self._send)
             for name in after:
                 model.set_submodule(name, nn.Identity())

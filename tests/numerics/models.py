@@ -53,6 +53,11 @@ CONFIGS = {
     | {"qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8, "moe_intermediate_size": 48}
     | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
     | {"first_k_dense_replace": 1},
+    # Its last layer has no rotary embedding, but a scale for each position.
+    "beam": _COMMON
+    | {"head_dim": 16, "sliding_window": WINDOW, "layer_types": _ALTERNATING}
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    | {"n_group": 2, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"] * 2},
     # Its attention is not told the window; only its mask is.
     "phimoe": _COMMON | _EXPERTS | {"sliding_window": WINDOW},
     "gpt_oss": _COMMON

@@ -6,9 +6,9 @@ module caches and which mask it asks for.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ class _PagedPass:
     inputs: PackedInputs
     caches: Mapping[nn.Module, LayerKvCache]
     backend: AttentionBackend
+    stores_only: bool = False
+
+
+class _Stored(Exception):  # noqa: N818 - nothing is wrong
+    """Unwinds a layer whose keys and values are stored, and of which nothing else is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,35 @@ def paged_forward(
     inputs: PackedInputs, caches: Mapping[nn.Module, LayerKvCache], backend: AttentionBackend
 ) -> Iterator[None]:
     """Within it, models that use `PAGED` attend over these rows and caches."""
-    token = _pass.set(_PagedPass(inputs, caches, backend))
+    with _within(_PagedPass(inputs, caches, backend)):
+        yield
+
+
+@contextmanager
+def for_rows(inputs: PackedInputs) -> Iterator[None]:
+    """Within it, and a `paged_forward`, models attend over these rows instead."""
+    with _within(replace(_pass.get(), inputs=inputs)):
+        yield
+
+
+@contextmanager
+def store_rows(inputs: PackedInputs) -> Iterator[None]:
+    """Within it, and a `paged_forward`, a layer stores the keys and values of these rows and ends.
+
+    The body of the `with` statement ends there, too.
+    """
+    with suppress(_Stored), _within(replace(_pass.get(), inputs=inputs, stores_only=True)):
+        yield
+
+
+def rows_under_way() -> PackedInputs | None:
+    """What is being attended over; None outside of `paged_forward`."""
+    return current.inputs if (current := _pass.get(None)) else None
+
+
+@contextmanager
+def _within(current: _PagedPass) -> Iterator[None]:
+    token = _pass.set(current)
     try:
         yield
     finally:
@@ -93,6 +126,8 @@ def _paged_attention(
     current.backend.write(cache, inputs.slot_mapping, key[0], value[0])
     if inputs.copied_slots is not None:
         cache.copy(*inputs.copied_slots)
+    if current.stores_only:
+        raise _Stored
     rule = ScoreRule(
         scale=options.get("scaling") or query.shape[-1] ** -0.5,
         softcap=options.get("softcap"),
