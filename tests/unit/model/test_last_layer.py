@@ -75,16 +75,15 @@ def rows_of_mlps(worker):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("batch", [MIXED, NOTHING_DRAWN, COPIED, COPIED_UNDRAWN])
-def test_logits_keys_and_values_are_those_of_all_rows(name, batch, load):
+def test_logits_keys_and_values_are_those_of_all_rows(name, load):
     worker = load(name)
-    batches = CONTEXTS, batch
-    logits, caches = run(worker, *batches)
-    with mock.patch.object(last_layer, "rows_under_way", return_value=None):
-        all_logits, all_caches = run(worker, *batches)
-    for some, every in zip(logits, all_logits, strict=True):
-        torch.testing.assert_close(some, every, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(caches, all_caches, atol=1e-5, rtol=1e-5)
+    for batch in (MIXED, NOTHING_DRAWN, COPIED, COPIED_UNDRAWN):
+        logits, caches = run(worker, CONTEXTS, batch)
+        with mock.patch.object(last_layer, "rows_under_way", return_value=None):
+            all_logits, all_caches = run(worker, CONTEXTS, batch)
+        for some, every in zip(logits, all_logits, strict=True):
+            torch.testing.assert_close(some, every, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(caches, all_caches, atol=1e-5, rtol=1e-5)
 
 
 def test_the_last_mlp_is_given_only_the_rows_that_are_drawn_from(load):
