@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from gllm_ray.autoscaling_config import AutoscalingConfig, ScalingRule
-from gllm_ray.config.http_access import AllowedOrigins, ApiKeyVariable
+from gllm_ray.config.http_access import AllowedOrigins, ApiKeyVariable, StreamKeepAlive
 from gllm_ray.strict_schema import StrictModel
 
 
@@ -40,6 +40,7 @@ class DeploymentConfig(StrictModel):
     )
     api_key_env: ApiKeyVariable = None
     allowed_origins: AllowedOrigins = ()
+    stream_keep_alive_s: StreamKeepAlive = 30.0
 
     @property
     def scaling_rule(self) -> ScalingRule:

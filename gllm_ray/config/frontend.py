@@ -5,7 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from gllm_ray.config.http_access import AllowedOrigins, ApiKeyVariable
+from gllm_ray.config.http_access import AllowedOrigins, ApiKeyVariable, StreamKeepAlive
 from gllm_ray.config.service import ServiceConfig
 from gllm_ray.strict_schema import StrictModel
 
@@ -45,6 +45,7 @@ class FrontEndConfig(StrictModel):
     )
     api_key_env: ApiKeyVariable = None
     allowed_origins: AllowedOrigins = ()
+    stream_keep_alive_s: StreamKeepAlive = 30.0
 
 
 class ModelsConfig(StrictModel):
@@ -59,8 +60,9 @@ class ModelsConfig(StrictModel):
             raise ValueError("models=[]: must list at least one")
         first: dict[str, int] = {}
         for i, config in enumerate(self.models):
-            for key in ("api_key_env", "allowed_origins"):
-                if value := getattr(config.deployment, key):
+            for key in ("api_key_env", "allowed_origins", "stream_keep_alive_s"):
+                if key in config.deployment.model_fields_set:
+                    value = getattr(config.deployment, key)
                     raise ValueError(
                         f"models[{i}].deployment.{key}={value!r}: must be frontend.{key}, for the "
                         "front end answers HTTP"

@@ -1,4 +1,4 @@
-"""Who may ask a service over HTTP."""
+"""What a deployment that answers HTTP asks of its clients and does for them."""
 
 from typing import Annotated
 
@@ -21,5 +21,15 @@ AllowedOrigins = Annotated[
         strict=False,
         json_schema_extra={"allowed": "a list of origins, such as https://chat.example.com, or *"},
         description="Whose web pages may ask from a browser (CORS); *: all. Empty: none may.",
+    ),
+]
+
+StreamKeepAlive = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        description="Seconds of silence after which a stream sends a comment, which clients "
+        "ignore, lest something on the way take the connection for dead. Before the first token "
+        "it sends the status, too: 200, and what fails then is the last event. null: never.",
     ),
 ]

@@ -147,7 +147,7 @@ class FrontEnd:
     async def __init__(self, config: ModelsConfig, *handles: DeploymentHandle) -> None:
         log_with_serve()
         self._api_keys = read_api_keys(config.frontend.api_key_env)
-        self._allowed_origins = config.frontend.allowed_origins
+        self._config = config.frontend
         # In turn: of threads that import transformers together, one may find it half done.
         tokenizers = [
             await asyncio.to_thread(Tokenizer.for_model, model.model) for model in config.models
@@ -163,5 +163,8 @@ class FrontEnd:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is initialized; the routes then close over it."""
         return build_api(
-            *self._models, api_keys=self._api_keys, allowed_origins=self._allowed_origins
+            *self._models,
+            api_keys=self._api_keys,
+            allowed_origins=self._config.allowed_origins,
+            stream_keep_alive_s=self._config.stream_keep_alive_s,
         )

@@ -65,6 +65,7 @@ def build_api(
     *services: GenerationService,
     api_keys: Collection[str] = (),
     allowed_origins: Sequence[str] = (),
+    stream_keep_alive_s: float | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """The application that serves one model, or several.
@@ -73,12 +74,14 @@ def build_api(
         services: One for each model.
         api_keys: Of which requests must show one; empty: they need none.
         allowed_origins: Whose web pages may ask.
+        stream_keep_alive_s: How long a stream may be silent; None: for ever.
         max_body_bytes: The most the body of a request may have.
     """
     # FastAPI's pages of documentation load scripts from elsewhere.
     app = FastAPI(title="gllm_ray", docs_url=None, redoc_url=None)
     app.state.services = {service.model_name: service for service in services}
     app.state.created = int(time.time())
+    app.state.stream_keep_alive_s = stream_keep_alive_s
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     if api_keys:
         app.add_middleware(KeyCheck, keys=api_keys)
@@ -106,23 +109,27 @@ Services = Annotated[Mapping[str, GenerationService], Depends(_services)]
 
 
 @router.post("/v1/chat/completions")
-async def chat_completions(body: ChatCompletionRequest, services: Services) -> Response:
+async def chat_completions(
+    body: ChatCompletionRequest, request: Request, services: Services
+) -> Response:
     """Answer a conversation, once or several times."""
     check_body(body, services)
     service = services[body.model]
     head = _head(service, body, is_chat=True)
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
-    return await _respond(service, body, head, await builder.from_chat(body, head.id))
+    requests = await builder.from_chat(body, head.id)
+    return await _respond(request, service, body, head, requests)
 
 
 @router.post("/v1/completions")
-async def completions(body: CompletionRequest, services: Services) -> Response:
+async def completions(body: CompletionRequest, request: Request, services: Services) -> Response:
     """Continue a text, or several."""
     check_body(body, services)
     service = services[body.model]
     head = _head(service, body, is_chat=False)
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
-    return await _respond(service, body, head, await builder.from_completion(body, head.id))
+    requests = await builder.from_completion(body, head.id)
+    return await _respond(request, service, body, head, requests)
 
 
 @router.get("/v1/models")
@@ -190,6 +197,7 @@ def check_body(body: GenerationParams, model_names: Collection[str]) -> None:
 
 
 async def _respond(
+    http_request: Request,
     service: GenerationService,
     body: GenerationParams,
     head: ResponseHead,
@@ -200,7 +208,12 @@ async def _respond(
     options = body.stream_options
     writer = ChunkWriter(head, include_usage=bool(options and options.include_usage))
     deltas = _deltas(service, body, requests)
-    return await stream_response(deltas, writer, _num_prompt_tokens(body, requests))
+    return await stream_response(
+        deltas,
+        writer,
+        _num_prompt_tokens(body, requests),
+        http_request.app.state.stream_keep_alive_s,
+    )
 
 
 def _deltas(

@@ -143,6 +143,7 @@ class LLMServer(PipelineOwner):
             self,
             api_keys=self._api_keys,
             allowed_origins=self._config.deployment.allowed_origins,
+            stream_keep_alive_s=self._config.deployment.stream_keep_alive_s,
         )
 
     # A generator itself, so that Serve lets a handle call it.

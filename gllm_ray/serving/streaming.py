@@ -1,11 +1,16 @@
-"""Streamed responses: server-sent events that never end without saying why."""
+"""Streamed responses: server-sent events that never end without saying why.
+
+What is between a service and its clients often takes a connection for dead on which nothing comes
+for a minute, as while a request waits in a queue or a lost stage is replaced. So a stream that has
+nothing to tell sends a comment now and then, which clients ignore.
+"""
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gllm_ray.errors import GllmRayError
 from gllm_ray.serving.errors import HttpError
@@ -15,27 +20,48 @@ from gllm_ray.serving.text_stream import TextDelta
 logger = logging.getLogger(__name__)
 
 
+_COMMENT: Message = {"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True}
+
+
 async def stream_response(
-    deltas: AsyncGenerator[TextDelta, None], writer: ChunkWriter, num_prompt_tokens: int
+    deltas: AsyncGenerator[TextDelta, None],
+    writer: ChunkWriter,
+    num_prompt_tokens: int,
+    keep_alive_s: float | None,
 ) -> "SseResponse":
-    """Wait for the first delta, so that an error before it gets its own status code."""
-    first = await anext(deltas)
-    return SseResponse(sse_events(first, deltas, writer, num_prompt_tokens), deltas)
+    """Wait for the first delta, so that an error before it gets its own status code.
+
+    Args:
+        deltas: What the outputs say, at least one.
+        writer: Makes events of it.
+        num_prompt_tokens: For the usage.
+        keep_alive_s: How long the stream may be silent, and so the longest wait; None: for ever.
+    """
+    first = asyncio.ensure_future(anext(deltas))
+    try:
+        await asyncio.wait([first], timeout=keep_alive_s)
+    except asyncio.CancelledError:
+        await _cancel(first)
+        raise
+    if first.done():
+        first.result()
+    events = sse_events(first, deltas, writer, num_prompt_tokens)
+    return SseResponse(events, first, deltas, keep_alive_s)
 
 
 async def sse_events(
-    first: TextDelta,
+    first: Awaitable[TextDelta],
     rest: AsyncGenerator[TextDelta, None],
     writer: ChunkWriter,
     num_prompt_tokens: int,
 ) -> AsyncGenerator[str, None]:
     """The events of a stream: one piece for each delta, then usage and `[DONE]`.
 
-    An error after the first delta becomes the last event.
+    An error becomes the last event.
     """
     num_output_tokens = 0
-    delta: TextDelta | None = first
     try:
+        delta: TextDelta | None = await first
         while delta is not None:
             num_output_tokens += delta.num_tokens
             if piece := writer.write(delta):
@@ -56,16 +82,24 @@ class SseResponse(StreamingResponse):
 
     Args:
         events: What is sent.
-        source: What `events` reads from, which it may not have begun to do.
+        first: What `events` waits for first, which it may not have begun to do.
+        rest: What it reads then.
+        keep_alive_s: How long it may be silent; None: for ever.
     """
 
     def __init__(
-        self, events: AsyncGenerator[str, None], source: AsyncGenerator[TextDelta, None]
+        self,
+        events: AsyncGenerator[str, None],
+        first: asyncio.Future[TextDelta],
+        rest: AsyncGenerator[TextDelta, None],
+        keep_alive_s: float | None,
     ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events = events
-        self._source = source
+        self._first = first
+        self._rest = rest
+        self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream until it ends, or the client or the server gives it up."""
@@ -73,4 +107,46 @@ class SseResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()
-            await self._source.aclose()
+            await _cancel(self._first)
+            await self._rest.aclose()
+
+    async def stream_response(self, send: Send) -> None:
+        """Send the events, and comments where they keep the client waiting."""
+        if self._keep_alive_s is None:
+            await super().stream_response(send)
+            return
+        sender = _AliveSender(send, self._keep_alive_s)
+        keeping_alive = asyncio.create_task(sender.keep_alive())
+        try:
+            await super().stream_response(sender.send)
+        finally:
+            keeping_alive.cancel()
+
+
+class _AliveSender:
+    """Sends messages, and a comment whenever the latest was some time ago."""
+
+    def __init__(self, send: Send, period_s: float) -> None:
+        self._send = send
+        self._period_s = period_s
+        self._now_s = asyncio.get_running_loop().time
+        self._latest_s = self._now_s()
+        self._lock = asyncio.Lock()  # a client that reads nothing gets no comments on top
+
+    async def send(self, message: Message) -> None:
+        async with self._lock:
+            await self._send(message)
+            self._latest_s = self._now_s()
+
+    async def keep_alive(self) -> None:
+        while True:
+            await asyncio.sleep(self._latest_s + self._period_s - self._now_s())
+            async with self._lock:
+                if self._now_s() >= self._latest_s + self._period_s:
+                    await self._send(_COMMENT)
+                    self._latest_s = self._now_s()
+
+
+async def _cancel(future: asyncio.Future[TextDelta]) -> None:
+    future.cancel()
+    await asyncio.wait([future])

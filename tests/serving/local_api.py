@@ -37,6 +37,7 @@ async def local_api(
     max_body_bytes=2**20,
     api_keys=(),
     allowed_origins=(),
+    stream_keep_alive_s=None,
     **service_options,
 ):
     """Yield the service and an HTTP client; the model says `text` and ends, or follows `script`."""
@@ -50,6 +51,7 @@ async def local_api(
             max_body_bytes=max_body_bytes,
             api_keys=api_keys,
             allowed_origins=allowed_origins,
+            stream_keep_alive_s=stream_keep_alive_s,
         ) as http,
     ):
         yield service, http

@@ -62,14 +62,14 @@ def body_of(path, is_streamed, num_prompts):
     return body
 
 
-async def leave(tokenizer, connection, hold_after, go_away):
+async def leave(tokenizer, connection, hold_after, go_away, keep_alive_s=None):
     """Go away once `hold_after` tokens are there, then let the pipeline go on."""
     pipeline = ScriptedPipeline(tokenizer.encode("abc"), hold_after=hold_after)
     async with LocalService(tokenizer, pipeline) as service:
-        app = build_api(service)
+        app = build_api(service, stream_keep_alive_s=keep_alive_s)
         call = asyncio.create_task(app(connection.scope, connection.receive, connection.send))
         await wait_until(lambda: service.requests and pipeline.num_tokens >= hold_after)
-        if hold_after and connection.is_streamed:
+        if (hold_after or keep_alive_s) and connection.is_streamed:
             await wait_until(lambda: connection.num_pieces)
         go_away(call)
         await asyncio.wait([call])
@@ -100,6 +100,21 @@ def test_a_cancelled_call_is_aborted(tokenizer, path, is_streamed, num_prompts, 
         connection = Connection(path, body_of(path, is_streamed, num_prompts))
         call = await leave(tokenizer, connection, hold_after, lambda call: call.cancel())
         assert call.cancelled()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+@pytest.mark.parametrize(
+    ("path", "is_streamed", "num_prompts", "hold_after"), [case for case in CASES if case.values[1]]
+)
+def test_a_cancelled_stream_that_was_kept_alive_is_aborted(
+    tokenizer, path, is_streamed, num_prompts, hold_after, spec_version
+):
+    async def main():
+        body = body_of(path, is_streamed, num_prompts)
+        connection = Connection(path, body, spec_version=spec_version)
+        await leave(tokenizer, connection, hold_after, lambda call: call.cancel(), 0.001)
 
     asyncio.run(main())
 

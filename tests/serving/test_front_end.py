@@ -82,7 +82,7 @@ def ask(tokenizer, faults, change):
     return asyncio.run(main())
 
 
-@pytest.mark.parametrize("change", [{}, {"stop": ["very"]}, {"max_tokens": 7}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"stop": ["very"]}, {"max_tokens": 9}], ids=str)
 @pytest.mark.parametrize("num_steps", range(1, 8))
 def test_a_stream_is_the_same_wherever_its_replica_was_lost(tokenizer, change, num_steps):
     """Also in the middle of a character of several tokens, or of what may be a stop string."""

@@ -225,7 +225,7 @@ def test_others_get_their_turn_between_the_pieces_of_a_stream_that_had_lagged(
         merged = deltas[0] if num_outputs == 1 else merge_deltas(deltas)
         head = ResponseHead.new(model="m", is_chat=False, token_bytes=tokenizer.token_bytes)
         events = sse_events(
-            await anext(merged), merged, ChunkWriter(head, include_usage=False), num_prompt_tokens=1
+            anext(merged), merged, ChunkWriter(head, include_usage=False), num_prompt_tokens=1
         )
         num_turns, turns = 0, []
 
