@@ -1,11 +1,14 @@
 """A stream that has nothing to tell shows now and then that it is alive."""
 
 import asyncio
+from itertools import pairwise
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from gllm_ray.config import ModelsConfig
 from gllm_ray.errors import ConfigError, PipelineError
+from gllm_ray.serving.streaming import SseResponse
 from gllm_ray.strict_schema import parse_strictly
 from tests.serving.local_api import BODIES, local_api, openai_over, sse_chunks, wait_until
 from tests.serving.test_disconnect import Connection
@@ -78,6 +81,52 @@ def test_comments_do_not_pile_up_before_a_client_that_reads_nothing(tokenizer):
             return connection.num_pieces
 
     assert asyncio.run(main()) == 1
+
+
+def test_a_comment_comes_only_after_a_period_of_silence():
+    async def events():
+        for _ in range(8):
+            await asyncio.sleep(0.7 * PERIOD_S)
+            yield "data: x\n\n"
+
+    async def nothing():
+        return
+        yield
+
+    async def main():
+        sent = []
+
+        async def send(message):
+            sent.append((message.get("body"), asyncio.get_running_loop().time()))
+
+        first = asyncio.get_running_loop().create_future()
+        first.set_result(None)
+        response = SseResponse(events(), first, nothing(), PERIOD_S)
+        await response({"type": "http", "asgi": {"spec_version": "2.4"}}, None, send)
+        return sent
+
+    sent = asyncio.run(main())
+    for (_, before_s), (body, now_s) in pairwise(sent):
+        assert body != COMMENT.encode() or now_s >= before_s + PERIOD_S
+
+
+def test_a_client_that_is_gone_before_the_status_is_sent_aborts_its_request(tokenizer):
+    async def main():
+        connection = Connection(PATH, BODIES[PATH] | {"stream": True})
+
+        async def send(_message):
+            raise OSError("gone")
+
+        async with local_api(tokenizer, "abc", hold_after=0, stream_keep_alive_s=PERIOD_S) as (
+            service,
+            http,
+        ):
+            with pytest.raises(ClientDisconnect):
+                await http._transport.app(connection.scope, connection.receive, send)
+            service.pipeline.release()
+            await service.until_idle()
+
+    asyncio.run(main())
 
 
 def test_behind_a_front_end_it_is_the_front_end_that_has_the_setting():
