@@ -121,8 +121,14 @@ def test_byte_level_text_is_the_tokenizers_up_to_the_first_stop(ids, stop_string
 
 
 @settings(deadline=None)
-@given(byte_level_ids, stops, st.integers(0, 20), st.booleans())
-@example(BYTE_LEVEL.encode("abcabcabab"), ["ab", "cabc"], 3, False)
+@given(
+    st.text("ab€", max_size=20).map(BYTE_LEVEL.encode) | byte_level_ids,
+    st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3) | stops,
+    st.integers(0, 20),
+    st.booleans(),
+)
+@example(BYTE_LEVEL.encode("bab€"), ["ab", "baba"], 3, False)
+@example(BYTE_LEVEL.encode("abab"), ["ab"], 2, True)
 def test_a_stop_counts_after_the_least_tokens_and_is_shown_where_that_is_asked_for(
     ids, stop_strings, min_tokens, is_included
 ):
