@@ -45,6 +45,12 @@ class LogitChanges:
                 changes[row] = _Change(rules, may_end, known)
         return cls(changes)
 
+    def count(self, token_ids: Sequence[int]) -> None:
+        """Note what was drawn, a token for each row of the logits."""
+        for row, change in self._changes.items():
+            if change.counts is not None:
+                change.counts.add(token_ids[row])
+
     def apply(self, logits: torch.Tensor, rows: Sequence[int]) -> None:
         """Change some rows' logits in place, as vLLM does.
 

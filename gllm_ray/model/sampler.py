@@ -54,18 +54,8 @@ def sample(
     is_open = torch.zeros_like(tokens)
     every_token = torch.arange(vocab_size, dtype=torch.int32, device=logits.device).unsqueeze(0)
 
-    def in_parts(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], torch.Tensor, torch.Tensor]]:
-        """A part of the rows, their index, and a float32 copy of their logits, changed."""
-        step = max(1, _MAX_WORKSPACE // vocab_size)
-        for first in range(0, len(rows), step):
-            part = rows[first : first + step]
-            index = to_device(np.array(part), logits.device)
-            changed = logits[index].float()
-            changes.apply(changed, part)
-            yield part, index, changed
-
     def draw(rows: Sequence[int], num_candidates: int | None) -> None:
-        for part, index, changed in in_parts(rows):
+        for part, index, changed in _in_parts(logits, rows, changes):
             columns = to_device(_columns(part, params, positions, vocab_size), logits.device)
             probs = _probabilities(changed, columns)
             if num_candidates is None:
@@ -78,7 +68,7 @@ def sample(
     draw([row for row in drawn if _keeps_all(params[row], vocab_size)], None)
     draw(cut, min(_NUM_CANDIDATES, vocab_size))
     greedy = [row for row in changes.rows if params[row].temperature < _MIN_TEMPERATURE]
-    for _, index, changed in in_parts(greedy):
+    for _, index, changed in _in_parts(logits, greedy, changes):
         tokens[index] = _argmax(changed)
     # The one time that the device is waited for, but for rows the candidates are not enough for.
     drawn_tokens, open_rows = torch.stack([tokens, is_open]).tolist()
@@ -86,6 +76,19 @@ def sample(
         return tuple(drawn_tokens)
     draw([row for row, open_ in enumerate(open_rows) if open_], vocab_size)
     return tuple(tokens.tolist())
+
+
+def _in_parts(
+    logits: torch.Tensor, rows: Sequence[int], changes: LogitChanges
+) -> Iterator[tuple[Sequence[int], torch.Tensor, torch.Tensor]]:
+    """Some of the rows at a time, their index, and a float32 copy of their logits, changed."""
+    step = max(1, _MAX_WORKSPACE // logits.shape[-1])
+    for first in range(0, len(rows), step):
+        part = rows[first : first + step]
+        index = to_device(np.array(part), logits.device)
+        changed = logits[index].float()
+        changes.apply(changed, part)
+        yield part, index, changed
 
 
 def _keeps_all(rule: SamplingParams, vocab_size: int) -> bool:

@@ -72,15 +72,8 @@ class RunningCounts:
             self._counts.pop(seq_id, None)
 
     def of(self, sequence: ScheduledSequence) -> TokenCounts:
-        """The counts of a sequence with penalties, before its draw."""
+        """The counts of a sequence with penalties, which whoever draws for it goes on with."""
         if sequence.output_token_ids is not None:
             counts = TokenCounts(sequence.prompt_token_ids, sequence.output_token_ids)
             self._counts[sequence.seq_id] = counts
         return self._counts[sequence.seq_id]
-
-    def advance(self, sequences: Sequence[ScheduledSequence], token_ids: Sequence[int]) -> None:
-        """Count what was drawn for sequences, those without penalties left out."""
-        for sequence, token_id in zip(sequences, token_ids, strict=True):
-            rules = sequence.sampling.logit_rules
-            if rules is not None and rules.has_penalties:
-                self._counts[sequence.seq_id].add(token_id)
