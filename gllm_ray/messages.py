@@ -23,6 +23,34 @@ class FinishReason(StrEnum):
     EXPIRED = "expired"  # its deadline passed while it waited for its first micro-batch
 
 
+class LogitRules(NamedTuple):
+    """What is done to the logits of a sequence before their temperature, also for a greedy draw.
+
+    As in vLLM, each acts on what those before it left, in this order.
+
+    Attributes:
+        end_token_ids: Tokens that may not be drawn yet at positions before `min_end`.
+        min_end: The least position at which the output may end.
+        logit_bias: Token ids, each once, and what is added to their logits.
+        repetition_penalty: Logits above 0 of tokens in prompt or output are divided by it, others
+            multiplied.
+        frequency_penalty: Taken off a token's logit for each time that the output has it.
+        presence_penalty: Taken off the logits of tokens that the output has.
+    """
+
+    end_token_ids: tuple[int, ...] = ()
+    min_end: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether they depend on the tokens before."""
+        return self.repetition_penalty != 1 or bool(self.frequency_penalty or self.presence_penalty)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one token is drawn from the logits of a sequence.
@@ -38,6 +66,7 @@ class SamplingParams:
         num_logprobs: How many of the most likely tokens to tell with each drawn one, and what each
             of them had for a log probability; None: nothing is told.
         grammar: What the output has to match, in llguidance's spelling; empty: anything.
+        logit_rules: What comes before all of them; None: nothing.
     """
 
     temperature: float = 0.0
@@ -47,6 +76,19 @@ class SamplingParams:
     seed: int = 0
     num_logprobs: int | None = None
     grammar: str = ""
+    logit_rules: LogitRules | None = None
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether a draw depends on the output so far."""
+        return bool(self.grammar) or (
+            self.logit_rules is not None and self.logit_rules.has_penalties
+        )
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether a draw depends on the tokens of the prompt, beside the logits."""
+        return self.logit_rules is not None and self.logit_rules.repetition_penalty != 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,8 +176,10 @@ class ScheduledSequence(NamedTuple):
             that continues another, the one of a decode may be `~i`, see `MicroBatch.continues`.
         block_table: Ids of the KV blocks for positions 0 up to the last of `token_ids`.
         sampling: How to draw the next token, or None for a chunk that does not end its prompt.
-        output_token_ids: For a chunk that ends the prompt of a sequence with a grammar, its output
-            so far; else None.
+        output_token_ids: For a chunk that ends the prompt of a sequence whose draws depend on it,
+            its output so far; else None.
+        prompt_token_ids: With it, the tokens of the request's prompt, each once, where draws depend
+            on them.
     """
 
     seq_id: int
@@ -145,6 +189,7 @@ class ScheduledSequence(NamedTuple):
     block_table: tuple[int, ...]
     sampling: SamplingParams | None
     output_token_ids: tuple[int, ...] | None = None
+    prompt_token_ids: tuple[int, ...] = ()
 
     @property
     def num_scheduled_tokens(self) -> int:
@@ -168,8 +213,8 @@ class MicroBatch:
             this micro-batch's KV and before any row attends. No source is a target.
         continues: An earlier micro-batch whose result may not be known yet: a token id `~i` here
             stands for the i-th token of it. None: all token ids are known.
-        ended: Sequences with a grammar that ended since the micro-batch before, and are in none any
-            more.
+        ended: Sequences whose draws depend on their output that ended since the micro-batch before,
+            and are in none any more.
     """
 
     batch_id: int

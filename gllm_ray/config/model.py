@@ -34,8 +34,9 @@ class ModelConfig(StrictModel):
     )
     generation_config: Literal["auto", "none"] = Field(
         default="auto",
-        description="auto: requests that leave `temperature`, `top_p`, `top_k` or `min_p` out have "
-        "that of the model's generation_config.json, if there is one; none: OpenAI's.",
+        description="auto: requests that leave `temperature`, `top_p`, `top_k`, `min_p` or "
+        "`repetition_penalty` out have that of the model's generation_config.json, if there is "
+        "one; none: OpenAI's.",
     )
     load_format: Literal["safetensors", "dummy"] = Field(
         default="safetensors", description="dummy: seeded random weights; only config.json is read."

@@ -6,7 +6,7 @@ the text while it may be the beginning of a stop string.
 
 import codecs
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 _REPLACEMENT = "\ufffd"
 # An unfinished UTF-8 sequence has at most 3 bytes, so it spans at most 3 tokens with text.
@@ -94,30 +94,53 @@ class WindowDecoder:
         self._context = self._decode(self._window)
 
 
-class StopMatcher:
-    """Ends a text before the stop string that is complete first, the longest of several.
+class StopRule(NamedTuple):
+    """Where a text ends.
 
-    Args:
-        stop_strings: None of them empty.
+    Attributes:
+        strings: Any of them ends it; none is empty.
+        is_included: The text ends after the stop string or stop token, and not before it.
+        min_tokens: A stop string that is complete with so many tokens or fewer does not count.
     """
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
+    strings: Sequence[str] = ()
+    is_included: bool = False
+    min_tokens: int = 0
+
+
+class StopMatcher:
+    """Ends a text at the stop string that is complete first, the longest of several.
+
+    Args:
+        rule: All of it but `min_tokens`.
+    """
+
+    def __init__(self, rule: StopRule) -> None:
         self.is_stopped = False
-        self._stop_strings = stop_strings
+        self._stop_strings = rule.strings
+        self._is_included = rule.is_included
         self._held = ""
 
-    def step(self, text: str) -> str:
-        """Append text; return what can no longer be part of a stop string."""
+    def step(self, text: str, *, may_stop: bool = True) -> str:
+        """Append text; return what can no longer be part of a stop string.
+
+        Args:
+            text: The new text.
+            may_stop: Whether a stop string that is complete with it counts.
+        """
+        num_seen = len(self._held)
         text = self._held + text
         matches = [
             (start + len(stop), start)
-            for stop in self._stop_strings
-            if (start := text.find(stop)) >= 0
+            for stop in (self._stop_strings if may_stop else ())
+            # One that was complete before did not count.
+            if (start := text.find(stop, max(0, num_seen - len(stop) + 1))) >= 0
         ]
         if matches:
             self.is_stopped = True
             self._held = ""
-            return text[: min(matches)[1]]
+            end, start = min(matches)
+            return text[: end if self._is_included else start]
         num_final = min(
             (self._find_start(text, stop) for stop in self._stop_strings), default=len(text)
         )
@@ -144,26 +167,34 @@ class Detokenizer:
     """The text of one output, as it grows.
 
     Attributes:
+        rule: Where it ends.
         num_chars: Characters of the tokens so far, those held back for a stop string included.
     """
 
-    def __init__(self, decoder: TextDecoder, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(self, decoder: TextDecoder, rule: StopRule = StopRule()) -> None:  # noqa: B008
+        self.rule = rule
         self.num_chars = 0
+        self._num_tokens = 0
         self._decoder = decoder
-        self._matcher = StopMatcher(stop_strings)
+        self._matcher = StopMatcher(rule)
 
     @property
     def is_stopped(self) -> bool:
-        """A stop string is complete; the text ends before it."""
+        """A stop string is complete, and the text has ended."""
         return self._matcher.is_stopped
 
     def step(self, token_id: int) -> str:
         """Append a token; return the text that became final. Not to be called once stopped."""
         text = self._decoder.step(token_id)
         self.num_chars += len(text)
-        return self._matcher.step(text)
+        self._num_tokens += 1
+        return self._matcher.step(text, may_stop=self._may_stop)
 
     def flush(self) -> str:
         """Return the text held so far; the output has ended."""
-        text = self._matcher.step(self._decoder.flush())
+        text = self._matcher.step(self._decoder.flush(), may_stop=self._may_stop)
         return text + self._matcher.flush()
+
+    @property
+    def _may_stop(self) -> bool:
+        return self._num_tokens > self.rule.min_tokens

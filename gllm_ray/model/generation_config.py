@@ -19,10 +19,11 @@ class SamplingDefaults(StrictModel):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1)
     min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
 
     @classmethod
     def of(cls, generation_config: Mapping[str, Any]) -> Self:
-        """Those of a generation_config.json; logs what holds, and what is not supported.
+        """Those of a generation_config.json; logs what holds.
 
         As vLLM has it, `do_sample` does not matter.
 
@@ -38,10 +39,5 @@ class SamplingDefaults(StrictModel):
             raise ConfigError(
                 f"generation_config.json: {error}; ignore it by model.generation_config: none"
             ) from error
-        if generation_config.get("repetition_penalty") not in (None, 1):
-            logger.warning(
-                "generation_config.json has repetition_penalty=%s, which is not supported",
-                generation_config["repetition_penalty"],
-            )
         logger.info("requests sample with %s where they do not say how", defaults)
         return defaults

@@ -1,8 +1,9 @@
 """Drawing the next tokens from logits, each row by its own rules.
 
-A draw is a pure function of the row's logits, its rules, its seed and its position: each kept token
-draws an exponential number from a counter-based hash, and the one whose number is the smallest for
-its probability wins. What else is in the batch, and how it was split, never shows.
+A draw is a pure function of the row's logits, its rules, its seed, its position and, given
+penalties, the earlier tokens: each kept token draws an exponential number from a counter-based
+hash, and the one whose number is the smallest for its probability wins. What else is in the batch,
+and how it was split, never shows.
 
 Logits that differ in their last bits, as those of a sequence that is computed again do, hardly ever
 change the winner. With one uniform number looked up in cumulative probabilities they do, the more
@@ -11,13 +12,14 @@ often the larger the vocabulary, for each boundary between two tokens moves a li
 Source: the exponential race, or Gumbel-max trick (Maddison, Tarlow and Minka, 2014).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from gllm_ray.messages import SamplingParams
 from gllm_ray.model.inputs import to_device
+from gllm_ray.model.logit_changes import NO_CHANGES, LogitChanges
 
 # Enough candidates for nearly every row; the few rows that need more are sorted in full.
 _NUM_CANDIDATES = 256
@@ -32,7 +34,10 @@ _MASK_31 = 2**31 - 1
 
 
 def sample(
-    logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    changes: LogitChanges = NO_CHANGES,
 ) -> tuple[int, ...]:
     """Draw one token per row; a row of whatever numbers, NaN included, gets a valid one.
 
@@ -40,6 +45,7 @@ def sample(
         logits: `[rows, vocab_size]`.
         params: How to draw, one per row.
         positions: Position the drawn token will have in its sequence, one per row.
+        changes: What some of the rows' rules do to their logits before all else.
     """
     if not params:
         return ()
@@ -49,12 +55,9 @@ def sample(
     every_token = torch.arange(vocab_size, dtype=torch.int32, device=logits.device).unsqueeze(0)
 
     def draw(rows: Sequence[int], num_candidates: int | None) -> None:
-        step = max(1, _MAX_WORKSPACE // vocab_size)
-        for first in range(0, len(rows), step):
-            part = rows[first : first + step]
+        for part, index, changed in _in_parts(logits, rows, changes):
             columns = to_device(_columns(part, params, positions, vocab_size), logits.device)
-            index = to_device(np.array(part), logits.device)
-            probs = _probabilities(logits[index].float(), columns)
+            probs = _probabilities(changed, columns)
             if num_candidates is None:
                 tokens[index] = _race(probs, every_token, columns)
             else:
@@ -64,12 +67,28 @@ def sample(
     cut = [row for row in drawn if not _keeps_all(params[row], vocab_size)]
     draw([row for row in drawn if _keeps_all(params[row], vocab_size)], None)
     draw(cut, min(_NUM_CANDIDATES, vocab_size))
+    greedy = [row for row in changes.rows if params[row].temperature < _MIN_TEMPERATURE]
+    for _, index, changed in _in_parts(logits, greedy, changes):
+        tokens[index] = _argmax(changed)
     # The one time that the device is waited for, but for rows the candidates are not enough for.
     drawn_tokens, open_rows = torch.stack([tokens, is_open]).tolist()
     if not any(open_rows):
         return tuple(drawn_tokens)
     draw([row for row, open_ in enumerate(open_rows) if open_], vocab_size)
     return tuple(tokens.tolist())
+
+
+def _in_parts(
+    logits: torch.Tensor, rows: Sequence[int], changes: LogitChanges
+) -> Iterator[tuple[Sequence[int], torch.Tensor, torch.Tensor]]:
+    """Some of the rows at a time, their index, and a float32 copy of their logits, changed."""
+    step = max(1, _MAX_WORKSPACE // logits.shape[-1])
+    for first in range(0, len(rows), step):
+        part = rows[first : first + step]
+        index = to_device(np.array(part), logits.device)
+        changed = logits[index].float()
+        changes.apply(changed, part)
+        yield part, index, changed
 
 
 def _keeps_all(rule: SamplingParams, vocab_size: int) -> bool:

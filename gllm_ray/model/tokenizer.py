@@ -16,7 +16,13 @@ from tokenizers import decoders
 from gllm_ray.config import ModelConfig
 from gllm_ray.errors import ConfigError, InvalidRequestError
 from gllm_ray.model.checkpoint import find_directory
-from gllm_ray.model.detokenizer import ByteLevelDecoder, Detokenizer, TextDecoder, WindowDecoder
+from gllm_ray.model.detokenizer import (
+    ByteLevelDecoder,
+    Detokenizer,
+    StopRule,
+    TextDecoder,
+    WindowDecoder,
+)
 from gllm_ray.model.generation_config import SamplingDefaults
 from gllm_ray.model.grammar import GrammarCompiler
 
@@ -166,7 +172,9 @@ class Tokenizer:
         return ids
 
     def new_detokenizer(
-        self, prompt_ids: Sequence[int], stop_strings: Sequence[str] = ()
+        self,
+        prompt_ids: Sequence[int],
+        rule: StopRule = StopRule(),  # noqa: B008 - it is a tuple
     ) -> Detokenizer:
         """A detokenizer for one output; special tokens have no text."""
         decoder: TextDecoder
@@ -174,7 +182,7 @@ class Tokenizer:
             decoder = ByteLevelDecoder(self._bytes_of)
         else:
             decoder = WindowDecoder(self._decode, prompt_ids[-_NUM_CONTEXT_TOKENS:])
-        return Detokenizer(decoder, stop_strings)
+        return Detokenizer(decoder, rule)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for by itself, possibly part of a character.

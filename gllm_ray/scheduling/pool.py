@@ -140,7 +140,7 @@ class SequencePool:
         return copies
 
     def take_ended(self) -> tuple[int, ...]:
-        """The sequences with a grammar that were forgotten since the last call."""
+        """The sequences whose draws depend on their output, forgotten since the last call."""
         ended = tuple(self._ended)
         self._ended.clear()
         return ended
@@ -199,7 +199,7 @@ class SequencePool:
         """Drop a sequence that no micro-batch holds, and that does not wait or prefill."""
         self._release(sequence)
         del self._sequences[sequence.seq_id]
-        if sequence.sampling.grammar:
+        if sequence.sampling.needs_output:
             self._ended.append(sequence.seq_id)
 
     def _next_prefill(self, reserved_blocks: int) -> Sequence | None:

@@ -240,7 +240,7 @@ class Scheduler:
                 num_tokens += 1
                 sequence.token_ids.append(token_id)
             sequence.token_s = now_s
-            if token_id in sequence.stop_token_ids:
+            if token_id in sequence.stop_token_ids and sequence.may_end:
                 events.append(self._finish(sequence, FinishReason.STOP, token_id, logprobs))
             elif len(sequence.token_ids) == sequence.max_num_tokens:
                 events.append(self._finish(sequence, FinishReason.LENGTH, token_id, logprobs))

@@ -115,6 +115,12 @@ class Sequence:
         """Known tokens that no micro-batch has computed or is computing."""
         return len(self.token_ids) - self.num_computed_tokens
 
+    @property
+    def may_end(self) -> bool:
+        """Whether the latest token may be the last, if it is one of `stop_token_ids`."""
+        rules = self.sampling.logit_rules
+        return rules is None or len(self.token_ids) > rules.min_end
+
     def schedule_chunk(self, num_tokens: int) -> ScheduledSequence:
         """Put the next `num_tokens` uncomputed tokens in flight."""
         start = self.num_computed_tokens
@@ -122,14 +128,8 @@ class Sequence:
         self.num_computed_tokens = end
         self.num_in_flight += 1
         tokens = tuple(self.token_ids[start:end])
-        sampling, output = None, None
-        if end == len(self.token_ids):
-            sampling = self.sampling
-            if sampling.grammar:
-                output = tuple(self.token_ids[self.num_prompt_tokens :])
-        return ScheduledSequence(
-            self.seq_id, self.epoch, start, tokens, self.block_table, sampling, output
-        )
+        item = ScheduledSequence(self.seq_id, self.epoch, start, tokens, self.block_table, None)
+        return item if end < len(self.token_ids) else self._drawn_from(item)
 
     def schedule_decode(self) -> ScheduledSequence:
         """Put the one uncomputed token in flight."""
@@ -140,7 +140,7 @@ class Sequence:
         # The class itself takes three times as long, and this runs for every token.
         return tuple.__new__(
             ScheduledSequence,
-            (self.seq_id, self.epoch, start, token, self.block_table, self.sampling, None),
+            (self.seq_id, self.epoch, start, token, self.block_table, self.sampling, None, ()),
         )
 
     def restart(self) -> None:
@@ -151,3 +151,15 @@ class Sequence:
         self.num_computed_tokens = 0
         self.epoch += 1
         self.state = SequenceState.WAITING
+
+    def _drawn_from(self, item: ScheduledSequence) -> ScheduledSequence:
+        """The chunk that ends the prompt, with what the first draw after it depends on."""
+        sampling = self.sampling
+        if not sampling.needs_output:
+            return item._replace(sampling=sampling)
+        prompt = self.request.prompt_token_ids if sampling.needs_prompt else ()
+        return item._replace(
+            sampling=sampling,
+            output_token_ids=tuple(self.token_ids[self.num_prompt_tokens :]),
+            prompt_token_ids=tuple(set(prompt)),
+        )

@@ -4,10 +4,12 @@ import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gllm_ray.errors import InvalidRequestError
-from gllm_ray.messages import GenerationRequest, SamplingParams
+from gllm_ray.messages import GenerationRequest, LogitRules, SamplingParams
 from gllm_ray.model.tokenizer import Tokenizer
+from gllm_ray.serving.logit_rules import logit_rules, stop_token_ids
 from gllm_ray.serving.openai_protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -20,6 +22,14 @@ _DEFAULT_COMPLETION_TOKENS = 16
 _MAX_TOP_K = 2**31 - 1
 # The increment of splitmix64: no seed that a client counts up to meets another seed's outputs.
 _SEED_STRIDE = 0x9E3779B97F4A7C15
+
+
+class _Wanted(NamedTuple):
+    """What a body asks of each output, whatever the prompt; see `SamplingParams`."""
+
+    grammar: str
+    stop_token_ids: frozenset[int]
+    logit_rules: LogitRules | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +50,7 @@ class RequestBuilder:
         Raises:
             InvalidRequestError: The model cannot serve it.
         """
-        grammar = await self._grammar(body)
+        wanted = await self._wanted(body)
         messages = [message.as_template_input() for message in body.messages]
         self._refuse_endless(sum(len(message["content"]) for message in messages), "messages")
         # In a thread, because a long text takes long.
@@ -49,7 +59,7 @@ class RequestBuilder:
         max_tokens = self._max_tokens(
             len(prompt), body.answer_limit, default=self.max_model_len, param="messages"
         )
-        return self._requests(body, grammar, name, 0, prompt, max_tokens)
+        return self._requests(body, wanted, name, 0, prompt, max_tokens)
 
     async def from_completion(self, body: CompletionRequest, name: str) -> list[GenerationRequest]:
         """A request for each output of each prompt, those of a prompt side by side.
@@ -58,7 +68,7 @@ class RequestBuilder:
             InvalidRequestError: The model cannot serve one of them, or they are too many.
         """
         body.check_num_outputs()
-        grammar = await self._grammar(body)
+        wanted = await self._wanted(body)
         requests: list[GenerationRequest] = []
         for text_or_ids in body.prompt:
             prompt = text_or_ids
@@ -69,8 +79,13 @@ class RequestBuilder:
             max_tokens = self._max_tokens(
                 len(prompt), body.max_tokens, default=_DEFAULT_COMPLETION_TOKENS, param="prompt"
             )
-            requests += self._requests(body, grammar, name, len(requests), prompt, max_tokens)
+            requests += self._requests(body, wanted, name, len(requests), prompt, max_tokens)
         return requests
+
+    async def _wanted(self, body: GenerationParams) -> _Wanted:
+        ends = stop_token_ids(body, self.tokenizer)
+        rules = logit_rules(body, self.tokenizer, ends)
+        return _Wanted(await self._grammar(body), ends, rules)
 
     async def _grammar(self, body: GenerationParams) -> str:
         """What the outputs have to match, once it is known that they can; empty: anything.
@@ -92,6 +107,12 @@ class RequestBuilder:
                 "complete; leave one of them out",
                 param="ignore_eos",
             )
+        if body.min_tokens:
+            raise InvalidRequestError(
+                f"min_tokens={body.min_tokens}: an output that follows {wanted.param} has to end "
+                "where it is complete; leave one of them out",
+                param="min_tokens",
+            )
         try:
             await asyncio.to_thread(lambda: self.tokenizer.grammars.compile(wanted.grammar))
         except InvalidRequestError as error:
@@ -102,7 +123,7 @@ class RequestBuilder:
     def _requests(
         self,
         body: GenerationParams,
-        grammar: str,
+        wanted: _Wanted,
         name: str,
         first_index: int,
         prompt: Sequence[int],
@@ -114,15 +135,20 @@ class RequestBuilder:
                 f"the prompt has a token id outside 0 to {self.tokenizer.vocab_size - 1}",
                 param="prompt",
             )
+        min_tokens = body.min_tokens or 0
+        _refuse_more_than(max_tokens, min_tokens)
         prompt_token_ids = tuple(prompt)
+        if wanted.logit_rules is not None and min_tokens:
+            rules = wanted.logit_rules._replace(min_end=len(prompt_token_ids) + min_tokens)
+            wanted = wanted._replace(logit_rules=rules)
         seed = secrets.randbits(63) if body.seed is None else body.seed
         return [
             GenerationRequest(
                 request_id=f"{name}-{first_index + output}",
                 prompt_token_ids=prompt_token_ids,
                 max_tokens=max_tokens,
-                sampling=self._sampling(body, grammar, _seed_of_output(seed, output)),
-                stop_token_ids=frozenset() if body.ignore_eos else self.tokenizer.stop_token_ids,
+                sampling=self._sampling(body, wanted, _seed_of_output(seed, output)),
+                stop_token_ids=wanted.stop_token_ids,
                 cache_salt=body.cache_salt or "",
                 priority=body.priority or 0,
                 tenant=body.user or "",
@@ -132,7 +158,7 @@ class RequestBuilder:
             for output in range(body.outputs_per_prompt)
         ]
 
-    def _sampling(self, body: GenerationParams, grammar: str, seed: int) -> SamplingParams:
+    def _sampling(self, body: GenerationParams, wanted: _Wanted, seed: int) -> SamplingParams:
         defaults = self.tokenizer.sampling_defaults
         top_k = defaults.top_k if body.top_k is None else body.top_k
         return SamplingParams(
@@ -142,7 +168,8 @@ class RequestBuilder:
             min_p=defaults.min_p if body.min_p is None else body.min_p,
             seed=seed,
             num_logprobs=body.num_logprobs,
-            grammar=grammar,
+            grammar=wanted.grammar,
+            logit_rules=wanted.logit_rules,
         )
 
     def _max_tokens(
@@ -177,6 +204,15 @@ class RequestBuilder:
 def _seed_of_output(seed: int, output: int) -> int:
     """A seed of 64 bits, with sign, for each output of a prompt; the first has the prompt's."""
     return (seed + output * _SEED_STRIDE + 2**63) % 2**64 - 2**63
+
+
+def _refuse_more_than(max_tokens: int, min_tokens: int) -> None:
+    if min_tokens > max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens={min_tokens} is more than max_tokens={max_tokens}; lower it, or raise "
+            "max_tokens",
+            param="min_tokens",
+        )
 
 
 def _refuse_empty(prompt: Sequence[int], param: str) -> None:

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 
 from gllm_ray.errors import InvalidRequestError, PipelineError
 from gllm_ray.messages import GenerationRequest, TokenEvent
+from gllm_ray.model.detokenizer import StopRule
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.api_keys import KeyCheck
 from gllm_ray.serving.errors import BodyLimit, install_error_handlers
@@ -219,11 +220,16 @@ async def _respond(
 def _deltas(
     service: TokenService, body: GenerationParams, requests: Sequence[GenerationRequest]
 ) -> AsyncGenerator[TextDelta, None]:
+    rule = StopRule(
+        strings=body.stop or (),
+        is_included=body.include_stop_str_in_output or False,
+        min_tokens=body.min_tokens or 0,
+    )
     streams = [
         text_deltas(
             index,
             service.generate(request),
-            service.tokenizer.new_detokenizer(request.prompt_token_ids, body.stop or ()),
+            service.tokenizer.new_detokenizer(request.prompt_token_ids, rule),
         )
         for index, request in enumerate(requests)
     ]

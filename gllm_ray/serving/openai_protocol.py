@@ -25,6 +25,8 @@ from gllm_ray.serving.request_schema import RequestSchema
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_CHARS = 1024
+_MAX_STOP_TOKENS = 128
+_MAX_BIASES = 1024
 _MAX_NAME_CHARS = 1024
 _MAX_OUTPUTS = 128
 _MAX_LOGPROBS = 20
@@ -54,6 +56,17 @@ def _check_best_of(value: object, info: ValidationInfo) -> object:
 def _check_top_logprobs(value: int | None, info: ValidationInfo) -> int | None:
     if value and not info.data.get("logprobs"):
         raise PydanticCustomError("needs_logprobs", "is only allowed when logprobs is true")
+    return value
+
+
+def _check_num_biases(value: object) -> object:
+    """Before each of them is looked at, for a body has room for a million."""
+    if isinstance(value, dict) and len(value) > _MAX_BIASES:
+        raise PydanticCustomError(
+            "too_many_biases",
+            "must have at most {limit} tokens, not {num_biases}",
+            {"limit": _MAX_BIASES, "num_biases": len(value)},
+        )
     return value
 
 
@@ -126,7 +139,8 @@ class StreamOptions(RequestSchema):
 class GenerationParams(RequestSchema):
     """What both endpoints take.
 
-    `top_k`, `min_p`, `ignore_eos`, `cache_salt`, `priority`, `expected_output_tokens`,
+    `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `include_stop_str_in_output`,
+    `min_tokens`, `ignore_eos`, `cache_salt`, `priority`, `expected_output_tokens`,
     `queue_timeout_s`, `structured_outputs` and the `response_format` of a completion are not
     OpenAI's.
     """
@@ -144,7 +158,17 @@ class GenerationParams(RequestSchema):
         Field(max_length=_MAX_STOP_STRINGS),
         BeforeValidator(_parse_stop),
     ] = None
+    stop_token_ids: list[int] | None = Field(default=None, max_length=_MAX_STOP_TOKENS)
+    include_stop_str_in_output: bool | None = None
+    min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool | None = None
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Field(ge=-100, le=100)]] | None,
+        BeforeValidator(_check_num_biases),
+    ] = None
     cache_salt: str | None = Field(default=None, min_length=1, max_length=_MAX_NAME_CHARS)
     user: str | None = Field(default=None, max_length=_MAX_NAME_CHARS)
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
@@ -156,10 +180,7 @@ class GenerationParams(RequestSchema):
     stream_options: StreamOptions | None = None
 
     echo: Annotated[object, _only(False)] = None
-    frequency_penalty: Annotated[object, _only(0)] = None
-    logit_bias: Annotated[object, _only({})] = None
     metadata: Annotated[object, _only({})] = None
-    presence_penalty: Annotated[object, _only(0)] = None
     service_tier: Annotated[object, _only("auto", "default")] = None
     store: Annotated[object, _only(False)] = None
 
@@ -169,14 +190,10 @@ class GenerationParams(RequestSchema):
     guided_grammar: Annotated[object, _only()] = None
     guided_json: Annotated[object, _only()] = None
     guided_regex: Annotated[object, _only()] = None
-    include_stop_str_in_output: Annotated[object, _only(False)] = None
     length_penalty: Annotated[object, _only(1)] = None
-    min_tokens: Annotated[object, _only(0)] = None
     prompt_logprobs: Annotated[object, _only()] = None
-    repetition_penalty: Annotated[object, _only(1)] = None
     skip_special_tokens: Annotated[object, _only(True)] = None
     spaces_between_special_tokens: Annotated[object, _only(True)] = None
-    stop_token_ids: Annotated[object, _only([])] = None
     truncate_prompt_tokens: Annotated[object, _only()] = None
     use_beam_search: Annotated[object, _only(False)] = None
 

@@ -85,8 +85,8 @@ def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokeniz
             num_tokens += 1
             if event.logprobs is not None:
                 scored.append(ScoredToken(event.token_id, detokenizer.num_chars, event.logprobs))
-            # A token that ends the output has no text.
-            if event.finish_reason is not FinishReason.STOP:
+            # A token that ends the output has no text, unless that is asked for.
+            if event.finish_reason is not FinishReason.STOP or detokenizer.rule.is_included:
                 text += detokenizer.step(event.token_id)
         if event.finish_reason is not None and not detokenizer.is_stopped:
             text += detokenizer.flush()

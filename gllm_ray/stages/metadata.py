@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgpack
 
 from gllm_ray.errors import PipelineError
-from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
+from gllm_ray.messages import LogitRules, MicroBatch, SamplingParams, ScheduledSequence
 
 # A running sequence comes back long before; one that ended is forgotten after twice as many.
 _BATCHES_PER_GENERATION = 256
@@ -113,9 +113,16 @@ class MetadataDecoder:
         elif news.sampling is None:
             sampling = None
         else:
-            sampling = SamplingParams(**dict(zip(_SAMPLING_FIELDS, news.sampling, strict=True)))
+            sampling = _read_sampling(news.sampling)
         sequence = news._replace(
             block_table=known.block_table[:num_known] + news.block_table, sampling=sampling
         )
         self._memory.note(sequence)
         return sequence
+
+
+def _read_sampling(values: tuple[object, ...]) -> SamplingParams:
+    fields = dict(zip(_SAMPLING_FIELDS, values, strict=True))
+    if fields["logit_rules"] is not None:
+        fields["logit_rules"] = LogitRules(*fields["logit_rules"])
+    return SamplingParams(**fields)

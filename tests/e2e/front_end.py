@@ -38,6 +38,8 @@ LONG = COMPLETION | {"max_tokens": 500, "n": 128, "ignore_eos": True}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 # Among all tokens, some are as likely as others but for the rounding, which the batch decides on.
 SAMPLED = {"temperature": 1.0, "seed": 17, "top_k": 8}
+PENALIZED = {"repetition_penalty": 1.2, "frequency_penalty": 0.2, "min_tokens": NUM_TOKENS // 2}
+NOT_OPENAIS = {"top_k", "repetition_penalty", "min_tokens"}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Count the lines of a file."}]}
 SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 20, "maxItems": 20}
 STRUCTURED = {
@@ -49,6 +51,7 @@ REQUESTS = [
     ("completions", COMPLETION | STREAM),
     ("completions", COMPLETION | STREAM | SAMPLED),
     ("completions", COMPLETION | STREAM | {"stop": ["return"]}),
+    ("completions", COMPLETION | STREAM | PENALIZED | {"stop": ["return"]}),
     ("completions", COMPLETION | SAMPLED | {"n": 2}),
     ("chat", CHAT | STREAM | {"max_tokens": NUM_TOKENS, "temperature": 0}),
     ("chat", CHAT | STREAM | STRUCTURED | {"max_tokens": NUM_TOKENS, "temperature": 0}),
@@ -102,7 +105,7 @@ class Api:
         Beside the usage, the number of tokens that log probabilities tell of.
         """
         route, body = request
-        ours = {key: body[key] for key in body.keys() & {"top_k"}}
+        ours = {key: body[key] for key in body.keys() & NOT_OPENAIS}
         openais = {key: body[key] for key in body.keys() - ours.keys()}
         answer = self._routes[route].create(**openais, extra_body=ours)
         texts, reasons, usage, num_scored = defaultdict(str), {}, None, 0

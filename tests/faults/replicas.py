@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 from ray.util.placement_group import placement_group_table
@@ -13,7 +13,7 @@ from ray.util.placement_group import placement_group_table
 from gllm_ray.assembly.replica import PipelineReplica
 from gllm_ray.config import parse_service_config
 from gllm_ray.engine.client import EngineClient
-from gllm_ray.messages import GenerationRequest, SamplingParams, TokenEvent
+from gllm_ray.messages import GenerationRequest, LogitRules, SamplingParams, TokenEvent
 from tests.ray.test_ray_pipeline import stage_processes
 
 DEMO_MODEL = "package://gllm_ray/demo/model"
@@ -48,8 +48,11 @@ def make_request(name, *, prompt=None, num_tokens=40, max_tokens=40, **options):
 
 
 def make_requests():
-    """Greedy ones, and ones that sample with a seed."""
+    """Greedy ones, ones that sample with a seed, and ones whose tokens depend on those before."""
     sampled = SamplingParams(temperature=1.0, seed=17)
+    penalties = LogitRules(
+        repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3, logit_bias=((50, 2.0),)
+    )
     return [
         make_request(name, **options)
         for name, options in [
@@ -57,6 +60,8 @@ def make_requests():
             ("greedy b", {}),
             ("sampled c", {"sampling": sampled}),
             ("sampled d", {"sampling": sampled}),
+            ("greedy e", {"sampling": SamplingParams(logit_rules=penalties)}),
+            ("sampled f", {"sampling": replace(sampled, logit_rules=penalties)}),
         ]
     ]
 

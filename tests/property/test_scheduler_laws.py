@@ -18,6 +18,7 @@ from gllm_ray.errors import OverloadedError, PipelineError
 from gllm_ray.messages import (
     FinishReason,
     GenerationRequest,
+    LogitRules,
     MicroBatch,
     MicroBatchResult,
     SamplingParams,
@@ -68,6 +69,13 @@ class Request:
     expected_output_tokens: int | None = None
     queue_timeout_s: float | None = None
     grammar: str = ""
+    min_tokens: int = 0
+    penalties: LogitRules = field(default_factory=LogitRules)
+
+    @property
+    def sampling(self):
+        rules = self.penalties._replace(min_end=len(self.prompt) + self.min_tokens)
+        return SamplingParams(grammar=self.grammar, logit_rules=rules)
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,10 @@ requests = st.builds(
     tenant=st.sampled_from("abc"),
     expected_output_tokens=st.none() | st.integers(1, 20),
     grammar=st.sampled_from(["", "start: /[0-9]+/"]),
+    min_tokens=st.sampled_from([0, 0, 1, 3]),
+    penalties=st.sampled_from([{}, {"presence_penalty": 1.0}, {"repetition_penalty": 1.1}]).map(
+        lambda penalties: LogitRules(**penalties)
+    ),
 )
 # An action is a request to add, the index of one to abort, a number of results to commit, seconds
 # that pass, or the loss of the stages and the requests that are then tried alone.
@@ -173,7 +185,7 @@ actions = st.lists(
 class StageModel:
     """The KV cache of a stage: what a slot holds tells the salt and all tokens up to it.
 
-    And what the last stage knows of sequences with a grammar: the output so far.
+    And what the last stage knows of sequences whose draws depend on it: the output so far.
     """
 
     def __init__(self):
@@ -199,7 +211,7 @@ class StageModel:
             assert read == chain[: item.end], "a sequence reads KV that is not its own"
 
     def follow(self, batch, result):
-        """Learn what is told of sequences with a grammar, and what they draw; yields the outputs.
+        """Learn what is told of such sequences, and what they draw; yields the outputs.
 
         Each comes with its sequence's share, before the token that is drawn.
         """
@@ -209,7 +221,7 @@ class StageModel:
         for item, token_id in zip(sampled, result.token_ids, strict=True):
             if item.output_token_ids is not None:
                 self.outputs[item.seq_id] = [*item.output_token_ids]
-            if item.sampling.grammar:
+            if item.sampling.needs_output:
                 yield item, tuple(self.outputs[item.seq_id])
                 self.outputs[item.seq_id].append(token_id)
 
@@ -313,7 +325,7 @@ class Harness:
             tenant=action.tenant,
             expected_output_tokens=action.expected_output_tokens,
             queue_timeout_s=action.queue_timeout_s,
-            sampling=SamplingParams(grammar=action.grammar),
+            sampling=action.sampling,
         )
         try:
             self.scheduler.add(request, self.now_s)
@@ -452,8 +464,8 @@ class Harness:
         self.check_budget(batch)
 
     def check_outputs(self, batch, result):
-        # Law 11: the last stage knows the output of each sequence with a grammar, and is told of
-        # each that ended, when it is in no micro-batch any more.
+        # Law 11: the last stage knows the output of each sequence whose draws depend on it, and is
+        # told of each that ended, when it is in no micro-batch any more.
         alive = {item.seq_id for other in self.in_flight for item in other.sequences}
         assert alive.isdisjoint(batch.ended)
         assert {str(seq_id) for seq_id in batch.ended} <= self.ends.keys()
@@ -462,8 +474,11 @@ class Harness:
             assert [*prompt, *output] == self.tokens_of(item)
             self.seen["told of output"] += bool(item.output_token_ids)
         for item in batch.sequences:
-            if item.sampling is None or not item.sampling.grammar:
+            if item.sampling is None or not item.sampling.needs_output:
                 assert item.output_token_ids is None
+            told = item.output_token_ids is not None and item.sampling.needs_prompt
+            prompt = self.requests[str(item.seq_id)].prompt_token_ids if told else ()
+            assert sorted(item.prompt_token_ids) == sorted(set(prompt))
 
     def check_sources(self, batch):
         # Law 3: a sequence that samples in flight is in no second micro-batch, unless that
@@ -655,7 +670,7 @@ def test_every_law_holds_under_random_workloads(setting, todo):
     # Law 8: every accepted request ended; law 7: every block came back.
     assert harness.ends.keys() == harness.requests.keys()
     assert harness.scheduler.kv_utilization == 0
-    # Law 11: nothing that ended stays where the grammars are.
+    # Law 11: nothing that ended stays at the last stage.
     assert harness.stage.outputs.keys() <= set(harness.scheduler._pool.take_ended())
     check_ends(harness)
 
@@ -664,13 +679,15 @@ def check_ends(harness):
     """Law 8: each request ended for the reason that its tokens give."""
     for request_id, reason in harness.ends.items():
         request, output = harness.requests[request_id], harness.outputs[request_id]
+        min_tokens = request.sampling.logit_rules.min_end - len(request.prompt_token_ids)
         if reason is FinishReason.STOP:
             assert output[-1] in request.stop_token_ids
+            assert len(output) > min_tokens
         if reason is FinishReason.LENGTH:
             assert len(output) == request.max_tokens
         if reason is FinishReason.EXPIRED:
             assert not output
-        assert not request.stop_token_ids.intersection(output[:-1])
+        assert not request.stop_token_ids.intersection(output[min_tokens:-1])
         if reason is FinishReason.BLAMED:
             assert request.sampling.grammar
         # At most one token was sampled in vain, and only after a stop token or one that is none.

@@ -147,7 +147,7 @@ def test_who_reads_several_outputs_and_is_cancelled_twice_aborts_each_of_them(to
                 text_deltas(
                     index,
                     service.generate(make_request(str(index), max_tokens=MAX_TOKENS)),
-                    tokenizer.new_detokenizer((1,), ()),
+                    tokenizer.new_detokenizer((1,)),
                 )
                 for index in range(2)
             ]

@@ -6,6 +6,7 @@ import pytest
 
 from gllm_ray.errors import OverloadedError
 from gllm_ray.messages import FinishReason, GenerationRequest, TokenEvent
+from gllm_ray.model.detokenizer import StopRule
 from gllm_ray.serving.observability import ServiceMetrics
 from gllm_ray.serving.text_stream import text_deltas
 
@@ -95,7 +96,8 @@ def test_an_output_that_comes_to_a_stop_string_is_counted_as_stopped(
 
     async def run():
         observed = metrics.observe(REQUEST, stream.events())
-        return [d async for d in text_deltas(0, observed, tokenizer.new_detokenizer((), ["two"]))]
+        detokenizer = tokenizer.new_detokenizer((), StopRule(["two"]))
+        return [d async for d in text_deltas(0, observed, detokenizer)]
 
     (delta,) = asyncio.run(run())
     assert delta.finish_reason is FinishReason.STOP
@@ -106,7 +108,7 @@ def test_an_output_that_comes_to_a_stop_string_is_counted_as_stopped(
 def test_a_client_that_leaves_counts_as_an_abort(metrics, ends, tokenizer):
     async def run():
         observed = metrics.observe(REQUEST, Stream(STEPS).events())
-        deltas = text_deltas(0, observed, tokenizer.new_detokenizer((), ["two"]))
+        deltas = text_deltas(0, observed, tokenizer.new_detokenizer((), StopRule(["two"])))
         await anext(deltas)
         await deltas.aclose()
 

@@ -13,7 +13,7 @@ from openai.types.completion_create_params import (
 )
 from pydantic import ValidationError
 
-from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
+from gllm_ray.messages import LogitRules, MicroBatch, SamplingParams, ScheduledSequence
 from gllm_ray.model.generation_config import SamplingDefaults
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.openai_protocol import ChatCompletionRequest, CompletionRequest
@@ -23,7 +23,7 @@ from tests.serving.local_api import BODIES, CHAT, local_api
 CHAT_PATH, COMPLETION_PATH = BODIES
 JSON = {"Content-Type": "application/json"}
 COMMON = {"model", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "user"}
-COMMON |= {"stream", "stream_options"}
+COMMON |= {"stream", "stream_options", "presence_penalty", "frequency_penalty", "logit_bias"}
 HONOURED = {
     CHAT_PATH: COMMON
     | {"messages", "max_completion_tokens", "logprobs", "top_logprobs", "response_format"},
@@ -36,6 +36,7 @@ OFFICIAL = {
 TEXT = {"type": "text", "text": ""}
 OWN = {"top_k", "min_p", "ignore_eos", "cache_salt"}
 OWN |= {"priority", "expected_output_tokens", "queue_timeout_s", "structured_outputs"}
+OWN |= {"repetition_penalty", "stop_token_ids", "include_stop_str_in_output", "min_tokens"}
 OWN |= {"response_format"}  # of a completion
 
 # What a client that asks for the feature would send, and what one sends that does not.
@@ -43,16 +44,13 @@ REQUESTS_FOR_MORE = {
     "audio": {"format": "wav", "voice": "alloy"},
     "best_of": 2,
     "echo": True,
-    "frequency_penalty": 0.5,
     "function_call": {"name": "f"},
     "functions": [{"name": "f"}],
-    "logit_bias": {"50": -100},
     "metadata": {"key": "value"},
     "modalities": ["text", "audio"],
     "moderation": {"model": "m"},
     "parallel_tool_calls": False,
     "prediction": {"type": "content", "content": "x"},
-    "presence_penalty": -0.5,
     "prompt_cache_key": "key",
     "prompt_cache_options": {"ttl": "1h"},
     "prompt_cache_retention": "24h",
@@ -78,6 +76,10 @@ NEUTRAL = {
     "n": 1,
     "parallel_tool_calls": True,
     "presence_penalty": 0,
+    "repetition_penalty": 1,
+    "min_tokens": 0,
+    "stop_token_ids": [],
+    "include_stop_str_in_output": False,
     "response_format": {"type": "text"},
     "service_tier": "auto",
     "store": False,
@@ -96,16 +98,12 @@ VLLMS = {
     "guided_grammar": (None, "x"),
     "guided_json": (None, {}),
     "guided_regex": (None, "x"),
-    "include_stop_str_in_output": (False, True),
     "length_penalty": (1, 2),
     "metadata": ({}, {"key": "value"}),
-    "min_tokens": (0, 1),
     "prompt_logprobs": (None, 1),
-    "repetition_penalty": (1.0, 1.1),
     "service_tier": ("auto", "priority"),
     "skip_special_tokens": (True, False),
     "spaces_between_special_tokens": (True, False),
-    "stop_token_ids": ([], [1]),
     "store": (False, True),
     "truncate_prompt_tokens": (None, 5),
     "use_beam_search": (False, True),
@@ -173,9 +171,11 @@ def test_what_is_not_supported_is_refused_by_name(tokenizer, path, name):
 
 @pytest.mark.parametrize("path", BODIES)
 def test_null_and_the_values_that_ask_for_nothing_are_accepted(tokenizer, path):
-    names = OFFICIAL[path] - {"model", "messages", "prompt"}
-    request_for(tokenizer, path, dict.fromkeys(names | OWN))
-    request_for(tokenizer, path, {name: NEUTRAL[name] for name in NEUTRAL.keys() & names})
+    names = (OFFICIAL[path] | OWN) - {"model", "messages", "prompt"}
+    for values in (dict.fromkeys(names), {name: NEUTRAL[name] for name in NEUTRAL.keys() & names}):
+        request = request_for(tokenizer, path, values)
+        assert request.sampling.logit_rules is None
+        assert request.stop_token_ids == tokenizer.stop_token_ids
 
 
 @pytest.mark.parametrize(
@@ -208,6 +208,34 @@ def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
         ({"top_k": 1.5}, "top_k"),
         ({"min_p": 1.1}, "min_p"),
         ({"seed": 2**63}, "seed"),
+        ({"presence_penalty": -2.01}, "presence_penalty"),
+        ({"presence_penalty": True}, "presence_penalty"),
+        ({"frequency_penalty": 2.01}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": -1.1}, "repetition_penalty"),
+        ({"repetition_penalty": "1"}, "repetition_penalty"),
+        ({"logit_bias": {"5": 100.1}}, "logit_bias.5"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias.5"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"05": 1}}, "logit_bias"),
+        ({"logit_bias": {"\u0665": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 9999: 1}}, "logit_bias"),
+        ({"logit_bias": {str(i): "a" for i in range(1025)}}, "logit_bias"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 1.5}, "min_tokens"),
+        ({"min_tokens": 8, "max_tokens": 7}, "min_tokens"),
+        ({"min_tokens": 128}, "min_tokens"),
+        ({"min_tokens": 10**400}, "min_tokens"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": [99999]}, "stop_token_ids"),
+        ({"stop_token_ids": [10**400]}, "stop_token_ids"),
+        ({"stop_token_ids": [True]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
+        ({"stop_token_ids": [5] * 129}, "stop_token_ids"),
+        ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
         ({"cache_salt": ""}, "cache_salt"),
         ({"cache_salt": "a" * 1025}, "cache_salt"),
         ({"cache_salt": "\ud800"}, "cache_salt"),
@@ -367,14 +395,46 @@ def test_the_defaults_are_openais_with_a_seed_for_each_request(tokenizer):
 def test_the_models_defaults_hold_where_a_request_leaves_a_parameter_out():
     tokenizer = Tokenizer.load("package://gllm_ray/demo/model")
     said = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125}
-    tokenizer.sampling_defaults = SamplingDefaults(**said)
+    penalty = {"repetition_penalty": 1.05}
+    tokenizer.sampling_defaults = SamplingDefaults(**said, **penalty)
     openais = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0}
     for path in BODIES:
-        for change in ({"seed": 1}, {"seed": 1} | dict.fromkeys(said)):
+        for change in ({"seed": 1}, {"seed": 1} | dict.fromkeys(said | penalty)):
             sampling = request_for(tokenizer, path, change).sampling
-            assert sampling == SamplingParams(**said, seed=1)
-        sampling = request_for(tokenizer, path, openais | {"seed": 1}).sampling
-        assert sampling == SamplingParams(**openais, seed=1)
+            assert sampling == SamplingParams(**said, seed=1, logit_rules=LogitRules(**penalty))
+        asked = openais | {"seed": 1, "repetition_penalty": 1}
+        assert request_for(tokenizer, path, asked).sampling == SamplingParams(**openais, seed=1)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_what_changes_the_logits_reaches_the_engine(tokenizer, path):
+    penalties = {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1.5}
+    request = request_for(tokenizer, path, penalties | {"logit_bias": {"0": -100, "7": 100}})
+    assert request.sampling.logit_rules == LogitRules(**penalties, logit_bias=((0, -100), (7, 100)))
+    for ignore_eos in (False, True):
+        ends = {"min_tokens": 4, "max_tokens": 4, "stop_token_ids": [9, 5]}
+        request = request_for(tokenizer, path, ends | {"ignore_eos": ignore_eos})
+        all_ends = {5, 9} | tokenizer.stop_token_ids
+        assert request.sampling.logit_rules == LogitRules(
+            end_token_ids=tuple(sorted(all_ends)), min_end=len(request.prompt_token_ids) + 4
+        )
+        assert request.stop_token_ids == ({5, 9} if ignore_eos else all_ends)
+
+
+def test_each_prompt_of_a_completion_has_a_least_length_of_its_own(tokenizer):
+    change = {"prompt": [[5] * 3, [5] * 7], "min_tokens": 2, "stop_token_ids": [5]}
+    status, body, requests = post(tokenizer, COMPLETION_PATH, change)
+    assert status == 200, body
+    assert [request.sampling.logit_rules.min_end for request in requests] == [5, 9]
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_as_many_biases_and_stop_tokens_as_may_be_are_accepted(tokenizer, path):
+    biases = {str(token_id): 0.5 for token_id in range(1024)}
+    change = {"logit_bias": biases, "stop_token_ids": list(range(128))}
+    request = request_for(tokenizer, path, change)
+    assert len(request.sampling.logit_rules.logit_bias) == 1024
+    assert request.stop_token_ids >= set(range(128))
 
 
 def test_the_end_tokens_stop_unless_they_are_ignored(tokenizer):

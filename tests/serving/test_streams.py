@@ -8,6 +8,7 @@ import pytest
 
 from gllm_ray.errors import PipelineError
 from gllm_ray.messages import FinishReason, GenerationRequest, TokenEvent
+from gllm_ray.model.detokenizer import StopRule
 from gllm_ray.serving.openai_api import build_api
 from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead
 from gllm_ray.serving.streaming import sse_events
@@ -218,7 +219,7 @@ def test_others_get_their_turn_between_the_pieces_of_a_stream_that_had_lagged(
             text_deltas(
                 index,
                 service.generate(make_request(str(index))),
-                tokenizer.new_detokenizer((), ()),
+                tokenizer.new_detokenizer(()),
             )
             for index in range(num_outputs)
         ]
@@ -252,7 +253,7 @@ def test_a_stop_string_wins_over_what_came_with_it(tokenizer):
         events.append({"finish_reason": FinishReason.LENGTH})
         service = RecitingService(tokenizer, events)
         request = GenerationRequest(request_id="a", prompt_token_ids=(5,), max_tokens=99)
-        detokenizer = tokenizer.new_detokenizer((), ["two"])
+        detokenizer = tokenizer.new_detokenizer((), StopRule(["two"]))
         return [delta async for delta in text_deltas(0, service.generate(request), detokenizer)]
 
     (delta,) = asyncio.run(main())

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gllm_ray.model.detokenizer import StopMatcher, WindowDecoder
+from gllm_ray.model.detokenizer import StopMatcher, StopRule, WindowDecoder
 from gllm_ray.model.tokenizer import Tokenizer as ServedTokenizer
 
 # Words that share beginnings and ends, and characters of 2, 3 and 4 bytes.
@@ -56,9 +56,9 @@ def plain_decode(tokenizer, ids):
     return tokenizer._backend.decode(list(ids), skip_special_tokens=True)
 
 
-def detokenize(tokenizer, ids, stop_strings=(), prompt_ids=()):
+def detokenize(tokenizer, ids, stop_strings=(), prompt_ids=(), **rule):
     """The pieces handed over for each token, and at the end."""
-    detokenizer = tokenizer.new_detokenizer(prompt_ids, stop_strings)
+    detokenizer = tokenizer.new_detokenizer(prompt_ids, StopRule(stop_strings, **rule))
     pieces = []
     for token_id in ids:
         pieces.append(detokenizer.step(token_id))
@@ -67,12 +67,15 @@ def detokenize(tokenizer, ids, stop_strings=(), prompt_ids=()):
     return [*pieces, detokenizer.flush()]
 
 
-def cut(text, stop_strings):
-    """`text` up to the stop string that is complete first, the longest of several."""
-    for end in range(len(text) + 1):
+def cut(text, stop_strings, num_before=0, *, is_included=False):
+    """`text` up to the stop string that is complete first, the longest of several.
+
+    It has more than `num_before` characters up to the end of the stop string.
+    """
+    for end in range(num_before + 1, len(text) + 1):
         found = [stop for stop in stop_strings if text[:end].endswith(stop)]
         if found:
-            return text[: end - max(map(len, found))]
+            return text[: end if is_included else end - max(map(len, found))]
     return text
 
 
@@ -115,6 +118,26 @@ byte_fallback_ids = st.lists(
 def test_byte_level_text_is_the_tokenizers_up_to_the_first_stop(ids, stop_strings):
     pieces = detokenize(BYTE_LEVEL, ids, stop_strings)
     assert "".join(pieces) == cut(plain_decode(BYTE_LEVEL, ids), stop_strings)
+
+
+@settings(deadline=None)
+@given(
+    st.text("ab€", max_size=20).map(BYTE_LEVEL.encode) | byte_level_ids,
+    st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3) | stops,
+    st.integers(0, 20),
+    st.booleans(),
+)
+@example(BYTE_LEVEL.encode("bab€"), ["ab", "baba"], 3, False)
+@example(BYTE_LEVEL.encode("abab"), ["ab"], 2, True)
+def test_a_stop_counts_after_the_least_tokens_and_is_shown_where_that_is_asked_for(
+    ids, stop_strings, min_tokens, is_included
+):
+    rule = {"min_tokens": min_tokens, "is_included": is_included}
+    pieces = detokenize(BYTE_LEVEL, ids, stop_strings, **rule)
+    whole = detokenize(BYTE_LEVEL, ids)
+    num_before = len("".join(whole[:min_tokens] if min_tokens < len(ids) else whole))
+    expected = cut("".join(whole), stop_strings, num_before, is_included=is_included)
+    assert "".join(pieces) == expected
 
 
 @settings(deadline=None)
@@ -198,11 +221,11 @@ def test_a_prompt_cut_within_a_character_does_not_spoil_the_text_after_it():
     ],
 )
 def test_a_stop_string_is_found_across_pieces_and_never_shown(pieces, stop_strings, emitted):
-    matcher = StopMatcher(stop_strings)
+    matcher = StopMatcher(StopRule(stop_strings))
     assert [matcher.step(piece) for piece in pieces[: len(emitted)]] == emitted
 
 
 def test_text_held_for_a_stop_string_is_handed_over_at_the_end():
-    matcher = StopMatcher(["stop"])
+    matcher = StopMatcher(StopRule(["stop"]))
     assert (matcher.step("do not st"), matcher.flush()) == ("do not ", "st")
     assert not matcher.is_stopped

@@ -8,10 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gllm_ray.errors import PipelineError
-from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
+from gllm_ray.messages import LogitRules, MicroBatch, SamplingParams, ScheduledSequence
 from gllm_ray.stages.metadata import MetadataDecoder, MetadataEncoder
 
-_SAMPLINGS = (None, SamplingParams(), SamplingParams(temperature=1.0, seed=7))
+RULES = LogitRules(
+    end_token_ids=(1, 2), min_end=9, logit_bias=((7, -1.5), (8, 2.0)), repetition_penalty=1.05
+)
+_SAMPLINGS = (
+    None,
+    SamplingParams(),
+    SamplingParams(temperature=1.0, seed=7),
+    SamplingParams(logit_rules=RULES),
+)
 
 
 def sequence(
@@ -72,6 +80,24 @@ def test_a_grammar_is_told_once_and_not_with_every_token() -> None:
         assert decoder.decode(metadata) == batch
         sizes.append(len(metadata))
     assert sizes[0] > 10_000
+    assert max(sizes[1:]) < 500
+
+
+def test_a_prompt_for_penalties_is_told_once_and_rules_are_rules_again() -> None:
+    encoder, decoder = MetadataEncoder(), MetadataDecoder()
+    sampling = SamplingParams(logit_rules=RULES)
+    sizes = []
+    for batch_id in range(5):
+        told = sequence(0, (1,), sampling)
+        if batch_id == 0:
+            told = told._replace(output_token_ids=(), prompt_token_ids=tuple(range(5000)))
+        batch = MicroBatch(batch_id=batch_id, sequences=(told,))
+        metadata = encoder.encode(batch)
+        (read,) = decoder.decode(metadata).sequences
+        assert read == told
+        assert isinstance(read.sampling.logit_rules, LogitRules)
+        sizes.append(len(metadata))
+    assert sizes[0] > 5_000
     assert max(sizes[1:]) < 500
 
 

@@ -8,7 +8,7 @@ from llguidance import grammar_from
 from transformers import AutoConfig
 
 from gllm_ray.config import parse_service_config
-from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
+from gllm_ray.messages import LogitRules, MicroBatch, SamplingParams, ScheduledSequence
 from gllm_ray.model.attention.backend import AttentionSetting, Gpu, choose_attention
 from gllm_ray.model.constraints import RunningGrammars
 from gllm_ray.model.shard import Shard
@@ -171,6 +171,27 @@ def test_what_is_told_of_tokens_and_what_a_grammar_rules_out_are_found_on_the_gp
         output = worker.execute(batch, hidden_states(worker, 2))
     assert len(output.logprobs[0].top) == 3
     assert card.num_waits == 4  # tokens; then a token's log probability, likeliest ids, theirs
+
+
+def test_logit_rules_are_followed_on_the_gpu_and_nobody_waits_for_it(gpu, checkpoint):
+    worker = load(checkpoint("llama"), 1)
+    rules = LogitRules(
+        end_token_ids=(1, 2),
+        min_end=99,
+        logit_bias=((3, 1.0),),
+        repetition_penalty=1.1,
+        presence_penalty=0.5,
+    )
+    sequences = tuple(
+        sequence(i, 5, 1, replace(rule, logit_rules=rules), output=(4, i))
+        for i, rule in enumerate([*RULES.values()] * 2)
+    )
+    batch = MicroBatch(batch_id=0, sequences=sequences)
+    with gpu() as card:
+        move(worker, card)
+        output = worker.execute(batch, hidden_states(worker, len(sequences)))
+    assert len(output.token_ids) == len(sequences)
+    assert card.num_waits == 1
 
 
 def test_stages_of_one_process_have_equal_shares_of_its_gpu(gpu, checkpoint, monkeypatch):

@@ -18,6 +18,7 @@ from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
 from gllm_ray.model.constraints import RunningGrammars
 from gllm_ray.model.grammar import GrammarCompiler
 from gllm_ray.model.next_tokens import draw_tokens
+from gllm_ray.model.token_counts import RunningCounts
 from gllm_ray.model.tokenizer import Tokenizer
 
 SCHEMA = {
@@ -57,6 +58,10 @@ def sequence(seq_id, grammar, output=None, **sampling):
         sampling=SamplingParams(grammar=grammar, **sampling),
         output_token_ids=output,
     )
+
+
+def draw(logits, batch, grammars):
+    return draw_tokens(logits, batch, grammars, RunningCounts())
 
 
 def batch_of(*sequences, ended=()):
@@ -135,9 +140,9 @@ def test_rows_without_a_grammar_draw_as_if_they_were_alone(options):
     plain = [sequence(i, "", num_logprobs=3, seed=i, **options) for i in (0, 2, 4)]
     bound = [sequence(i, GRAMMARS[1], (), num_logprobs=3, seed=i, **options) for i in (1, 3, 5)]
     mixed = [item for pair in zip(plain, bound, strict=True) for item in pair]
-    together = draw_tokens(logits, batch_of(*mixed), running())
+    together = draw(logits, batch_of(*mixed), running())
     assert torch.equal(logits, before)
-    alone = draw_tokens(logits[::2], batch_of(*plain), running())
+    alone = draw(logits[::2], batch_of(*plain), running())
     assert together.token_ids[::2] == alone.token_ids
     assert together.logprobs[::2] == alone.logprobs
     for row in (1, 3, 5):
@@ -154,7 +159,7 @@ def test_greedy_takes_the_likeliest_token_that_may_come():
     logits = torch.zeros(1, VOCAB_SIZE)
     (no,) = TOKENIZER.encode("no")
     logits[0, 99], logits[0, no] = 9.0, 1.0
-    drawn = draw_tokens(logits, batch_of(sequence(0, GRAMMARS[2], ())), running())
+    drawn = draw(logits, batch_of(sequence(0, GRAMMARS[2], ())), running())
     assert drawn.token_ids == (no,)
 
 
@@ -162,12 +167,12 @@ def test_what_ended_is_forgotten_and_what_is_not_known_breaks():
     grammars = running()
     items = [sequence(seq_id, GRAMMARS[2], ()) for seq_id in range(4)]
     logits = torch.zeros(4, VOCAB_SIZE)
-    draw_tokens(logits, batch_of(*items), grammars)
+    draw(logits, batch_of(*items), grammars)
     assert len(grammars) == 4
-    draw_tokens(logits[:1], batch_of(sequence(3, GRAMMARS[2]), ended=(0, 2, 99)), grammars)
+    draw(logits[:1], batch_of(sequence(3, GRAMMARS[2]), ended=(0, 2, 99)), grammars)
     assert len(grammars) == 2
     with pytest.raises(KeyError):
-        draw_tokens(logits[:1], batch_of(sequence(0, GRAMMARS[2])), grammars)
+        draw(logits[:1], batch_of(sequence(0, GRAMMARS[2])), grammars)
     grammars.clear()
     assert len(grammars) == 0
 
@@ -177,12 +182,12 @@ def test_a_sequence_whose_grammar_cannot_go_on_fails_alone():
     items = [sequence(seq_id, GRAMMARS[2], (), temperature=1.0) for seq_id in range(3)]
     logits = torch.zeros(3, VOCAB_SIZE)
     logits[1] = math.nan  # so that a token is drawn which may not come
-    drawn = draw_tokens(logits, batch_of(*items), grammars)
+    drawn = draw(logits, batch_of(*items), grammars)
     ((row, reason),) = drawn.failures
     assert row == 1
     assert "doesn't satisfy the grammar" in reason
     after = [sequence(seq_id, GRAMMARS[2]) for seq_id in range(3)]
-    drawn = draw_tokens(torch.zeros(3, VOCAB_SIZE), batch_of(*after), grammars)
+    drawn = draw(torch.zeros(3, VOCAB_SIZE), batch_of(*after), grammars)
     assert drawn.failures == ()
 
 
@@ -192,10 +197,10 @@ def test_a_stage_that_finds_no_tokenizer_fails_the_sequence_and_goes_on():
 
     grammars = RunningGrammars(load)
     items = sequence(0, GRAMMARS[2], ()), sequence(1, "")
-    drawn = draw_tokens(torch.zeros(2, VOCAB_SIZE), batch_of(*items), grammars)
+    drawn = draw(torch.zeros(2, VOCAB_SIZE), batch_of(*items), grammars)
     assert drawn.failures == ((0, "grammars cannot be followed by this service now"),)
     after = sequence(0, GRAMMARS[2]), sequence(1, "")
-    assert draw_tokens(torch.zeros(2, VOCAB_SIZE), batch_of(*after), grammars).failures == ()
+    assert draw(torch.zeros(2, VOCAB_SIZE), batch_of(*after), grammars).failures == ()
 
 
 def test_the_compiler_is_loaded_for_the_first_grammar_and_not_before():
@@ -207,10 +212,10 @@ def test_the_compiler_is_loaded_for_the_first_grammar_and_not_before():
 
     grammars = RunningGrammars(load)
     logits = torch.zeros(1, VOCAB_SIZE)
-    draw_tokens(logits, batch_of(sequence(0, "")), grammars)
+    draw(logits, batch_of(sequence(0, "")), grammars)
     assert calls == []
     for seq_id in (1, 2):
-        draw_tokens(logits, batch_of(sequence(seq_id, GRAMMARS[1], ())), grammars)
+        draw(logits, batch_of(sequence(seq_id, GRAMMARS[1], ())), grammars)
     assert calls == [1]
 
 
@@ -245,7 +250,7 @@ def follow_deep_grammars():
     """Compile grammars and draw by them; in a process of its own, which an overflow ends."""
     for grammar in (chain(20_000), chained_schema(5_000)):
         item = sequence(0, grammar, ())
-        assert draw_tokens(torch.zeros(1, VOCAB_SIZE), batch_of(item), running()).failures == ()
+        assert draw(torch.zeros(1, VOCAB_SIZE), batch_of(item), running()).failures == ()
 
 
 def test_grammars_as_deep_as_requests_may_have_them_do_not_overflow_the_stack():
@@ -326,7 +331,7 @@ def drawn_text(grammar):
     grammars, ids = running(), []
     item = sequence(0, grammar, ())
     while ids[-1:] != [END]:
-        drawn = draw_tokens(torch.zeros(1, VOCAB_SIZE), batch_of(item), grammars)
+        drawn = draw(torch.zeros(1, VOCAB_SIZE), batch_of(item), grammars)
         assert drawn.failures == ()
         ids += drawn.token_ids
         item = sequence(0, grammar)
