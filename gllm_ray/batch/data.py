@@ -157,13 +157,17 @@ class _PoolActor:
 
     def _columns_of(self, answer: Answer) -> tuple[str, int, int, str]:
         if not answer.is_success:
-            message = answer.body["error"]["message"]
-            if not self._continues_on_error:
-                raise InvalidRequestError(message)
-            return "", 0, 0, message
+            return self._error_columns(answer.body["error"]["message"])
         choice, usage = answer.body["choices"][0], answer.body["usage"]
+        if choice.get("message", {}).get("tool_calls"):
+            return self._error_columns("tools: must be left out, generated_text has no tool calls")
         text = choice["message"]["content"] if "message" in choice else choice["text"]
         return text, usage["prompt_tokens"], usage["completion_tokens"], ""
+
+    def _error_columns(self, message: str) -> tuple[str, int, int, str]:
+        if not self._continues_on_error:
+            raise InvalidRequestError(message)
+        return "", 0, 0, message
 
 
 async def _start(pipeline: ActorHandle, config: ServiceConfig, group: PlacementGroup) -> None:

@@ -94,6 +94,16 @@ class WindowDecoder:
         self._context = self._decode(self._window)
 
 
+def find_start(text: str, stop: str, place: int = 0) -> int:
+    """Where the end of `text` may begin `stop`, from `place` on; its length if nowhere."""
+    start = text.find(stop[0], max(place, len(text) - len(stop) + 1))
+    while start >= 0:
+        if stop.startswith(text[start:]):
+            return start
+        start = text.find(stop[0], start + 1)
+    return len(text)
+
+
 class StopMatcher:
     """Ends a text before the stop string that is complete first, the longest of several.
 
@@ -118,9 +128,7 @@ class StopMatcher:
             self.is_stopped = True
             self._held = ""
             return text[: min(matches)[1]]
-        num_final = min(
-            (self._find_start(text, stop) for stop in self._stop_strings), default=len(text)
-        )
+        num_final = min((find_start(text, stop) for stop in self._stop_strings), default=len(text))
         self._held = text[num_final:]
         return text[:num_final]
 
@@ -128,16 +136,6 @@ class StopMatcher:
         """Return the text held back; no more follows."""
         held, self._held = self._held, ""
         return held
-
-    @staticmethod
-    def _find_start(text: str, stop: str) -> int:
-        """Where the end of `text` may begin `stop`; the length of `text` if nowhere."""
-        start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
-        while start >= 0:
-            if stop.startswith(text[start:]):
-                return start
-            start = text.find(stop[0], start + 1)
-        return len(text)
 
 
 class Detokenizer:

@@ -21,7 +21,13 @@ from gllm_ray.serving.openai_protocol import (
 )
 from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead, response_body
 from gllm_ray.serving.streaming import stream_response
-from gllm_ray.serving.text_stream import TextDelta, collect_outputs, merge_deltas, text_deltas
+from gllm_ray.serving.text_stream import (
+    TextDelta,
+    collect_outputs,
+    merge_deltas,
+    text_deltas,
+    with_tool_calls,
+)
 
 MAX_BODY_BYTES = 8 * 2**20
 
@@ -207,14 +213,21 @@ def _deltas(
     service: TokenService, body: GenerationParams, requests: Sequence[GenerationRequest]
 ) -> AsyncGenerator[TextDelta, None]:
     streams = [
-        text_deltas(
-            index,
-            service.generate(request),
-            service.tokenizer.new_detokenizer(request.prompt_token_ids, body.stop or ()),
-        )
-        for index, request in enumerate(requests)
+        _output_deltas(service, body, index, request) for index, request in enumerate(requests)
     ]
     return streams[0] if len(streams) == 1 else merge_deltas(streams)
+
+
+def _output_deltas(
+    service: TokenService, body: GenerationParams, index: int, request: GenerationRequest
+) -> AsyncGenerator[TextDelta, None]:
+    use, tokenizer = body.tool_use, service.tokenizer
+    parser = use and use.new_parser(tokenizer)
+    detokenizer = tokenizer.new_detokenizer(
+        request.prompt_token_ids, body.stop or (), parser.markers if parser else ()
+    )
+    deltas = text_deltas(index, service.generate(request), detokenizer)
+    return with_tool_calls(deltas, parser, use) if use and parser else deltas
 
 
 def _head(service: GenerationService, body: GenerationParams, *, is_chat: bool) -> ResponseHead:
