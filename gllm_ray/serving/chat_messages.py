@@ -92,6 +92,7 @@ class ChatMessage(RequestSchema):
     function_call: Annotated[object, only()] = None
     reasoning_content: Annotated[object, only()] = None
     refusal: Annotated[object, only()] = None
+    parsed: object = Field(default=None, description="OpenAI's client adds it: the content.")
 
     @property
     def num_chars(self) -> int:

@@ -131,6 +131,7 @@ class FunctionCall(RequestSchema):
 
     name: Annotated[str, Field(max_length=_MAX_ID_CHARS)]
     arguments: Annotated[str, AfterValidator(_check_arguments)]
+    parsed_arguments: object = Field(default=None, description="OpenAI's client adds them.")
 
 
 class ToolCall(RequestSchema):
@@ -139,7 +140,7 @@ class ToolCall(RequestSchema):
     id: CallId
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: int | None = Field(default=None, description="Of a streamed answer; says no more.")
+    index: int | None = Field(default=None, description="Of a streamed answer: its place.")
 
     def as_template_input(self) -> dict[str, Any]:
         """The call as chat templates know it; they expect a mapping for its arguments."""
