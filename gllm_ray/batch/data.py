@@ -119,7 +119,9 @@ class _PipelineActor:
     async def start(self, config: ServiceConfig, group: PlacementGroup) -> None:
         """Called once, before anything else."""
         self._stack = AsyncExitStack()
-        self._answers = await self._stack.enter_async_context(run_pipeline(config, group))
+        self._answers = await self._stack.enter_async_context(
+            run_pipeline(config, group, is_single=True)
+        )
 
     async def answer(self, rows: list[BatchRow]) -> list[Answer]:
         """Answer rows, side by side."""
@@ -157,17 +159,13 @@ class _PoolActor:
 
     def _columns_of(self, answer: Answer) -> tuple[str, int, int, str]:
         if not answer.is_success:
-            return self._error_columns(answer.body["error"]["message"])
+            message = answer.body["error"]["message"]
+            if not self._continues_on_error:
+                raise InvalidRequestError(message)
+            return "", 0, 0, message
         choice, usage = answer.body["choices"][0], answer.body["usage"]
-        if choice.get("message", {}).get("tool_calls"):
-            return self._error_columns("tools: must be left out, generated_text has no tool calls")
         text = choice["message"]["content"] if "message" in choice else choice["text"]
         return text, usage["prompt_tokens"], usage["completion_tokens"], ""
-
-    def _error_columns(self, message: str) -> tuple[str, int, int, str]:
-        if not self._continues_on_error:
-            raise InvalidRequestError(message)
-        return "", 0, 0, message
 
 
 async def _start(pipeline: ActorHandle, config: ServiceConfig, group: PlacementGroup) -> None:

@@ -46,8 +46,8 @@ class RequestChecks:
             )
         if self.is_single and body.tool_use is not None:
             raise InvalidRequestError(
-                "tools: must be left out, or tool_choice be none: a table has a text a row, and no "
-                "tool calls; write JSONL for them",
+                "tools: must be left out, or tool_choice be none: a table has one text a row, and "
+                "no tool calls; write JSONL for them",
                 param="tools",
             )
         return body
