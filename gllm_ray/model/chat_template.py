@@ -5,7 +5,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 
-from gllm_ray.config.model import ToolParserName
+from gllm_ray.config import ToolParserName
 
 
 class _Generation(Extension):

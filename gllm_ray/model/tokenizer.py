@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import decoders
 
-from gllm_ray.config import ModelConfig
-from gllm_ray.config.model import ToolParserName
+from gllm_ray.config import ModelConfig, ToolParserName
 from gllm_ray.errors import ConfigError, InvalidRequestError
 from gllm_ray.model.chat_template import guess_tool_parser, reads_variable
 from gllm_ray.model.checkpoint import find_directory
@@ -170,10 +169,10 @@ class Tokenizer:
     @property
     def _tool_template(self) -> str:
         """The chat template of conversations with tools; empty: there is none."""
-        if self._tokenizer.chat_template is None:
-            return ""
-        template: str = self._tokenizer.get_chat_template(tools=[])
-        return template
+        template: str | dict[str, str] | None = self._tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default")
+        return template or ""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with the special tokens the model expects around one."""
@@ -183,7 +182,7 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
         """Tokens of a conversation, up to where the model's answer begins.
 
@@ -201,7 +200,7 @@ class Tokenizer:
         try:
             text: Any = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                tools=tools and [dict(tool) for tool in tools],
+                tools=tools,
                 tokenize=False,
                 add_generation_prompt=True,
             )
@@ -223,7 +222,9 @@ class Tokenizer:
         decoder: TextDecoder
         if self._is_byte_level:
             names = {token_id: self.token_bytes(token_id) for token_id in shown}
-            decoder = ByteLevelDecoder(lambda id_: names.get(id_) or self._bytes_of(id_))
+            decoder = ByteLevelDecoder(
+                (lambda id_: names.get(id_) or self._bytes_of(id_)) if names else self._bytes_of
+            )
         else:
             hidden = self._special_ids - shown
             decoder = WindowDecoder(

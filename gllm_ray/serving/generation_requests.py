@@ -91,6 +91,9 @@ class RequestBuilder:
         Raises:
             InvalidRequestError: They cannot.
         """
+        is_forced = body.tool_use is not None and body.tool_use.is_forced
+        if not (body.response_format or body.structured_outputs or is_forced):
+            return ""
         # In a thread, as below, because a long grammar takes long.
         wanted = await asyncio.to_thread(_wanted_grammar, body)
         if wanted is None:

@@ -46,7 +46,7 @@ class TextDelta:
             after such.
         scored: Each of the new tokens, whether its text is here, held back or never to come; empty
             unless the request asks for log probabilities.
-        calls: What tool calls grew by.
+        calls: What tool calls grew by; in a stream, then there is no text.
     """
 
     index: int

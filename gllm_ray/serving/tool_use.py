@@ -71,7 +71,7 @@ class ToolUse:
             return None
         try:
             return OutputGrammar(json_grammar(self._schema), "tool_choice")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"tools: {error}", param="tools") from error
 
     def new_parser(self, tokenizer: Tokenizer) -> ToolParser:
@@ -109,11 +109,13 @@ class ToolUse:
 
 def _call_schema(tool: Tool, place: str) -> dict[str, Any]:
     """That of a call, within another schema, where that of its arguments lies at a place."""
+    # An identity would make it a schema of its own, which might be there twice.
+    arguments = {key: value for key, value in tool.arguments_schema.items() if key != "$id"}
     return {
         "type": "object",
         "properties": {
             "name": {"const": tool.function.name},
-            "parameters": _moved(tool.arguments_schema, place),
+            "parameters": _moved(arguments, place),
         },
         "required": ["name", "parameters"],
         "additionalProperties": False,

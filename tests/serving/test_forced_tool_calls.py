@@ -10,6 +10,8 @@ from pydantic import BaseModel, Field
 
 from gllm_ray.config import parse_service_config
 from gllm_ray.model.tokenizer import Tokenizer
+from gllm_ray.serving.tool_schema import Tool, ToolChoice
+from gllm_ray.serving.tool_use import ToolUse
 from gllm_ray.stages.local_pipeline import LocalPipeline
 from tests.chat_templates import QWEN, copy_demo
 from tests.fakes import LocalService
@@ -169,6 +171,29 @@ def test_without_parallel_calls_exactly_one_is_required(tokenizer, pipeline):
     ended = [calls for _, calls, reason in outputs if reason == "tool_calls"]
     assert len(ended) >= 3
     assert all(len(calls) == 1 for calls in ended)
+
+
+@pytest.mark.parametrize("key", ["$defs", "definitions"])
+def test_schemas_refer_to_parts_of_themselves_wherever_they_stand(tokenizer, key):
+    parameters = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "$id": "https://example.org/tree",
+        "type": "object",
+        "properties": {"n": {"$ref": f"#/{key}/n"}, "tree": {"$ref": "#"}},
+        "required": ["n"],
+        "additionalProperties": False,
+        key: {"n": {"enum": [1, 2]}},
+    }
+    function = {"name": "grow", "parameters": parameters}
+    other = {"name": "cut", "parameters": parameters | {key: {"n": {"enum": [3]}}}}
+    tools = [Tool.model_validate({"type": "function", "function": it}) for it in (function, other)]
+    use = ToolUse(tools, ToolChoice(type="required"), is_parallel=True)
+    matcher = tokenizer.grammars.compile(use.grammar().grammar)
+    for name, n, is_valid in (("grow", 1, True), ("cut", 3, True), ("grow", 3, False)):
+        calls = [{"name": name, "parameters": {"n": n, "tree": {"n": n, "tree": {"n": n}}}}]
+        follower = matcher.deep_copy()
+        assert follower.consume_tokens(tokenizer.encode(json.dumps(calls))) == is_valid
+        assert follower.is_accepting() == is_valid
 
 
 def test_what_the_limit_of_tokens_leaves_of_calls_is_told(tokenizer, pipeline):

@@ -344,7 +344,17 @@ def function(**fields):
     return {"type": "function", "function": {"name": "f"} | fields}
 
 
+def nested(depth):
+    schema = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return {"tools": [function(parameters=schema)]}
+
+
 REFUSED = [
+    (nested(400) | {"tool_choice": "required"}, "tools", "recursion limit"),
+    (nested(400) | {"tool_choice": named("f")}, "tools", "recursion limit"),
+    (nested(800) | {"tool_choice": "required"}, "tools", ""),
     ({"tools": [function(name="a b")]}, "tools[0].function.name", "pattern"),
     ({"tools": [function(name="a" * 65)]}, "tools[0].function.name", "pattern"),
     ({"tools": [function(name="a\n")]}, "tools[0].function.name", "pattern"),
