@@ -49,15 +49,24 @@ class EngineAnswers:
         model_name: As rows name it.
         tokenizer: The model's.
         max_model_len: Tokens of prompt and output a sequence may have.
+        is_single: See `RequestChecks`.
     """
 
     def __init__(
-        self, client: EngineClient, *, model_name: str, tokenizer: Tokenizer, max_model_len: int
+        self,
+        client: EngineClient,
+        *,
+        model_name: str,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        is_single: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self._client = client
         self._builder = RequestBuilder(tokenizer, max_model_len)
-        self._checks = RequestChecks(model_name=model_name, builder=self._builder)
+        self._checks = RequestChecks(
+            model_name=model_name, builder=self._builder, is_single=is_single
+        )
 
     async def answer(self, row: BatchRow) -> Answer:
         """See `Answers.answer`."""

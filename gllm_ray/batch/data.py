@@ -119,7 +119,9 @@ class _PipelineActor:
     async def start(self, config: ServiceConfig, group: PlacementGroup) -> None:
         """Called once, before anything else."""
         self._stack = AsyncExitStack()
-        self._answers = await self._stack.enter_async_context(run_pipeline(config, group))
+        self._answers = await self._stack.enter_async_context(
+            run_pipeline(config, group, is_single=True)
+        )
 
     async def answer(self, rows: list[BatchRow]) -> list[Answer]:
         """Answer rows, side by side."""

@@ -67,9 +67,16 @@ def reserve(config: ServiceConfig) -> PlacementGroup:
 
 @asynccontextmanager
 async def run_pipeline(
-    config: ServiceConfig, group: PlacementGroup, tokenizer: Tokenizer | None = None
+    config: ServiceConfig,
+    group: PlacementGroup,
+    tokenizer: Tokenizer | None = None,
+    *,
+    is_single: bool = False,
 ) -> AsyncIterator[EngineAnswers]:
-    """Start the pipeline of a service in a placement group; see `start_pipeline`."""
+    """Start the pipeline of a service in a placement group; see `start_pipeline`.
+
+    For `is_single` see `RequestChecks`.
+    """
     config = batch_config(config)
     replica = await PipelineReplica.start(config, group)
     client = EngineClient(replica)
@@ -80,6 +87,7 @@ async def run_pipeline(
             model_name=config.model.name,
             tokenizer=tokenizer or await asyncio.to_thread(Tokenizer.for_model, config.model),
             max_model_len=replica.group.max_model_len,
+            is_single=is_single,
         )
     finally:
         await client.close()

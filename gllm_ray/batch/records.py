@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from gllm_ray.serving.errors import HttpError
-from gllm_ray.serving.openai_protocol import check_text
+from gllm_ray.serving.request_schema import check_text
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 

@@ -21,7 +21,7 @@ class RequestChecks:
     Attributes:
         model_name: The one model, as clients name it.
         builder: Makes token requests; None: the service that is asked does that.
-        is_single: Whether a row may have one output only.
+        is_single: Whether a row may have one output only, which is a text.
     """
 
     model_name: str
@@ -43,6 +43,12 @@ class RequestChecks:
         if self.is_single and body.outputs_per_prompt > 1:
             raise InvalidRequestError(
                 f"n={body.outputs_per_prompt}: must be 1, a table has one text a row", param="n"
+            )
+        if self.is_single and body.tool_use is not None:
+            raise InvalidRequestError(
+                "tools: must be left out, or tool_choice be none: a table has one text a row, and "
+                "no tool calls; write JSONL for them",
+                param="tools",
             )
         return body
 

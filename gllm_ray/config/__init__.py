@@ -12,7 +12,13 @@ from gllm_ray.config.frontend import (
     deployment_name,
 )
 from gllm_ray.config.kv_cache import KvCacheConfig
-from gllm_ray.config.model import PACKAGE_SCHEME, AttentionName, ModelConfig, resolve_package_path
+from gllm_ray.config.model import (
+    PACKAGE_SCHEME,
+    AttentionName,
+    ModelConfig,
+    ToolParserName,
+    resolve_package_path,
+)
 from gllm_ray.config.pipeline import PipelineConfig
 from gllm_ray.config.recovery import RecoveryConfig
 from gllm_ray.config.scheduler import SchedulerConfig
@@ -30,6 +36,7 @@ __all__ = [
     "RecoveryConfig",
     "SchedulerConfig",
     "ServiceConfig",
+    "ToolParserName",
     "args_schema",
     "deployment_name",
     "kv_cache_of",

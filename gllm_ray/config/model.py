@@ -14,6 +14,7 @@ from gllm_ray.strict_schema import StrictModel
 PACKAGE_SCHEME = "package://"
 _PACKAGE_PATH = re.compile(r"package://[A-Za-z_]\w*/.+")
 AttentionName = Literal["auto", "triton", "xformers", "flash3", "torch", "cpp"]
+ToolParserName = Literal["auto", "none", "hermes", "llama3_json"]
 
 
 class ModelConfig(StrictModel):
@@ -37,6 +38,12 @@ class ModelConfig(StrictModel):
         description="auto: requests that leave `temperature`, `top_p`, `top_k`, `min_p` or "
         "`repetition_penalty` out have that of the model's generation_config.json, if there is "
         "one; none: OpenAI's.",
+    )
+    tool_parser: ToolParserName = Field(
+        default="auto",
+        description="How the model spells the tool calls that it decides on by itself; hermes: "
+        "`<tool_call>` around JSON, as Qwen2.5, Qwen3 and Hermes; llama3_json: JSON alone, as "
+        "Llama 3; auto: by its chat template; none: it makes no such calls.",
     )
     load_format: Literal["safetensors", "dummy"] = Field(
         default="safetensors", description="dummy: seeded random weights; only config.json is read."

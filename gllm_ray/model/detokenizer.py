@@ -94,6 +94,16 @@ class WindowDecoder:
         self._context = self._decode(self._window)
 
 
+def find_start(text: str, stop: str, place: int = 0) -> int:
+    """Where the end of `text` may begin `stop`, from `place` on; its length if nowhere."""
+    start = text.find(stop[0], max(place, len(text) - len(stop) + 1))
+    while start >= 0:
+        if stop.startswith(text[start:]):
+            return start
+        start = text.find(stop[0], start + 1)
+    return len(text)
+
+
 class StopRule(NamedTuple):
     """Where a text ends.
 
@@ -141,9 +151,7 @@ class StopMatcher:
             self._held = ""
             end, start = min(matches)
             return text[: end if self._is_included else start]
-        num_final = min(
-            (self._find_start(text, stop) for stop in self._stop_strings), default=len(text)
-        )
+        num_final = min((find_start(text, stop) for stop in self._stop_strings), default=len(text))
         self._held = text[num_final:]
         return text[:num_final]
 
@@ -151,16 +159,6 @@ class StopMatcher:
         """Return the text held back; no more follows."""
         held, self._held = self._held, ""
         return held
-
-    @staticmethod
-    def _find_start(text: str, stop: str) -> int:
-        """Where the end of `text` may begin `stop`; the length of `text` if nowhere."""
-        start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
-        while start >= 0:
-            if stop.startswith(text[start:]):
-                return start
-            start = text.find(stop[0], start + 1)
-        return len(text)
 
 
 class Detokenizer:

@@ -5,7 +5,7 @@ Only what the `tokenizers` library can read is served, and never code that came 
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import decoders
 
-from gllm_ray.config import ModelConfig
+from gllm_ray.config import ModelConfig, ToolParserName
 from gllm_ray.errors import ConfigError, InvalidRequestError
+from gllm_ray.model.chat_template import guess_tool_parser, reads_variable
 from gllm_ray.model.checkpoint import find_directory
 from gllm_ray.model.detokenizer import (
     ByteLevelDecoder,
@@ -34,8 +35,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _WORD_BEGIN = "\u2581"
 # Enough for any decoder to see whether the first output token continues a text.
 _NUM_CONTEXT_TOKENS = 8
-# What rendering a chat template may raise because of the messages.
-_TEMPLATE_REFUSALS = (TemplateError, ValueError, TypeError)
+# What rendering a chat template may raise because of the messages or the tools.
+_TEMPLATE_REFUSALS = (TemplateError, ValueError, TypeError, RecursionError)
 
 
 class Tokenizer:
@@ -46,6 +47,7 @@ class Tokenizer:
         stop_token_ids: Tokens that end an output.
         vocab_size: Rows of the model's embedding; None: as many as the tokenizer has tokens.
         sampling_defaults: Of requests to the model.
+        tool_parser: See `ModelConfig.tool_parser`.
 
     Attributes:
         max_token_chars: No token stands for more characters than this.
@@ -58,6 +60,7 @@ class Tokenizer:
         stop_token_ids: frozenset[int] = frozenset(),
         vocab_size: int | None = None,
         sampling_defaults: SamplingDefaults = SamplingDefaults(),  # noqa: B008 - it is frozen
+        tool_parser: ToolParserName = "auto",
     ) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
@@ -71,6 +74,7 @@ class Tokenizer:
         }
         self._is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
         self._token_bytes: dict[int, bytes] = {}
+        self._tool_parser = tool_parser
         self.stop_token_ids = stop_token_ids
         self.sampling_defaults = sampling_defaults
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
@@ -84,6 +88,7 @@ class Tokenizer:
         *,
         model_directory: Path | None = None,
         generation_config: Literal["auto", "none"] = "auto",
+        tool_parser: ToolParserName = "auto",
     ) -> Self:
         """Load a tokenizer from wherever a model may lie.
 
@@ -93,6 +98,7 @@ class Tokenizer:
             model_directory: Where config.json and generation_config.json lie, if not at `path`.
             generation_config: Whether generation_config.json says how to sample; its end tokens
                 count in any case.
+            tool_parser: See `ModelConfig.tool_parser`.
 
         Raises:
             ConfigError: There is no tokenizer, it needs code from the model's repository, its chat
@@ -122,16 +128,23 @@ class Tokenizer:
             stop_token_ids=frozenset(_token_ids(eos)),
             vocab_size=config.get("vocab_size"),
             sampling_defaults=SamplingDefaults.of(said),
+            tool_parser=tool_parser,
         )
 
     @classmethod
     def for_model(cls, model: ModelConfig) -> Self:
         """Load the tokenizer that a configuration names; see `load`."""
-        use = model.generation_config
-        if model.tokenizer is None:
-            return cls.load(model.path, model.revision, generation_config=use)
-        directory = find_directory(model.path, model.revision)
-        return cls.load(model.tokenizer, model_directory=directory, generation_config=use)
+        path, revision, directory = model.path, model.revision, None
+        if model.tokenizer is not None:
+            directory = find_directory(path, revision)
+            path, revision = model.tokenizer, None
+        return cls.load(
+            path,
+            revision,
+            model_directory=directory,
+            generation_config=model.generation_config,
+            tool_parser=model.tool_parser,
+        )
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
@@ -142,19 +155,49 @@ class Tokenizer:
         """
         return GrammarCompiler(self._backend.to_str(), self.stop_token_ids)
 
+    @cached_property
+    def reads_tools(self) -> bool:
+        """Whether the chat template shows tools to the model."""
+        return reads_variable(self._tool_template, "tools")
+
+    @cached_property
+    def reads_tool_calls(self) -> bool:
+        """Whether the chat template shows earlier tool calls to the model."""
+        return "tool_calls" in self._tool_template
+
+    @cached_property
+    def tool_parser(self) -> ToolParserName:
+        """How the model spells the tool calls that it decides on; never auto."""
+        if self._tool_parser != "auto":
+            return self._tool_parser
+        return guess_tool_parser(self._tool_template)
+
+    @property
+    def _tool_template(self) -> str:
+        """The chat template of conversations with tools; empty: there is none."""
+        template: str | dict[str, str] | None = self._tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default")
+        return template or ""
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with the special tokens the model expects around one."""
         ids: list[int] = self._backend.encode(text).ids
         return ids
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[int]:
         """Tokens of a conversation, up to where the model's answer begins.
 
         Args:
-            messages: Each with `role` and `content`.
+            messages: Each with `role` and `content`, and what else belongs to the role.
+            tools: What the model may call, if anything.
 
         Raises:
-            InvalidRequestError: There is no template, or it refuses the messages.
+            InvalidRequestError: There is no template, or it refuses the messages or the tools.
         """
         if self._tokenizer.chat_template is None:
             raise InvalidRequestError(
@@ -162,26 +205,37 @@ class Tokenizer:
             )
         try:
             text: Any = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages],
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=True,
             )
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except _TEMPLATE_REFUSALS as error:
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def new_detokenizer(
         self,
         prompt_ids: Sequence[int],
         rule: StopRule = StopRule(),  # noqa: B008 - it is a tuple
+        shown_tokens: Collection[str] = (),
     ) -> Detokenizer:
-        """A detokenizer for one output; special tokens have no text."""
+        """A detokenizer for one output; special tokens have no text but for `shown_tokens`."""
+        shown = self._special_ids & set(map(self._backend.token_to_id, shown_tokens))
         decoder: TextDecoder
         if self._is_byte_level:
-            decoder = ByteLevelDecoder(self._bytes_of)
+            names = {token_id: self.token_bytes(token_id) for token_id in shown}
+            decoder = ByteLevelDecoder(
+                (lambda id_: names.get(id_) or self._bytes_of(id_)) if names else self._bytes_of
+            )
         else:
-            decoder = WindowDecoder(self._decode, prompt_ids[-_NUM_CONTEXT_TOKENS:])
+            hidden = self._special_ids - shown
+            decoder = WindowDecoder(
+                lambda ids: self._decode(ids, hidden), prompt_ids[-_NUM_CONTEXT_TOKENS:]
+            )
         return Detokenizer(decoder, rule)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -200,8 +254,9 @@ class Tokenizer:
             return bytes([int(byte[1], 16)])
         return token.replace(_WORD_BEGIN, " ").encode()
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
+    def _decode(self, token_ids: Sequence[int], hidden_ids: Collection[int]) -> str:
+        ids = [token_id for token_id in token_ids if token_id not in hidden_ids]
+        text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
     def _bytes_of(self, token_id: int) -> bytes:

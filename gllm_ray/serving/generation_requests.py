@@ -15,7 +15,7 @@ from gllm_ray.serving.openai_protocol import (
     CompletionRequest,
     GenerationParams,
 )
-from gllm_ray.serving.output_format import output_grammar
+from gllm_ray.serving.output_format import OutputGrammar, output_grammar
 
 _DEFAULT_COMPLETION_TOKENS = 16
 # More than any vocabulary has, and few enough for a message to carry.
@@ -50,11 +50,13 @@ class RequestBuilder:
         Raises:
             InvalidRequestError: The model cannot serve it.
         """
+        self._check_tools(body)
         wanted = await self._wanted(body)
+        self._refuse_endless(sum(message.num_chars for message in body.messages), "messages")
         messages = [message.as_template_input() for message in body.messages]
-        self._refuse_endless(sum(len(message["content"]) for message in messages), "messages")
+        tools = [tool.as_template_input() for tool in body.tools or ()] or None
         # In a thread, because a long text takes long.
-        prompt = await asyncio.to_thread(self.tokenizer.apply_chat_template, messages)
+        prompt = await asyncio.to_thread(self.tokenizer.apply_chat_template, messages, tools)
         _refuse_empty(prompt, "messages")
         max_tokens = self._max_tokens(
             len(prompt), body.answer_limit, default=self.max_model_len, param="messages"
@@ -87,18 +89,28 @@ class RequestBuilder:
         rules = logit_rules(body, self.tokenizer, ends)
         return _Wanted(await self._grammar(body), ends, rules)
 
+    def _check_tools(self, body: ChatCompletionRequest) -> None:
+        if body.tool_use is not None:
+            body.tool_use.check(self.tokenizer)
+        is_called = any(message.tool_calls for message in body.messages)
+        if is_called and not self.tokenizer.reads_tool_calls:
+            raise InvalidRequestError(
+                "the model's chat template shows no tool_calls to the model; leave such messages "
+                "out, or put the calls into their content",
+                param="messages",
+            )
+
     async def _grammar(self, body: GenerationParams) -> str:
         """What the outputs have to match, once it is known that they can; empty: anything.
 
         Raises:
             InvalidRequestError: They cannot.
         """
-        if body.response_format is None and body.structured_outputs is None:
+        is_forced = body.tool_use is not None and body.tool_use.is_forced
+        if not (body.response_format or body.structured_outputs or is_forced):
             return ""
         # In a thread, as below, because a long grammar takes long.
-        wanted = await asyncio.to_thread(
-            output_grammar, body.response_format, body.structured_outputs
-        )
+        wanted = await asyncio.to_thread(_wanted_grammar, body)
         if wanted is None:
             return ""
         if body.ignore_eos:
@@ -199,6 +211,17 @@ class RequestBuilder:
             param=param,
             code="context_length_exceeded",
         )
+
+
+def _wanted_grammar(body: GenerationParams) -> OutputGrammar | None:
+    wanted = output_grammar(body.response_format, body.structured_outputs)
+    calls = body.tool_use and body.tool_use.grammar()
+    if wanted is not None and calls is not None:
+        raise InvalidRequestError(
+            f"tool_choice and {wanted.param} both constrain the output; leave one of them out",
+            param="tool_choice",
+        )
+    return wanted or calls
 
 
 def _seed_of_output(seed: int, output: int) -> int:

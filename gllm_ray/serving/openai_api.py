@@ -22,7 +22,13 @@ from gllm_ray.serving.openai_protocol import (
 )
 from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead, response_body
 from gllm_ray.serving.streaming import stream_response
-from gllm_ray.serving.text_stream import TextDelta, collect_outputs, merge_deltas, text_deltas
+from gllm_ray.serving.text_stream import (
+    TextDelta,
+    collect_outputs,
+    merge_deltas,
+    text_deltas,
+    with_tool_calls,
+)
 
 MAX_BODY_BYTES = 8 * 2**20
 
@@ -220,20 +226,27 @@ async def _respond(
 def _deltas(
     service: TokenService, body: GenerationParams, requests: Sequence[GenerationRequest]
 ) -> AsyncGenerator[TextDelta, None]:
+    streams = [
+        _output_deltas(service, body, index, request) for index, request in enumerate(requests)
+    ]
+    return streams[0] if len(streams) == 1 else merge_deltas(streams)
+
+
+def _output_deltas(
+    service: TokenService, body: GenerationParams, index: int, request: GenerationRequest
+) -> AsyncGenerator[TextDelta, None]:
+    use, tokenizer = body.tool_use, service.tokenizer
+    parser = use and use.new_parser(tokenizer)
     rule = StopRule(
         strings=body.stop or (),
         is_included=body.include_stop_str_in_output or False,
         min_tokens=body.min_tokens or 0,
     )
-    streams = [
-        text_deltas(
-            index,
-            service.generate(request),
-            service.tokenizer.new_detokenizer(request.prompt_token_ids, rule),
-        )
-        for index, request in enumerate(requests)
-    ]
-    return streams[0] if len(streams) == 1 else merge_deltas(streams)
+    detokenizer = tokenizer.new_detokenizer(
+        request.prompt_token_ids, rule, parser.markers if parser else ()
+    )
+    deltas = text_deltas(index, service.generate(request), detokenizer)
+    return with_tool_calls(deltas, parser, use) if use and parser else deltas
 
 
 def _head(service: GenerationService, body: GenerationParams, *, is_chat: bool) -> ResponseHead:

@@ -4,10 +4,8 @@ A parameter that cannot be honoured yet is accepted with the values that ask for
 clients send their defaults.
 """
 
-import re
 from abc import abstractmethod
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -19,10 +17,18 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from gllm_ray.errors import InvalidRequestError
+from gllm_ray.serving.chat_messages import ChatMessage, check_num_texts
 from gllm_ray.serving.output_format import ResponseFormat, StructuredOutputs
-from gllm_ray.serving.request_schema import RequestSchema
+from gllm_ray.serving.request_schema import RequestSchema, is_text, refuse_unless
+from gllm_ray.serving.request_schema import only as _only
+from gllm_ray.serving.tool_schema import (
+    ToolChoice,
+    Tools,
+    check_tool_choice,
+    parse_tool_choice,
+)
+from gllm_ray.serving.tool_use import ToolUse
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_CHARS = 1024
 _MAX_STOP_TOKENS = 128
@@ -30,27 +36,11 @@ _MAX_BIASES = 1024
 _MAX_NAME_CHARS = 1024
 _MAX_OUTPUTS = 128
 _MAX_LOGPROBS = 20
-_MAX_TEXTS = 4096
-
-
-def _only(*neutral: object) -> AfterValidator:
-    """Accept null and the values that ask for nothing."""
-    return AfterValidator(lambda value: _refuse_unless(value, neutral))
-
-
-def _refuse_unless(value: object, neutral: Iterable[object]) -> object:
-    # `True == 1`, so the types are compared, too.
-    is_neutral = any(
-        value == item and isinstance(value, bool) is isinstance(item, bool) for item in neutral
-    )
-    if value is not None and not is_neutral:
-        raise PydanticCustomError("unsupported_parameter", "is not supported yet; leave it out")
-    return value
 
 
 def _check_best_of(value: object, info: ValidationInfo) -> object:
     """The best `n` of `n` outputs are all of them."""
-    return _refuse_unless(value, (info.data.get("n") or 1,))
+    return refuse_unless(value, (info.data.get("n") or 1,))
 
 
 def _check_top_logprobs(value: int | None, info: ValidationInfo) -> int | None:
@@ -74,28 +64,6 @@ def _parse_stop(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _parse_content(value: object) -> object:
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    if not isinstance(value, list):
-        raise PydanticCustomError("content_type", "must be text or a list of text parts")
-    return value
-
-
-def _check_num_texts(value: object) -> object:
-    """Bound the time that it takes to look at each message, in which no stream goes on."""
-    messages = value if isinstance(value, list) else []
-    contents = (message.get("content") for message in messages if isinstance(message, dict))
-    num_texts = sum(len(content) or 1 if isinstance(content, list) else 1 for content in contents)
-    if num_texts > _MAX_TEXTS:
-        raise PydanticCustomError(
-            "too_many_texts",
-            "must have at most {limit} messages and parts of messages, not {num_texts}",
-            {"limit": _MAX_TEXTS, "num_texts": num_texts},
-        )
-    return value
-
-
 def _parse_prompts(value: object) -> object:
     """One prompt or several, each text or token ids, as a list of prompts."""
     is_several = isinstance(value, list) and bool(value) and type(value[0]) is not int
@@ -106,23 +74,11 @@ def _parse_prompts(value: object) -> object:
             "must have at most {limit} prompts, not {num_prompts}",
             {"limit": _MAX_OUTPUTS, "num_prompts": len(prompts)},
         )
-    if not all(_is_text(item) or _is_token_ids(item) for item in prompts):
+    if not all(is_text(item) or _is_token_ids(item) for item in prompts):
         raise PydanticCustomError(
             "prompt_type", "must be text, a list of token ids, or a list of such prompts"
         )
     return prompts
-
-
-def _is_text(value: object) -> bool:
-    # JSON can spell half of a surrogate pair, which is no character.
-    return isinstance(value, str) and not _SURROGATE.search(value)
-
-
-def check_text(value: str) -> str:
-    """Refuse what UTF-8 cannot spell; a validator of pydantic."""
-    if not _is_text(value):
-        raise PydanticCustomError("not_unicode", "must be valid Unicode")
-    return value
 
 
 def _is_token_ids(value: object) -> bool:
@@ -203,6 +159,11 @@ class GenerationParams(RequestSchema):
         return self.n or 1
 
     @property
+    def tool_use(self) -> ToolUse | None:
+        """Of the tools that outputs may call; None: none."""
+        return None
+
+    @property
     @abstractmethod
     def num_logprobs(self) -> int | None:
         """See `SamplingParams.num_logprobs`."""
@@ -237,38 +198,10 @@ class CompletionRequest(GenerationParams):
             )
 
 
-class TextPart(RequestSchema):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: Annotated[str, AfterValidator(check_text)]
-
-
-class ChatMessage(RequestSchema):
-    """A message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], FailFast(), BeforeValidator(_parse_content)]
-
-    # Clients send the empty fields of an earlier answer back.
-    annotations: Annotated[object, _only([])] = None
-    audio: Annotated[object, _only()] = None
-    function_call: Annotated[object, _only()] = None
-    name: Annotated[object, _only()] = None
-    reasoning_content: Annotated[object, _only()] = None
-    refusal: Annotated[object, _only()] = None
-    tool_calls: Annotated[object, _only([])] = None
-
-    def as_template_input(self) -> dict[str, str]:
-        """The message as chat templates know it; the developer is their system."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "".join(part.text for part in self.content)}
-
-
 class ChatCompletionRequest(GenerationParams):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], FailFast(), BeforeValidator(_check_num_texts)] = Field(
+    messages: Annotated[list[ChatMessage], FailFast(), BeforeValidator(check_num_texts)] = Field(
         min_length=1
     )
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -282,15 +215,17 @@ class ChatCompletionRequest(GenerationParams):
     logprobs: bool | None = None
     modalities: Annotated[object, _only(["text"])] = None
     moderation: Annotated[object, _only()] = None
-    parallel_tool_calls: Annotated[object, _only(True)] = None
+    parallel_tool_calls: bool | None = None
     prediction: Annotated[object, _only()] = None
     prompt_cache_key: Annotated[object, _only("")] = None
     prompt_cache_options: Annotated[object, _only()] = None
     prompt_cache_retention: Annotated[object, _only()] = None
     reasoning_effort: Annotated[object, _only()] = None
     safety_identifier: Annotated[object, _only("")] = None
-    tool_choice: Annotated[object, _only("none", "auto")] = None
-    tools: Annotated[object, _only([])] = None
+    tools: Tools = None
+    tool_choice: Annotated[
+        ToolChoice | None, BeforeValidator(parse_tool_choice), AfterValidator(check_tool_choice)
+    ] = None
     top_logprobs: Annotated[
         int | None, Field(ge=0, le=_MAX_LOGPROBS), AfterValidator(_check_top_logprobs)
     ] = None
@@ -301,6 +236,14 @@ class ChatCompletionRequest(GenerationParams):
     def num_logprobs(self) -> int | None:
         """See `SamplingParams.num_logprobs`."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """See `GenerationParams.tool_use`."""
+        choice = self.tool_choice or ToolChoice(type="auto")
+        if not self.tools or choice.type == "none":
+            return None
+        return ToolUse(self.tools, choice, is_parallel=self.parallel_tool_calls is not False)
 
     @property
     def answer_limit(self) -> int | None:

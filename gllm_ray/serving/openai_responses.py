@@ -3,12 +3,14 @@
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from gllm_ray.serving.logprobs import chat_logprobs, completion_logprobs
 from gllm_ray.serving.text_stream import ScoredToken, TextDelta
+from gllm_ray.serving.tool_parsers import CallDelta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +67,7 @@ def response_body(
     choices = [
         {
             "index": output.index,
-            **(
-                {"message": {"role": "assistant", "content": output.text, "refusal": None}}
-                if head.is_chat
-                else {"text": output.text}
-            ),
+            **({"message": _message(output)} if head.is_chat else {"text": output.text}),
             "logprobs": head.logprobs(output.scored),
             "finish_reason": output.finish_reason,
         }
@@ -81,6 +79,20 @@ def response_body(
         "choices": choices,
         "usage": usage(num_prompt_tokens, num_output_tokens),
     }
+
+
+def _message(output: TextDelta) -> dict[str, Any]:
+    message = {"role": "assistant", "content": output.text, "refusal": None}
+    if not output.calls:
+        return message
+    calls = [_begin_call(call) for call in output.calls]
+    return {**message, "content": output.text or None, "tool_calls": calls}
+
+
+def _begin_call(call: CallDelta) -> dict[str, Any]:
+    """A call, or its beginning, with an id of its own."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
 class ChunkWriter:
@@ -100,22 +112,35 @@ class ChunkWriter:
         self._head = _dumps(head.fields("chat.completion.chunk"))[:-1] + ',"choices":['
         self._tail = '],"usage":null}' if include_usage else "]}"
         self._begun: set[int] = set()
+        self._num_calls: Counter[int] = Counter()  # of each output
 
     def write(self, delta: TextDelta) -> str:
-        """The events for a delta: role, new text or tokens, finish reason; those there are."""
+        """The events for a delta: role, new text, tokens or calls, finish reason, as there are."""
         events = ""
         if self._is_chat and delta.index not in self._begun:
             self._begun.add(delta.index)
             events += self._chunk(delta.index, '"delta":{"role":"assistant","content":""}')
-        if delta.text or delta.scored:
+        if delta.text or delta.scored or delta.calls:
             text = _dumps(delta.text)
             content = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
+            if delta.calls:
+                content = f'"delta":{{"tool_calls":{_dumps(self._spell_calls(delta))}}}'
             logprobs = _dumps(self._logprobs(delta.scored)) if delta.scored else "null"
             events += self._chunk(delta.index, content, logprobs=logprobs)
         if delta.finish_reason is not None:
             content = '"delta":{}' if self._is_chat else '"text":""'
             events += self._chunk(delta.index, content, finish_reason=f'"{delta.finish_reason}"')
         return events
+
+    def _spell_calls(self, delta: TextDelta) -> list[dict[str, Any]]:
+        spelled = []
+        for call in delta.calls:
+            grown: dict[str, Any] = {"function": {"arguments": call.arguments}}
+            if call.name is not None:
+                self._num_calls[delta.index] += 1
+                grown = _begin_call(call)
+            spelled.append({"index": self._num_calls[delta.index] - 1, **grown})
+        return spelled
 
     def write_end(self, num_prompt_tokens: int, num_output_tokens: int) -> str:
         """The events after the last delta."""

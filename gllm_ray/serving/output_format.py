@@ -14,7 +14,7 @@ from gllm_ray.errors import InvalidRequestError
 from gllm_ray.serving.request_schema import RequestSchema
 
 _MAX_NAME_CHARS = 1024
-_MAX_GRAMMAR_CHARS = 2**18
+MAX_GRAMMAR_CHARS = 2**18
 # As many as have room, of a few characters each.
 _MAX_CHOICES = 2**15
 # Of one text: its mask takes time in proportion, and twice as many llguidance does not follow.
@@ -59,7 +59,7 @@ class ResponseFormat(RequestSchema):
         """What llguidance makes of it; empty: any text will do."""
         if self.type == "text":
             return ""
-        return _json_grammar(self.json_schema.schema_ if self.json_schema else _ANY_OBJECT)
+        return json_grammar(self.json_schema.schema_ if self.json_schema else _ANY_OBJECT)
 
 
 class StructuredOutputs(RequestSchema):
@@ -89,7 +89,7 @@ class StructuredOutputs(RequestSchema):
             ValueError: It is neither JSON, where it should be, nor a grammar, or too long a one.
         """
         if self.json_ is not None:
-            return _json_grammar(self.json_)
+            return json_grammar(self.json_)
         if self.regex is not None:
             _check_length(len(self.regex))
             return grammar_from("regex", self.regex)
@@ -136,8 +136,8 @@ def output_grammar(
 
 def _check_length(num_chars: int) -> None:
     """Raise before work that takes as long as the text is, during which no other thread runs."""
-    if num_chars > _MAX_GRAMMAR_CHARS:
-        raise ValueError(f"it is too long: the limit is {_MAX_GRAMMAR_CHARS} characters")
+    if num_chars > MAX_GRAMMAR_CHARS:
+        raise ValueError(f"it is too long: the limit is {MAX_GRAMMAR_CHARS} characters")
 
 
 def _choice_rules(choice: list[str]) -> str:
@@ -182,20 +182,29 @@ def _lark_or_gbnf(text: str) -> str:
     return grammar_from("lark", lark)
 
 
-def _json_grammar(schema: dict[str, Any] | str) -> str:
-    text = schema if isinstance(schema, str) else _spell(schema)
+def json_grammar(schema: dict[str, Any] | str) -> str:
+    """What llguidance makes of a JSON schema.
+
+    Raises:
+        ValueError: It is none, or too long.
+    """
+    text = schema if isinstance(schema, str) else spell(schema)
     _check_length(len(text))
     return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITE_SPACE})
 
 
-def _spell(schema: dict[str, Any]) -> str:
-    """JSON of a schema, or as much of it as shows that it is too long."""
+def spell(schema: object) -> str:
+    """JSON of a schema, or as much of it as shows that it is too long.
+
+    Raises:
+        ValueError: It is nested too deeply.
+    """
     chunks, num_chars = [], 0
     try:
         for chunk in json.JSONEncoder(ensure_ascii=False).iterencode(schema):
             chunks.append(chunk)
             num_chars += len(chunk)
-            if num_chars > _MAX_GRAMMAR_CHARS:
+            if num_chars > MAX_GRAMMAR_CHARS:
                 break
     except RecursionError as error:
         raise ValueError("the schema is nested too deeply") from error

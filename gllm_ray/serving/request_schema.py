@@ -1,8 +1,12 @@
 """What every part of a request's body has in common: nothing unknown, nothing coerced."""
 
-from pydantic import BaseModel, ConfigDict, model_validator
+import re
+from collections.abc import Iterable
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_KEYS = 128
 
 
@@ -18,3 +22,32 @@ class RequestSchema(BaseModel):
         if isinstance(data, dict) and len(data) > _MAX_KEYS:
             raise PydanticCustomError("too_many_keys", f"must have at most {_MAX_KEYS} keys")
         return data
+
+
+def only(*neutral: object) -> AfterValidator:
+    """Accept null and the values that ask for nothing."""
+    return AfterValidator(lambda value: refuse_unless(value, neutral))
+
+
+def refuse_unless(value: object, neutral: Iterable[object]) -> object:
+    """See `only`."""
+    # `True == 1`, so the types are compared, too.
+    is_neutral = any(
+        value == item and isinstance(value, bool) is isinstance(item, bool) for item in neutral
+    )
+    if value is not None and not is_neutral:
+        raise PydanticCustomError("unsupported_parameter", "is not supported yet; leave it out")
+    return value
+
+
+def is_text(value: object) -> bool:
+    """Whether it is text that UTF-8 can spell."""
+    # JSON can spell half of a surrogate pair, which is no character.
+    return isinstance(value, str) and not _SURROGATE.search(value)
+
+
+def check_text(value: str) -> str:
+    """Refuse what UTF-8 cannot spell; a validator of pydantic."""
+    if not is_text(value):
+        raise PydanticCustomError("not_unicode", "must be valid Unicode")
+    return value

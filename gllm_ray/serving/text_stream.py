@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gllm_ray.engine.completion import OutputCompleteError, complete
 from gllm_ray.errors import (
@@ -16,6 +16,8 @@ from gllm_ray.errors import (
 )
 from gllm_ray.messages import FinishReason, TokenEvent, TokenLogprobs
 from gllm_ray.model.detokenizer import Detokenizer
+from gllm_ray.serving.tool_parsers import CallDelta, ToolParser, merge_calls
+from gllm_ray.serving.tool_use import ToolUse
 
 
 class ScoredToken(NamedTuple):
@@ -40,16 +42,19 @@ class TextDelta:
         index: Which of the response's outputs, from 0.
         text: The new text, possibly empty.
         num_tokens: The new tokens.
-        finish_reason: Set on the last delta of the output, and only there.
+        finish_reason: Set on the last delta of the output, and only there; `tool_calls` if it ended
+            after such.
         scored: Each of the new tokens, whether its text is here, held back or never to come; empty
             unless the request asks for log probabilities.
+        calls: What tool calls grew by; in a stream, then there is no text.
     """
 
     index: int
     text: str
     num_tokens: int
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
     scored: tuple[ScoredToken, ...] = ()
+    calls: tuple[CallDelta, ...] = ()
 
 
 async def text_deltas(
@@ -93,6 +98,32 @@ def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokeniz
         if detokenizer.is_stopped:
             return TextDelta(index, text, num_tokens, FinishReason.STOP, tuple(scored))
     return TextDelta(index, text, num_tokens, events[-1].finish_reason, tuple(scored))
+
+
+async def with_tool_calls(
+    deltas: AsyncGenerator[TextDelta, None], parser: ToolParser, use: ToolUse
+) -> AsyncGenerator[TextDelta, None]:
+    """The same output, with the calls in its text as such, each piece in a delta of its own."""
+    num_calls = 0
+    async with aclosing(deltas):
+        async for delta in deltas:
+            pieces = parser.step(delta.text)
+            if delta.finish_reason is not None:
+                pieces += parser.flush()
+            num_tokens, scored = delta.num_tokens, delta.scored
+            for piece in pieces:
+                if isinstance(piece, str):
+                    yield TextDelta(delta.index, piece, num_tokens, None, scored)
+                else:
+                    num_calls += piece.name is not None
+                    calls = (piece,) if use.is_parallel or num_calls <= 1 else ()
+                    yield TextDelta(delta.index, "", num_tokens, None, scored, calls)
+                num_tokens, scored = 0, ()
+            reason = delta.finish_reason
+            if num_calls and use.finishes_with_calls and reason is FinishReason.STOP:
+                reason = "tool_calls"
+            if num_tokens or scored or reason is not None:
+                yield TextDelta(delta.index, "", num_tokens, reason, scored)
 
 
 def _failure(event: TokenEvent) -> GllmRayError:
@@ -149,6 +180,7 @@ async def collect_outputs(
             sum(delta.num_tokens for delta in output),
             output[-1].finish_reason,
             tuple(chain.from_iterable(delta.scored for delta in output)),
+            tuple(merge_calls(chain.from_iterable(delta.calls for delta in output))),
         )
         for index, output in enumerate(grown)
     ]

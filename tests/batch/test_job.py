@@ -8,10 +8,12 @@ import pytest
 
 from gllm_ray.batch.answers import EngineAnswers
 from gllm_ray.batch.journal import Journal
+from gllm_ray.batch.records import BatchRow
 from gllm_ray.batch.requests import RequestChecks
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.engine.engine import Engine
-from gllm_ray.errors import ConfigError, PipelineError
+from gllm_ray.errors import ConfigError, InvalidRequestError, PipelineError
+from gllm_ray.model.tokenizer import Tokenizer
 from tests.batch.local_job import (
     MAX_MODEL_LEN,
     MODEL,
@@ -20,6 +22,7 @@ from tests.batch.local_job import (
     run_job,
     write_lines,
 )
+from tests.chat_templates import QWEN, copy_demo
 from tests.factories import make_scheduler
 from tests.fakes import ScriptedPipeline
 
@@ -170,3 +173,33 @@ def test_a_pipeline_that_breaks_ends_the_job_and_fails_no_row(tmp_path, tokenize
     healthy = ScriptedPipeline(script)
     result = run(source, output, tokenizer, start_answers=lambda: start(healthy))
     assert (result.num_rows, result.num_failed) == (6, 0)
+
+
+def test_a_row_with_tools_is_answered_with_calls(tmp_path):
+    tokenizer = Tokenizer.load(copy_demo(tmp_path / "model", QWEN))
+    tools = {"tools": [{"type": "function", "function": {"name": "now"}}], "max_tokens": 40}
+    lines = [make_line(choice, tool_choice=choice, **tools) for choice in ("required", "none")]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    run(source, tmp_path / "out.jsonl", tokenizer)
+    records = read_lines(tmp_path / "out.jsonl")
+    called, other = (record["response"]["body"]["choices"][0] for record in records)
+    assert called["finish_reason"] == "tool_calls"
+    assert called["message"]["content"] is None
+    function = called["message"]["tool_calls"][0]["function"]
+    assert (function["name"], json.loads(function["arguments"])) == ("now", {})
+    assert "tool_calls" not in other["message"]
+
+
+def test_a_table_has_no_room_for_tool_calls():
+    checks = RequestChecks(model_name=MODEL, builder=None, is_single=True)
+    body = make_line("x", tools=[{"type": "function", "function": {"name": "now"}}])["body"]
+    for choice in ("auto", "required"):
+        row = BatchRow(
+            number=1, custom_id="x", url="/v1/chat/completions", body=body | {"tool_choice": choice}
+        )
+        with pytest.raises(InvalidRequestError, match="tools: must be left out"):
+            checks.parse_body(row)
+    row = BatchRow(
+        number=1, custom_id="x", url="/v1/chat/completions", body=body | {"tool_choice": "none"}
+    )
+    assert checks.parse_body(row).tool_use is None

@@ -18,12 +18,16 @@ pytestmark = pytest.mark.slow  # two pipelines take half a minute to start
 DEMO = load_only_service(Path(__file__).parents[2] / "configs" / "demo.yaml")
 
 
+TOOLS = [{"type": "function", "function": {"name": "now"}}]
+
+
 def ask(row):
-    """Two prompts do not fit the model's context."""
+    """Two prompts do not fit the model's context, and one wants more than a text."""
     limit = 2000 if row["id"] in (3, 7) else 4
+    tools = TOOLS if row["id"] == 5 else None
     return {
         "messages": [{"role": "user", "content": f"Write {row['id']}."}],
-        "sampling_params": {"max_tokens": limit, "temperature": 0},
+        "sampling_params": {"max_tokens": limit, "temperature": 0, "tools": tools},
     }
 
 
@@ -48,6 +52,8 @@ def test_rows_come_back_with_the_columns_of_ray_data_llm(ray_cluster):
         if row["id"] in (3, 7):
             assert "maximum context length is 1024" in row["__inference_error__"]
             assert row["generated_text"] == ""
+        elif row["id"] == 5:
+            assert "tools: must be left out" in row["__inference_error__"]
         else:
             assert row["__inference_error__"] == ""
             assert row["text"]

@@ -21,8 +21,9 @@ PROMPT = [5, 6, 7]
 class RecitingPipeline:
     """A pipeline whose model goes on with a text wherever a sequence stands in it."""
 
-    def __init__(self, script):
+    def __init__(self, script, num_prompt_tokens):
         self._script = script
+        self._num_prompt_tokens = num_prompt_tokens
         self._queue = deque()
 
     def submit(self, batch):
@@ -32,7 +33,7 @@ class RecitingPipeline:
         await asyncio.sleep(0)
         batch = self._queue.popleft()
         token_ids = tuple(
-            self._script[item.end - len(PROMPT)]
+            self._script[item.end - self._num_prompt_tokens]
             for item in batch.sequences
             if item.sampling is not None
         )
@@ -64,7 +65,7 @@ class RemoteModel:
 
 def replicas_of(tokenizer, faults=()):
     script = [*tokenizer.encode(TEXT), *tokenizer.stop_token_ids]
-    return Replicas(lambda: RecitingPipeline(script), faults)
+    return Replicas(lambda: RecitingPipeline(script, len(PROMPT)), faults)
 
 
 def ask(tokenizer, faults, change):

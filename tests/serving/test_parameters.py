@@ -26,7 +26,8 @@ COMMON = {"model", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "u
 COMMON |= {"stream", "stream_options", "presence_penalty", "frequency_penalty", "logit_bias"}
 HONOURED = {
     CHAT_PATH: COMMON
-    | {"messages", "max_completion_tokens", "logprobs", "top_logprobs", "response_format"},
+    | {"messages", "max_completion_tokens", "logprobs", "top_logprobs", "response_format"}
+    | {"tools", "tool_choice", "parallel_tool_calls"},
     COMPLETION_PATH: COMMON | {"prompt", "logprobs"},
 }
 OFFICIAL = {
@@ -49,7 +50,6 @@ REQUESTS_FOR_MORE = {
     "metadata": {"key": "value"},
     "modalities": ["text", "audio"],
     "moderation": {"model": "m"},
-    "parallel_tool_calls": False,
     "prediction": {"type": "content", "content": "x"},
     "prompt_cache_key": "key",
     "prompt_cache_options": {"ttl": "1h"},
@@ -59,8 +59,6 @@ REQUESTS_FOR_MORE = {
     "service_tier": "priority",
     "store": True,
     "suffix": "end",
-    "tool_choice": "required",
-    "tools": [{"type": "function", "function": {"name": "f"}}],
     "verbosity": "low",
     "web_search_options": {"search_context_size": "low"},
 }
@@ -286,7 +284,7 @@ def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content[0].text"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
         ({"messages": [*CHAT, {"role": "user", "content": [1]}]}, "messages[1].content[0]"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
@@ -294,7 +292,7 @@ def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
-            "messages[0].tool_calls",
+            "messages[0].tool_calls[0].function",
         ),
         ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages[0].name"),
     ],

@@ -56,9 +56,9 @@ def plain_decode(tokenizer, ids):
     return tokenizer._backend.decode(list(ids), skip_special_tokens=True)
 
 
-def detokenize(tokenizer, ids, stop_strings=(), prompt_ids=(), **rule):
+def detokenize(tokenizer, ids, stop_strings=(), prompt_ids=(), shown_tokens=(), **rule):
     """The pieces handed over for each token, and at the end."""
-    detokenizer = tokenizer.new_detokenizer(prompt_ids, StopRule(stop_strings, **rule))
+    detokenizer = tokenizer.new_detokenizer(prompt_ids, StopRule(stop_strings, **rule), shown_tokens)
     pieces = []
     for token_id in ids:
         pieces.append(detokenizer.step(token_id))
@@ -229,3 +229,15 @@ def test_text_held_for_a_stop_string_is_handed_over_at_the_end():
     matcher = StopMatcher(StopRule(["stop"]))
     assert (matcher.step("do not st"), matcher.flush()) == ("do not ", "st")
     assert not matcher.is_stopped
+
+
+@pytest.mark.parametrize("backend", [byte_level_backend(), byte_fallback_backend()])
+def test_of_special_tokens_only_those_asked_for_have_a_text(backend):
+    backend.add_special_tokens(["<call>", "<other>"])
+    tokenizer = ServedTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    word = backend.token_to_id("a")
+    call, other, end = map(backend.token_to_id, ("<call>", "<other>", "<|end|>"))
+    ids = [call, word, other, call, call, word, end, word, call]
+    shown = detokenize(tokenizer, ids, shown_tokens=("<call>", "unknown", "a"))
+    assert "".join(shown) == "<call>a<call><call>aa<call>"
+    assert "".join(detokenize(tokenizer, ids)) == "aaa"
