@@ -104,6 +104,17 @@ MARKED = """
 {% generation %}{{ message.content }}{% endgeneration %}
 {%- endfor %}
 """
+# Where the model may be told how much to think before it answers.
+THINKING = r"""
+{%- if reasoning_effort %}<|system|>Reasoning: {{ reasoning_effort }}<|end|>{% endif %}
+{%- for message in messages %}
+{{- "<|" + message.role + "|>" + message.content + "<|end|>" }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- "<|assistant|>" }}
+{%- if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}
+{%- endif %}
+"""
 
 
 def copy_demo(directory: Path, template: str, special_tokens: tuple[str, ...] = ()) -> str:

@@ -1,4 +1,4 @@
-"""What the text of a chat template tells of tools, before anything is rendered."""
+"""What the text of a chat template tells, before anything is rendered."""
 
 from jinja2 import Environment, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -19,10 +19,10 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def reads_variable(template: str, name: str) -> bool:
-    """Whether a template, which compiles, looks at a variable that it is given."""
+def variables_of(template: str) -> set[str]:
+    """The variables that a template, which compiles, looks at, and does not set on every way."""
     environment = Environment(extensions=[_Generation, loopcontrols])
-    return name in find_undeclared_variables(environment.parse(template))
+    return find_undeclared_variables(environment.parse(template)) - environment.globals.keys()
 
 
 def guess_tool_parser(template: str) -> ToolParserName:

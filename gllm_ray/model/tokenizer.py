@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -15,7 +16,7 @@ from tokenizers import decoders
 
 from gllm_ray.config import ModelConfig, ToolParserName
 from gllm_ray.errors import ConfigError, InvalidRequestError
-from gllm_ray.model.chat_template import guess_tool_parser, reads_variable
+from gllm_ray.model.chat_template import guess_tool_parser, variables_of
 from gllm_ray.model.checkpoint import find_directory
 from gllm_ray.model.detokenizer import (
     ByteLevelDecoder,
@@ -158,12 +159,19 @@ class Tokenizer:
     @cached_property
     def reads_tools(self) -> bool:
         """Whether the chat template shows tools to the model."""
-        return reads_variable(self._tool_template, "tools")
+        return "tools" in variables_of(self._tool_template)
 
     @cached_property
     def reads_tool_calls(self) -> bool:
         """Whether the chat template shows earlier tool calls to the model."""
         return "tool_calls" in self._tool_template
+
+    @cached_property
+    def template_variables(self) -> frozenset[str]:
+        """What the chat template may be told beside the conversation and its tools."""
+        given = {"messages", "raise_exception", "strftime_now", *self._tokenizer.special_tokens_map}
+        taken = signature(self._tokenizer.apply_chat_template).parameters
+        return frozenset(variables_of(self._tool_template) - given - taken.keys())
 
     @cached_property
     def tool_parser(self) -> ToolParserName:
@@ -189,12 +197,14 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: list[dict[str, Any]] | None = None,
+        **options: Any,  # noqa: ANN401 - templates take what they like
     ) -> list[int]:
         """Tokens of a conversation, up to where the model's answer begins.
 
         Args:
             messages: Each with `role` and `content`, and what else belongs to the role.
             tools: What the model may call, if anything.
+            options: Of transformers' method of this name, or among `template_variables`.
 
         Raises:
             InvalidRequestError: There is no template, or it refuses the messages or the tools.
@@ -208,7 +218,7 @@ class Tokenizer:
                 [dict(message) for message in messages],
                 tools=tools,
                 tokenize=False,
-                add_generation_prompt=True,
+                **{"add_generation_prompt": True} | options,
             )
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except _TEMPLATE_REFUSALS as error:

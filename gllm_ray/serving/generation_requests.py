@@ -50,13 +50,13 @@ class RequestBuilder:
         Raises:
             InvalidRequestError: The model cannot serve it.
         """
-        self._check_tools(body)
+        body.check(self.tokenizer)
+        if body.tool_use is not None:
+            body.tool_use.check(self.tokenizer)
         wanted = await self._wanted(body)
         self._refuse_endless(sum(message.num_chars for message in body.messages), "messages")
-        messages = [message.as_template_input() for message in body.messages]
-        tools = [tool.as_template_input() for tool in body.tools or ()] or None
         # In a thread, because a long text takes long.
-        prompt = await asyncio.to_thread(self.tokenizer.apply_chat_template, messages, tools)
+        prompt = await asyncio.to_thread(body.apply_template, self.tokenizer)
         _refuse_empty(prompt, "messages")
         max_tokens = self._max_tokens(
             len(prompt), body.answer_limit, default=self.max_model_len, param="messages"
@@ -88,17 +88,6 @@ class RequestBuilder:
         ends = stop_token_ids(body, self.tokenizer)
         rules = logit_rules(body, self.tokenizer, ends)
         return _Wanted(await self._grammar(body), ends, rules)
-
-    def _check_tools(self, body: ChatCompletionRequest) -> None:
-        if body.tool_use is not None:
-            body.tool_use.check(self.tokenizer)
-        is_called = any(message.tool_calls for message in body.messages)
-        if is_called and not self.tokenizer.reads_tool_calls:
-            raise InvalidRequestError(
-                "the model's chat template shows no tool_calls to the model; leave such messages "
-                "out, or put the calls into their content",
-                param="messages",
-            )
 
     async def _grammar(self, body: GenerationParams) -> str:
         """What the outputs have to match, once it is known that they can; empty: anything.

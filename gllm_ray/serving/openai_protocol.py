@@ -7,26 +7,14 @@ clients send their defaults.
 from abc import abstractmethod
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    FailFast,
-    Field,
-    ValidationInfo,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from gllm_ray.errors import InvalidRequestError
-from gllm_ray.serving.chat_messages import ChatMessage, check_num_texts
+from gllm_ray.serving.conversation import Conversation
 from gllm_ray.serving.output_format import ResponseFormat, StructuredOutputs
-from gllm_ray.serving.request_schema import RequestSchema, is_text, refuse_unless
-from gllm_ray.serving.request_schema import only as _only
-from gllm_ray.serving.tool_schema import (
-    ToolChoice,
-    Tools,
-    check_tool_choice,
-    parse_tool_choice,
-)
+from gllm_ray.serving.request_schema import RequestSchema, is_text, only, refuse_unless
+from gllm_ray.serving.tool_schema import ToolChoice, check_tool_choice, parse_tool_choice
 from gllm_ray.serving.tool_use import ToolUse
 
 _MAX_STOP_STRINGS = 16
@@ -89,7 +77,7 @@ class StreamOptions(RequestSchema):
     """What a stream tells beside its text."""
 
     include_usage: bool | None = None
-    include_obfuscation: Annotated[object, _only(False)] = None
+    include_obfuscation: Annotated[object, only(False)] = None
 
 
 class GenerationParams(RequestSchema):
@@ -135,23 +123,23 @@ class GenerationParams(RequestSchema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    echo: Annotated[object, _only(False)] = None
-    metadata: Annotated[object, _only({})] = None
-    service_tier: Annotated[object, _only("auto", "default")] = None
-    store: Annotated[object, _only(False)] = None
+    echo: Annotated[object, only(False)] = None
+    metadata: Annotated[object, only({})] = None
+    service_tier: Annotated[object, only("auto", "default")] = None
+    store: Annotated[object, only(False)] = None
 
     # vLLM's, whose clients send their defaults, too.
-    bad_words: Annotated[object, _only([])] = None
-    guided_choice: Annotated[object, _only()] = None
-    guided_grammar: Annotated[object, _only()] = None
-    guided_json: Annotated[object, _only()] = None
-    guided_regex: Annotated[object, _only()] = None
-    length_penalty: Annotated[object, _only(1)] = None
-    prompt_logprobs: Annotated[object, _only()] = None
-    skip_special_tokens: Annotated[object, _only(True)] = None
-    spaces_between_special_tokens: Annotated[object, _only(True)] = None
-    truncate_prompt_tokens: Annotated[object, _only()] = None
-    use_beam_search: Annotated[object, _only(False)] = None
+    bad_words: Annotated[object, only([])] = None
+    guided_choice: Annotated[object, only()] = None
+    guided_grammar: Annotated[object, only()] = None
+    guided_json: Annotated[object, only()] = None
+    guided_regex: Annotated[object, only()] = None
+    length_penalty: Annotated[object, only(1)] = None
+    prompt_logprobs: Annotated[object, only()] = None
+    skip_special_tokens: Annotated[object, only(True)] = None
+    spaces_between_special_tokens: Annotated[object, only(True)] = None
+    truncate_prompt_tokens: Annotated[object, only()] = None
+    use_beam_search: Annotated[object, only(False)] = None
 
     @property
     def outputs_per_prompt(self) -> int:
@@ -176,7 +164,7 @@ class CompletionRequest(GenerationParams):
 
     best_of: Annotated[object, AfterValidator(_check_best_of)] = None
     logprobs: int | None = Field(default=None, ge=0, le=_MAX_LOGPROBS)
-    suffix: Annotated[object, _only("")] = None
+    suffix: Annotated[object, only("")] = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -198,39 +186,31 @@ class CompletionRequest(GenerationParams):
             )
 
 
-class ChatCompletionRequest(GenerationParams):
+class ChatCompletionRequest(GenerationParams, Conversation):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], FailFast(), BeforeValidator(check_num_texts)] = Field(
-        min_length=1
-    )
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
-    add_generation_prompt: Annotated[object, _only(True)] = None
-    audio: Annotated[object, _only()] = None
-    chat_template_kwargs: Annotated[object, _only({})] = None
-    continue_final_message: Annotated[object, _only(False)] = None
-    function_call: Annotated[object, _only("none", "auto")] = None
-    functions: Annotated[object, _only([])] = None
+    audio: Annotated[object, only()] = None
+    function_call: Annotated[object, only("none", "auto")] = None
+    functions: Annotated[object, only([])] = None
     logprobs: bool | None = None
-    modalities: Annotated[object, _only(["text"])] = None
-    moderation: Annotated[object, _only()] = None
+    modalities: Annotated[object, only(["text"])] = None
+    moderation: Annotated[object, only()] = None
     parallel_tool_calls: bool | None = None
-    prediction: Annotated[object, _only()] = None
-    prompt_cache_key: Annotated[object, _only("")] = None
-    prompt_cache_options: Annotated[object, _only()] = None
-    prompt_cache_retention: Annotated[object, _only()] = None
-    reasoning_effort: Annotated[object, _only()] = None
-    safety_identifier: Annotated[object, _only("")] = None
-    tools: Tools = None
+    prediction: Annotated[object, only()] = None
+    prompt_cache_key: Annotated[object, only("")] = None
+    prompt_cache_options: Annotated[object, only()] = None
+    prompt_cache_retention: Annotated[object, only()] = None
+    safety_identifier: Annotated[object, only("")] = None
     tool_choice: Annotated[
         ToolChoice | None, BeforeValidator(parse_tool_choice), AfterValidator(check_tool_choice)
     ] = None
     top_logprobs: Annotated[
         int | None, Field(ge=0, le=_MAX_LOGPROBS), AfterValidator(_check_top_logprobs)
     ] = None
-    verbosity: Annotated[object, _only("medium")] = None
-    web_search_options: Annotated[object, _only()] = None
+    verbosity: Annotated[object, only("medium")] = None
+    web_search_options: Annotated[object, only()] = None
 
     @property
     def num_logprobs(self) -> int | None:

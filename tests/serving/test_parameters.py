@@ -27,18 +27,22 @@ COMMON |= {"stream", "stream_options", "presence_penalty", "frequency_penalty", 
 HONOURED = {
     CHAT_PATH: COMMON
     | {"messages", "max_completion_tokens", "logprobs", "top_logprobs", "response_format"}
-    | {"tools", "tool_choice", "parallel_tool_calls"},
+    | {"tools", "tool_choice", "parallel_tool_calls", "reasoning_effort"},
     COMPLETION_PATH: COMMON | {"prompt", "logprobs"},
 }
 OFFICIAL = {
     CHAT_PATH: set(typing.get_type_hints(ChatParams)),
     COMPLETION_PATH: set(typing.get_type_hints(CompletionParams)),
 }
+OURS = {"top_k", "min_p", "ignore_eos", "cache_salt"}
+OURS |= {"priority", "expected_output_tokens", "queue_timeout_s", "structured_outputs"}
+OURS |= {"repetition_penalty", "stop_token_ids", "include_stop_str_in_output", "min_tokens"}
+OWN = {
+    CHAT_PATH: OURS | {"add_generation_prompt", "continue_final_message", "chat_template_kwargs"},
+    COMPLETION_PATH: OURS | {"response_format"},
+}
+KNOWN = {path: OFFICIAL[path] | OWN[path] for path in BODIES}
 TEXT = {"type": "text", "text": ""}
-OWN = {"top_k", "min_p", "ignore_eos", "cache_salt"}
-OWN |= {"priority", "expected_output_tokens", "queue_timeout_s", "structured_outputs"}
-OWN |= {"repetition_penalty", "stop_token_ids", "include_stop_str_in_output", "min_tokens"}
-OWN |= {"response_format"}  # of a completion
 
 # What a client that asks for the feature would send, and what one sends that does not.
 REQUESTS_FOR_MORE = {
@@ -54,7 +58,6 @@ REQUESTS_FOR_MORE = {
     "prompt_cache_key": "key",
     "prompt_cache_options": {"ttl": "1h"},
     "prompt_cache_retention": "24h",
-    "reasoning_effort": "high",
     "safety_identifier": "me",
     "service_tier": "priority",
     "store": True,
@@ -63,7 +66,10 @@ REQUESTS_FOR_MORE = {
     "web_search_options": {"search_context_size": "low"},
 }
 NEUTRAL = {
+    "add_generation_prompt": True,
     "best_of": 1,
+    "chat_template_kwargs": {},
+    "continue_final_message": False,
     "echo": False,
     "frequency_penalty": 0.0,
     "function_call": "none",
@@ -106,12 +112,6 @@ VLLMS = {
     "truncate_prompt_tokens": (None, 5),
     "use_beam_search": (False, True),
 }
-VLLMS_OF_CHATS = {
-    "add_generation_prompt": (True, False),
-    "chat_template_kwargs": ({}, {"enable_thinking": False}),
-    "continue_final_message": (False, True),
-}
-VLLMS_OF = {CHAT_PATH: VLLMS | VLLMS_OF_CHATS, COMPLETION_PATH: VLLMS}
 UNSUPPORTED = [(path, name) for path in BODIES for name in sorted(OFFICIAL[path] - HONOURED[path])]
 
 
@@ -137,16 +137,16 @@ def request_for(tokenizer, path, change, **options):
 @pytest.mark.parametrize("path", BODIES)
 def test_the_schema_knows_exactly_openais_parameters_and_our_own(path):
     schema = ChatCompletionRequest if path == CHAT_PATH else CompletionRequest
-    assert set(schema.model_fields) == OFFICIAL[path] | OWN | VLLMS_OF[path].keys()
+    assert set(schema.model_fields) == KNOWN[path] | VLLMS.keys()
 
 
 @pytest.mark.parametrize("path", BODIES)
 def test_vllms_parameters_are_accepted_where_they_ask_for_nothing(tokenizer, path):
-    request_for(tokenizer, path, {name: neutral for name, (neutral, _) in VLLMS_OF[path].items()})
+    request_for(tokenizer, path, {name: neutral for name, (neutral, _) in VLLMS.items()})
     status, body, _ = post(tokenizer, path, {name: more for name, (_, more) in VLLMS.items()})
     assert (status, body["error"]["code"]) == (400, "unsupported_parameter")
     schema = ChatCompletionRequest if path == CHAT_PATH else CompletionRequest
-    for name, (_, more) in VLLMS_OF[path].items():
+    for name, (_, more) in VLLMS.items():
         with pytest.raises(ValidationError, match="is not supported yet"):
             schema.model_validate(BODIES[path] | {name: more})
 
@@ -169,7 +169,7 @@ def test_what_is_not_supported_is_refused_by_name(tokenizer, path, name):
 
 @pytest.mark.parametrize("path", BODIES)
 def test_null_and_the_values_that_ask_for_nothing_are_accepted(tokenizer, path):
-    names = (OFFICIAL[path] | OWN) - {"model", "messages", "prompt"}
+    names = KNOWN[path] - {"model", "messages", "prompt"}
     for values in (dict.fromkeys(names), {name: NEUTRAL[name] for name in NEUTRAL.keys() & names}):
         request = request_for(tokenizer, path, values)
         assert request.sampling.logit_rules is None
@@ -177,7 +177,8 @@ def test_null_and_the_values_that_ask_for_nothing_are_accepted(tokenizer, path):
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), [(path, name) for path in BODIES for name in sorted(OFFICIAL[path] | OWN)]
+    ("path", "name"),
+    [(path, name) for path in BODIES for name in sorted(KNOWN[path])],
 )
 def test_nonsense_is_refused_by_name(tokenizer, path, name):
     status, body, _ = post(tokenizer, path, {name: {"nonsense": True}})

@@ -4,9 +4,9 @@ import pytest
 
 from gllm_ray.config import ModelConfig
 from gllm_ray.errors import InvalidRequestError
-from gllm_ray.model.chat_template import guess_tool_parser, reads_variable
+from gllm_ray.model.chat_template import guess_tool_parser, variables_of
 from gllm_ray.model.tokenizer import Tokenizer
-from tests.chat_templates import DEMO, LLAMA, MARKED, QWEN, XML, copy_demo
+from tests.chat_templates import DEMO, LLAMA, MARKED, QWEN, THINKING, XML, copy_demo
 
 TOOL = {
     "type": "function",
@@ -40,7 +40,7 @@ CHAT = [
 def test_a_template_tells_whether_it_shows_tools_and_how_calls_are_spelled(
     template, reads_tools, parser
 ):
-    assert reads_variable(template, "tools") == reads_tools
+    assert ("tools" in variables_of(template)) == reads_tools
     assert guess_tool_parser(template) == parser
 
 
@@ -103,3 +103,25 @@ def test_tools_that_cannot_be_shown_are_refused(tmp_path):
         tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
         with pytest.raises(InvalidRequestError, match="chat template refuses"):
             tokenizer.apply_chat_template(CHAT[:1], [tool])
+
+
+@pytest.mark.parametrize(
+    ("template", "variables"),
+    [
+        (THINKING, {"enable_thinking", "reasoning_effort"}),
+        (LLAMA, {"custom_tools", "tool_call"}),  # The latter is set, but not on every way.
+        (QWEN, set()),
+        (
+            "{{ namespace(x=range(3)).x }}{{ bos_token }}{{ strftime_now('%Y') }}{{ year }}",
+            {"year"},
+        ),
+        ({"default": "{{ a }}", "tool_use": "{{ b }}"}, {"b"}),
+        ({"other": "{{ a }}"}, set()),
+        (None, set()),
+    ],
+)
+def test_a_template_tells_what_it_may_be_told(tmp_path, template, variables):
+    tokenizer = load(tmp_path, QWEN)
+    tokenizer._tokenizer.bos_token = "<|bos|>"
+    tokenizer._tokenizer.chat_template = template
+    assert tokenizer.template_variables == variables

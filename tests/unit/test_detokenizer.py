@@ -58,7 +58,9 @@ def plain_decode(tokenizer, ids):
 
 def detokenize(tokenizer, ids, stop_strings=(), prompt_ids=(), shown_tokens=(), **rule):
     """The pieces handed over for each token, and at the end."""
-    detokenizer = tokenizer.new_detokenizer(prompt_ids, StopRule(stop_strings, **rule), shown_tokens)
+    detokenizer = tokenizer.new_detokenizer(
+        prompt_ids, StopRule(stop_strings, **rule), shown_tokens
+    )
     pieces = []
     for token_id in ids:
         pieces.append(detokenizer.step(token_id))
