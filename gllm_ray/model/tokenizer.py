@@ -190,8 +190,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with the special tokens the model expects around one."""
-        ids: list[int] = self._backend.encode(text).ids
-        return ids
+        return self._encode(text, add_special_tokens=True)
 
     def apply_chat_template(
         self,
@@ -220,12 +219,11 @@ class Tokenizer:
                 tokenize=False,
                 **{"add_generation_prompt": True} | options,
             )
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            return self._encode(text, add_special_tokens=False)
         except _TEMPLATE_REFUSALS as error:
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
-        return ids
 
     def new_detokenizer(
         self,
@@ -263,6 +261,12 @@ class Tokenizer:
         if byte := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(byte[1], 16)])
         return token.replace(_WORD_BEGIN, " ").encode()
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # As a batch of one, because other threads go on only while a batch is encoded.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
 
     def _decode(self, token_ids: Sequence[int], hidden_ids: Collection[int]) -> str:
         ids = [token_id for token_id in token_ids if token_id not in hidden_ids]

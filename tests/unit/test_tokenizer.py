@@ -1,4 +1,6 @@
 import json
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -191,3 +193,32 @@ def test_threads_may_share_it(demo):
     texts = [f"def f{index}(x): return {index} * x  # {'pad ' * index}" for index in range(50)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(demo.encode, texts)) == [demo.encode(text) for text in texts]
+
+
+@pytest.fixture
+def no_switches():
+    """Another thread goes on only where this one lets it."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_other_threads_go_on_while_a_long_text_is_encoded(demo, no_switches, is_chat):
+    text = "a b " * 2**15
+    gate, has_gone_on = threading.Lock(), threading.Event()
+
+    def other():
+        with gate:
+            has_gone_on.set()
+
+    with gate:
+        thread = threading.Thread(target=other)
+        thread.start()
+    if is_chat:
+        demo.apply_chat_template([{"role": "user", "content": text}])
+    else:
+        demo.encode(text)
+    assert has_gone_on.is_set()
+    thread.join()
