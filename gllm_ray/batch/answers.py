@@ -73,7 +73,7 @@ class EngineAnswers:
         try:
             body = self._checks.parse_body(row)
             is_chat = row.url == "/v1/chat/completions"
-            token_bytes = self.tokenizer.token_bytes
+            token_bytes = self.tokenizer.vocabulary.token_bytes
             head = ResponseHead.new(model=body.model, is_chat=is_chat, token_bytes=token_bytes)
             requests = await build_requests(self._builder, body, head.id)
             return Answer(status=200, body=await whole_response(self, body, head, requests))

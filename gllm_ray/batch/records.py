@@ -5,17 +5,15 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from gllm_ray.serving.errors import HttpError
-from gllm_ray.serving.request_schema import check_text
+from gllm_ray.serving.request_schema import check_text, parse_schema
 
 URLS = ("/v1/chat/completions", "/v1/completions")
-
-Schema = TypeVar("Schema", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,20 +93,6 @@ def read_jsonl(path: Path) -> Iterator[BatchRow | Mistake]:
                 yield Mistake(number=number, message=HttpError.of(error).message)
             else:
                 yield BatchRow(number=number, custom_id=row.custom_id, url=row.url, body=row.body)
-
-
-def parse_schema(schema: type[Schema], data: object) -> Schema:
-    """Validate data as a route does its body.
-
-    Raises:
-        RequestValidationError: It is none; the table of HTTP errors has the words for it.
-    """
-    try:
-        return schema.model_validate(data)
-    except ValidationError as error:
-        raise RequestValidationError(
-            [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
-        ) from None
 
 
 def make_record(custom_id: str, answer: Answer) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gllm_ray.batch.records import BatchRow, parse_schema
+from gllm_ray.batch.records import BatchRow
 from gllm_ray.errors import InvalidRequestError
 from gllm_ray.messages import GenerationRequest
 from gllm_ray.serving.generation_requests import RequestBuilder
@@ -12,6 +12,7 @@ from gllm_ray.serving.openai_protocol import (
     CompletionRequest,
     GenerationParams,
 )
+from gllm_ray.serving.request_schema import parse_schema
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

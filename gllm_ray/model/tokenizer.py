@@ -4,15 +4,13 @@ Only what the `tokenizers` library can read is served, and never code that came 
 """
 
 import json
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from tokenizers import decoders
 
 from gllm_ray.config import ModelConfig, ToolParserName
 from gllm_ray.errors import ConfigError, InvalidRequestError
@@ -27,13 +25,11 @@ from gllm_ray.model.detokenizer import (
 )
 from gllm_ray.model.generation_config import SamplingDefaults
 from gllm_ray.model.grammar import GrammarCompiler
+from gllm_ray.model.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# How tokenizers that know characters spell a byte, and a space.
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-_WORD_BEGIN = "\u2581"
 # Enough for any decoder to see whether the first output token continues a text.
 _NUM_CONTEXT_TOKENS = 8
 # What rendering a chat template may raise because of the messages or the tools.
@@ -51,6 +47,7 @@ class Tokenizer:
         tool_parser: See `ModelConfig.tool_parser`.
 
     Attributes:
+        vocabulary: Its tokens.
         max_token_chars: No token stands for more characters than this.
     """
 
@@ -73,8 +70,7 @@ class Tokenizer:
             for token_id, token in self._backend.get_added_tokens_decoder().items()
             if token.special
         }
-        self._is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
-        self._token_bytes: dict[int, bytes] = {}
+        self.vocabulary = Vocabulary(self._backend, self._special_ids)
         self._tool_parser = tool_parser
         self.stop_token_ids = stop_token_ids
         self.sampling_defaults = sampling_defaults
@@ -188,9 +184,16 @@ class Tokenizer:
             template = template.get("tool_use") or template.get("default")
         return template or ""
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text, with the special tokens the model expects around one."""
-        return self._encode(text, add_special_tokens=True)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of a text, by default with the special tokens the model expects around one."""
+        # As a batch of one, because other threads go on only while a batch is encoded.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, in which a special token has its name."""
+        return self._decode(token_ids, ())
 
     def apply_chat_template(
         self,
@@ -219,7 +222,7 @@ class Tokenizer:
                 tokenize=False,
                 **{"add_generation_prompt": True} | options,
             )
-            return self._encode(text, add_special_tokens=False)
+            return self.encode(text, add_special_tokens=False)
         except _TEMPLATE_REFUSALS as error:
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {error}", param="messages"
@@ -234,10 +237,11 @@ class Tokenizer:
         """A detokenizer for one output; special tokens have no text but for `shown_tokens`."""
         shown = self._special_ids & set(map(self._backend.token_to_id, shown_tokens))
         decoder: TextDecoder
-        if self._is_byte_level:
-            names = {token_id: self.token_bytes(token_id) for token_id in shown}
+        if self.vocabulary.is_byte_level:
+            bytes_of = self.vocabulary.text_bytes
+            names = {token_id: self.vocabulary.token_bytes(token_id) for token_id in shown}
             decoder = ByteLevelDecoder(
-                (lambda id_: names.get(id_) or self._bytes_of(id_)) if names else self._bytes_of
+                (lambda id_: names.get(id_) or bytes_of(id_)) if names else bytes_of
             )
         else:
             hidden = self._special_ids - shown
@@ -246,40 +250,10 @@ class Tokenizer:
             )
         return Detokenizer(decoder, rule)
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for by itself, possibly part of a character.
-
-        A special token stands for its name, and an id without a token for nothing.
-        """
-        token = self._backend.id_to_token(token_id)
-        if token is None:
-            return b""
-        if token_id in self._special_ids:
-            return token.encode()
-        if self._is_byte_level:
-            return _token_bytes(token)
-        if byte := _BYTE_TOKEN.fullmatch(token):
-            return bytes([int(byte[1], 16)])
-        return token.replace(_WORD_BEGIN, " ").encode()
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # As a batch of one, because other threads go on only while a batch is encoded.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
-        return ids
-
     def _decode(self, token_ids: Sequence[int], hidden_ids: Collection[int]) -> str:
         ids = [token_id for token_id in token_ids if token_id not in hidden_ids]
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
-
-    def _bytes_of(self, token_id: int) -> bytes:
-        known = self._token_bytes.get(token_id)
-        if known is None:
-            token = self._backend.id_to_token(token_id)
-            has_no_text = token is None or token_id in self._special_ids
-            known = self._token_bytes[token_id] = b"" if has_no_text else _token_bytes(token)
-        return known
 
 
 def _compile_chat_template(tokenizer: "PreTrainedTokenizerFast", path: str) -> None:
@@ -294,21 +268,6 @@ def _compile_chat_template(tokenizer: "PreTrainedTokenizerFast", path: str) -> N
         ) from error
     except _TEMPLATE_REFUSALS:
         pass  # It compiled, and may want other messages.
-
-
-def _token_bytes(token: str) -> bytes:
-    """What a byte-level decoder makes of a token; an added one may be spelled as plain text."""
-    byte_of_char = _byte_of_char()
-    if all(char in byte_of_char for char in token):
-        return bytes(byte_of_char[char] for char in token)
-    return token.encode()
-
-
-@cache
-def _byte_of_char() -> dict[str, int]:
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from gllm_ray.errors import InvalidRequestError
 from gllm_ray.messages import GenerationRequest, LogitRules, SamplingParams
 from gllm_ray.model.tokenizer import Tokenizer
+from gllm_ray.serving.conversation import Conversation
 from gllm_ray.serving.logit_rules import logit_rules, stop_token_ids
 from gllm_ray.serving.openai_protocol import (
     ChatCompletionRequest,
@@ -50,13 +51,10 @@ class RequestBuilder:
         Raises:
             InvalidRequestError: The model cannot serve it.
         """
-        body.check(self.tokenizer)
         if body.tool_use is not None:
             body.tool_use.check(self.tokenizer)
         wanted = await self._wanted(body)
-        self._refuse_endless(sum(message.num_chars for message in body.messages), "messages")
-        # In a thread, because a long text takes long.
-        prompt = await asyncio.to_thread(body.apply_template, self.tokenizer)
+        prompt = await self.chat_prompt(body)
         _refuse_empty(prompt, "messages")
         max_tokens = self._max_tokens(
             len(prompt), body.answer_limit, default=self.max_model_len, param="messages"
@@ -75,14 +73,36 @@ class RequestBuilder:
         for text_or_ids in body.prompt:
             prompt = text_or_ids
             if isinstance(prompt, str):
-                self._refuse_endless(len(prompt), "prompt")
-                prompt = await asyncio.to_thread(self.tokenizer.encode, prompt)
+                prompt = await self.text_prompt(prompt)
             _refuse_empty(prompt, "prompt")
             max_tokens = self._max_tokens(
                 len(prompt), body.max_tokens, default=_DEFAULT_COMPLETION_TOKENS, param="prompt"
             )
             requests += self._requests(body, wanted, name, len(requests), prompt, max_tokens)
         return requests
+
+    async def chat_prompt(self, conversation: Conversation) -> list[int]:
+        """The tokens of a conversation, as the model's chat template spells it.
+
+        Raises:
+            InvalidRequestError: The template refuses it, or it cannot fit.
+        """
+        conversation.check(self.tokenizer)
+        num_chars = sum(message.num_chars for message in conversation.messages)
+        self._refuse_endless(num_chars, "messages")
+        # In a thread, because a long text takes long.
+        return await asyncio.to_thread(conversation.apply_template, self.tokenizer)
+
+    async def text_prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text; see `Tokenizer.encode`.
+
+        Raises:
+            InvalidRequestError: It cannot fit, however it is cut into tokens.
+        """
+        self._refuse_endless(len(text), "prompt")
+        return await asyncio.to_thread(
+            self.tokenizer.encode, text, add_special_tokens=add_special_tokens
+        )
 
     async def _wanted(self, body: GenerationParams) -> _Wanted:
         ends = stop_token_ids(body, self.tokenizer)

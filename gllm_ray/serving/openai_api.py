@@ -1,17 +1,16 @@
 """The routes of OpenAI's API, over any service that runs token requests."""
 
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from typing import Annotated, Any, Protocol
+from collections.abc import AsyncGenerator, Collection, Sequence
+from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 
 from gllm_ray.errors import InvalidRequestError, PipelineError
-from gllm_ray.messages import GenerationRequest, TokenEvent
+from gllm_ray.messages import GenerationRequest
 from gllm_ray.model.detokenizer import StopRule
-from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.api_keys import KeyCheck
 from gllm_ray.serving.errors import BodyLimit, install_error_handlers
 from gllm_ray.serving.generation_requests import RequestBuilder
@@ -21,6 +20,7 @@ from gllm_ray.serving.openai_protocol import (
     GenerationParams,
 )
 from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead, response_body
+from gllm_ray.serving.services import GenerationService, Services, TokenService, check_model
 from gllm_ray.serving.streaming import stream_response
 from gllm_ray.serving.text_stream import (
     TextDelta,
@@ -29,43 +29,9 @@ from gllm_ray.serving.text_stream import (
     text_deltas,
     with_tool_calls,
 )
+from gllm_ray.serving.tokenize_api import router as tokenize_router
 
 MAX_BODY_BYTES = 8 * 2**20
-
-
-class TokenService(Protocol):
-    """What a response is made with.
-
-    Attributes:
-        tokenizer: The model's.
-    """
-
-    tokenizer: Tokenizer
-
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
-        """Run a request; closing the generator early aborts it."""
-
-
-class GenerationService(TokenService, Protocol):
-    """What the routes need of a model's pipelines: the one of a replica, or those of many.
-
-    Attributes:
-        model_name: As clients name the model.
-        max_model_len: Tokens of prompt and output a sequence may have.
-    """
-
-    model_name: str
-    max_model_len: int
-
-    async def check_ready(self) -> None:
-        """Return if requests can be served now, or soon.
-
-        Raises:
-            PipelineError: They cannot.
-        """
-
-    async def server_info(self) -> dict[str, Any]:
-        """What is served, on which stages, and how busy it is; as JSON has it."""
 
 
 def build_api(
@@ -103,16 +69,11 @@ def build_api(
         )
     install_error_handlers(app)
     app.include_router(router)
+    app.include_router(tokenize_router)
     return app
 
 
-async def _services(request: Request) -> Mapping[str, GenerationService]:
-    services: Mapping[str, GenerationService] = request.app.state.services
-    return services
-
-
 router = APIRouter()
-Services = Annotated[Mapping[str, GenerationService], Depends(_services)]
 
 
 @router.post("/v1/chat/completions")
@@ -149,7 +110,7 @@ async def list_models(request: Request, services: Services) -> Response:
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, request: Request, services: Services) -> Response:
     """One of the models."""
-    _check_model(model, services)
+    check_model(model, services)
     return JSONResponse(_model_card(request, services[model]))
 
 
@@ -196,7 +157,7 @@ def check_body(body: GenerationParams, model_names: Collection[str]) -> None:
         InvalidRequestError: The model is not one of those served, or a stream's options are without
             a stream.
     """
-    _check_model(body.model, model_names)
+    check_model(body.model, model_names)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError(
             "stream_options is only allowed when stream is true", param="stream_options"
@@ -251,23 +212,13 @@ def _output_deltas(
 
 def _head(service: GenerationService, body: GenerationParams, *, is_chat: bool) -> ResponseHead:
     return ResponseHead.new(
-        model=body.model, is_chat=is_chat, token_bytes=service.tokenizer.token_bytes
+        model=body.model, is_chat=is_chat, token_bytes=service.tokenizer.vocabulary.token_bytes
     )
 
 
 def _num_prompt_tokens(body: GenerationParams, requests: Sequence[GenerationRequest]) -> int:
     """The outputs of a prompt stand side by side; the prompt is paid for once."""
     return sum(len(request.prompt_token_ids) for request in requests[:: body.outputs_per_prompt])
-
-
-def _check_model(model: str, known: Collection[str]) -> None:
-    if model not in known:
-        names = ", ".join(map(repr, known))
-        raise InvalidRequestError(
-            f"The model {model[:200]!r} does not exist; this server has {names}",
-            param="model",
-            code="model_not_found",
-        )
 
 
 def _model_card(request: Request, service: GenerationService) -> dict[str, Any]:

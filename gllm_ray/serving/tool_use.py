@@ -48,12 +48,7 @@ class ToolUse:
         Raises:
             InvalidRequestError: It cannot, or not as asked.
         """
-        if not tokenizer.reads_tools:
-            raise InvalidRequestError(
-                "the model's chat template shows no tools to the model; leave tools out, or set "
-                "tool_choice to none",
-                param="tools",
-            )
+        check_shows_tools(tokenizer)
         if not self.is_forced and tokenizer.tool_parser == "none":
             raise InvalidRequestError(
                 "how the model spells tool calls is not known, so tool_choice must be none, "
@@ -133,3 +128,15 @@ def _moved(schema: object, place: str) -> Any:  # noqa: ANN401 - as JSON has it
     if isinstance(reference, str) and reference.startswith("#"):
         moved["$ref"] = place + reference[1:]
     return moved
+
+
+def check_shows_tools(tokenizer: Tokenizer) -> None:
+    """Check that the model gets to see tools.
+
+    Raises:
+        InvalidRequestError: It does not.
+    """
+    if not tokenizer.reads_tools:
+        raise InvalidRequestError(
+            "the model's chat template shows no tools to the model; leave tools out", param="tools"
+        )

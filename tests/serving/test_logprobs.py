@@ -40,7 +40,7 @@ def reference():
 
 def spelled(tokenizer, token_id):
     """As both routes spell a token."""
-    text = tokenizer.token_bytes(token_id)
+    text = tokenizer.vocabulary.token_bytes(token_id)
     try:
         return text.decode()
     except UnicodeDecodeError:
@@ -91,7 +91,7 @@ def test_those_of_a_chat_are_the_models_own(
         output = [ids[token.token] for token in content]
         expected = reference(tokenizer.apply_chat_template(CHAT), output)
         for token, token_id, row in zip(content, output, expected, strict=True):
-            assert bytes(token.bytes) == tokenizer.token_bytes(token_id)
+            assert bytes(token.bytes) == tokenizer.vocabulary.token_bytes(token_id)
             assert token.logprob == near(row[token_id].item())
             top, top_ids = row.topk(5)
             assert [likely.logprob for likely in token.top_logprobs] == [
@@ -231,5 +231,5 @@ def test_a_token_of_any_tokenizer_has_bytes(tmp_path, token, text):
     )
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(tmp_path)
     tokenizer = Tokenizer.load(str(tmp_path))
-    assert tokenizer.token_bytes(names.index(token)) == text
-    assert tokenizer.token_bytes(99) == b""
+    assert tokenizer.vocabulary.token_bytes(names.index(token)) == text
+    assert tokenizer.vocabulary.token_bytes(99) == b""

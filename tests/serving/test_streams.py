@@ -224,7 +224,9 @@ def test_others_get_their_turn_between_the_pieces_of_a_stream_that_had_lagged(
             for index in range(num_outputs)
         ]
         merged = deltas[0] if num_outputs == 1 else merge_deltas(deltas)
-        head = ResponseHead.new(model="m", is_chat=False, token_bytes=tokenizer.token_bytes)
+        head = ResponseHead.new(
+            model="m", is_chat=False, token_bytes=tokenizer.vocabulary.token_bytes
+        )
         events = sse_events(
             anext(merged), merged, ChunkWriter(head, include_usage=False), num_prompt_tokens=1
         )

@@ -96,7 +96,7 @@ def test_a_matcher_made_anew_from_the_output_allows_what_one_that_advanced_does(
     # What comes after the end, as in the ring, is nobody's, and changes nothing.
     assert len(allowed(grammars, item)) == VOCAB_SIZE
     assert grammars.advance({0: item}, [7]) == {}
-    text = TOKENIZER._decode(output)
+    text = TOKENIZER.decode(output[:-1])
     if grammar == GRAMMARS[0]:
         jsonschema.validate(json.loads(text), SCHEMA)
     if grammar == GRAMMARS[2]:
@@ -146,7 +146,7 @@ def test_rows_without_a_grammar_draw_as_if_they_were_alone(options):
     assert together.token_ids[::2] == alone.token_ids
     assert together.logprobs[::2] == alone.logprobs
     for row in (1, 3, 5):
-        assert TOKENIZER.token_bytes(together.token_ids[row])[:1] in b"abc"
+        assert TOKENIZER.vocabulary.token_bytes(together.token_ids[row])[:1] in b"abc"
         # Log probabilities are the model's, whatever the grammar rules out.
         expected = logits[row].log_softmax(-1)
         assert together.logprobs[row].logprob == pytest.approx(
@@ -335,7 +335,7 @@ def drawn_text(grammar):
         assert drawn.failures == ()
         ids += drawn.token_ids
         item = sequence(0, grammar)
-    return b"".join(map(TOKENIZER.token_bytes, ids[:-1])).decode()
+    return b"".join(map(TOKENIZER.vocabulary.token_bytes, ids[:-1])).decode()
 
 
 @pytest.mark.parametrize(
