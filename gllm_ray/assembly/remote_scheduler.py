@@ -9,6 +9,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from gllm_ray.assembly.event_stream import EventStream
 from gllm_ray.assembly.scheduler_actor import SchedulerActor
 from gllm_ray.bundles import SCHEDULER_CPUS
 from gllm_ray.config import RecoveryConfig, ServiceConfig
@@ -33,6 +34,7 @@ class RemoteScheduler:
 
     def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor
+        self._events: EventStream | None = None
         self._submissions: dict[str, asyncio.Future[None]] = {}  # under way, by request
 
     @classmethod
@@ -93,7 +95,12 @@ class RemoteScheduler:
 
     async def next_events(self) -> list[TokenEvent]:
         """Wait for events; see `EngineEndpoint.next_events`."""
-        return [TokenEvent(*event) for event in await _ask(self._actor.next_events.remote())]
+        if self._events is None:
+            self._events = EventStream(
+                ray.util.get_node_ip_address(),
+                lambda address: _ask(self._actor.send_events.remote(address)),
+            )
+        return await self._events.next()
 
     async def restore(self, requests: Sequence[OpenRequest]) -> None:
         """Go on with requests of a lost scheduler; see `EngineEndpoint.restore`."""

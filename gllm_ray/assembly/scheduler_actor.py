@@ -1,15 +1,17 @@
 """The global scheduler of one pipeline as a Ray actor."""
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import ray
 
 from gllm_ray.assembly.engines import build_engine
+from gllm_ray.assembly.event_stream import send_events
 from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.supervisor import Supervisor
 from gllm_ray.errors import PipelineError
 from gllm_ray.garbage import relax_garbage_collector
-from gllm_ray.messages import EngineLoad, GenerationRequest, OpenRequest
+from gllm_ray.messages import EngineLoad, GenerationRequest, InboxAddress, OpenRequest
 from gllm_ray.stages.stage_group import StageGroup
 from gllm_ray.stages.supervised_pipeline import Fault, SupervisedPipeline
 
@@ -59,13 +61,9 @@ class SchedulerActor:
         """End a request early; see `EngineEndpoint.abort`."""
         await self._engine.abort(request_id, num_output_tokens)
 
-    async def next_events(self) -> list[list[object]]:
-        """Wait for events; see `EngineEndpoint.next_events`.
-
-        Returns:
-            The fields of each event, in lists: Ray pickles tuples, twenty times as slowly.
-        """
-        return [[*event] for event in await self._engine.next_events()]
+    async def send_events(self, address: InboxAddress) -> NoReturn:
+        """Send events to the owner as they come; see `event_stream.send_events`."""
+        await send_events(self._engine.next_events, address)
 
     async def load(self) -> EngineLoad:
         """How much the engine holds; raises what broke it."""

@@ -2,15 +2,22 @@
 
 import time
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import ray
 
 from gllm_ray.assembly.engines import build_engine
+from gllm_ray.assembly.event_stream import send_events
 from gllm_ray.config import ServiceConfig
 from gllm_ray.garbage import relax_garbage_collector
 from gllm_ray.interfaces import Pipeline
-from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult, TokenEvent
+from gllm_ray.messages import (
+    GenerationRequest,
+    InboxAddress,
+    MicroBatch,
+    MicroBatchResult,
+    TokenEvent,
+)
 from gllm_ray.scheduling.load import StepLoad
 from gllm_ray.stages.ray_pipeline import RayPipeline
 from gllm_ray.stages.stage_group import StageGroup
@@ -138,11 +145,9 @@ class RecordingScheduler:
         """See `EngineEndpoint.abort`."""
         await self._engine.abort(request_id, num_output_tokens)
 
-    async def next_events(self) -> list[list[object]]:
-        """See `SchedulerActor.next_events`."""
-        events = await self._engine.next_events()
-        self._note_first(events)
-        return [[*event] for event in events]
+    async def send_events(self, address: InboxAddress) -> NoReturn:
+        """See `SchedulerActor.send_events`."""
+        await send_events(self._next_events, address)
 
     def take(self) -> Record:
         """What was noted since the last call, by an engine that is idle now."""
@@ -150,6 +155,11 @@ class RecordingScheduler:
         record = Record(pipeline.steps, pipeline.batches, self._ttft_s)
         pipeline.steps, pipeline.batches, self._ttft_s = [], [], []
         return record
+
+    async def _next_events(self) -> list[TokenEvent]:
+        events = await self._engine.next_events()
+        self._note_first(events)
+        return events
 
     def _note_first(self, events: Iterable[TokenEvent]) -> None:
         now_s = time.time()

@@ -159,7 +159,7 @@ class WaitingScheduler:
     async def next_fault(self):
         return Fault(cause="a stage was lost", broken=frozenset({7}), detect_s=0.0)
 
-    async def next_events(self):
+    async def send_events(self, address):
         await asyncio.Event().wait()
 
     async def load(self):
