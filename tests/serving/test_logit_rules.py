@@ -253,7 +253,7 @@ def test_penalties_act_on_what_a_grammar_leaves(tokenizer, pipeline):
         (
             {"logit_bias": {str(i): 1 for i in range(1500)}},
             "logit_bias",
-            "at most 1024 tokens, not 1500",
+            "at most 1024 keys, not 1500",
         ),
         ({"stop_token_ids": [1] * 200}, "stop_token_ids", "at most 128"),
         ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
