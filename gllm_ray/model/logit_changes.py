@@ -1,6 +1,7 @@
 """What the logit rules of a micro-batch's sequences do to their logits, before any draw."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -78,9 +79,14 @@ def _forbid_ends(logits: torch.Tensor, rows: Sequence[tuple[int, LogitRules]]) -
 
 
 def _add_biases(logits: torch.Tensor, rows: Sequence[tuple[int, LogitRules]]) -> None:
-    biases = ((number, np.array(rules.logit_bias).T) for number, rules in rows)
+    biases = ((number, _bias_columns(rules.logit_bias)) for number, rules in rows)
     if (cells := _cells(logits, biases)) is not None:
         logits[cells.index] += cells.values
+
+
+@lru_cache(maxsize=256)  # they are the same at every draw
+def _bias_columns(biases: tuple[tuple[int, float], ...]) -> np.ndarray:
+    return np.array(biases).T
 
 
 def _penalize(logits: torch.Tensor, rows: Sequence[tuple[int, _Change]]) -> None:
