@@ -11,6 +11,10 @@ from gllm_ray.messages import LogitRules, ScheduledSequence
 from gllm_ray.model.inputs import to_device
 from gllm_ray.model.token_counts import RunningCounts, TokenCounts
 
+# Of a repetition penalty, either way: as a float32 it is neither 0 nor infinite, so what is ruled
+# out stays so, for minus infinity times 0 is no number.
+_MAX_FACTOR = 1e30
+
 
 class _Change(NamedTuple):
     rules: LogitRules
@@ -96,7 +100,7 @@ def _penalize(logits: torch.Tensor, rows: Sequence[tuple[int, _Change]]) -> None
     penalties = np.ones((3, len(logits)))
     for number, (rules, *_) in rows:
         penalties[:, number] = (
-            rules.repetition_penalty,
+            min(max(rules.repetition_penalty, 1 / _MAX_FACTOR), _MAX_FACTOR),
             rules.frequency_penalty,
             rules.presence_penalty,
         )
