@@ -1,6 +1,7 @@
 """What the logit rules of a micro-batch's sequences do to their logits, before any draw."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -9,6 +10,10 @@ import torch
 from gllm_ray.messages import LogitRules, ScheduledSequence
 from gllm_ray.model.inputs import to_device
 from gllm_ray.model.token_counts import RunningCounts, TokenCounts
+
+# Of a repetition penalty, either way: as a float32 it is neither 0 nor infinite, so what is ruled
+# out stays so, for minus infinity times 0 is no number.
+_MAX_FACTOR = 1e30
 
 
 class _Change(NamedTuple):
@@ -78,9 +83,14 @@ def _forbid_ends(logits: torch.Tensor, rows: Sequence[tuple[int, LogitRules]]) -
 
 
 def _add_biases(logits: torch.Tensor, rows: Sequence[tuple[int, LogitRules]]) -> None:
-    biases = ((number, np.array(rules.logit_bias).T) for number, rules in rows)
+    biases = ((number, _bias_columns(rules.logit_bias)) for number, rules in rows)
     if (cells := _cells(logits, biases)) is not None:
         logits[cells.index] += cells.values
+
+
+@lru_cache(maxsize=256)  # they are the same at every draw
+def _bias_columns(biases: tuple[tuple[int, float], ...]) -> np.ndarray:
+    return np.array(biases).T
 
 
 def _penalize(logits: torch.Tensor, rows: Sequence[tuple[int, _Change]]) -> None:
@@ -90,7 +100,7 @@ def _penalize(logits: torch.Tensor, rows: Sequence[tuple[int, _Change]]) -> None
     penalties = np.ones((3, len(logits)))
     for number, (rules, *_) in rows:
         penalties[:, number] = (
-            rules.repetition_penalty,
+            min(max(rules.repetition_penalty, 1 / _MAX_FACTOR), _MAX_FACTOR),
             rules.frequency_penalty,
             rules.presence_penalty,
         )

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 from gllm_ray.errors import InvalidRequestError
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.chat_messages import ChatMessage, check_num_texts
-from gllm_ray.serving.request_schema import RequestSchema, check_text
+from gllm_ray.serving.request_schema import RequestSchema, at_most, check_text
 from gllm_ray.serving.tool_schema import Tools
 
 _MAX_VARIABLES = 16
@@ -53,7 +53,7 @@ class Conversation(RequestSchema):
     reasoning_effort: Text | None = None
     chat_template_kwargs: Annotated[
         dict[Text, bool | int | float | Text | None] | None,
-        Field(max_length=_MAX_VARIABLES),
+        at_most(_MAX_VARIABLES),
         AfterValidator(_check_variables),
     ] = None
 

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from gllm_ray.errors import InvalidRequestError
 from gllm_ray.serving.conversation import Conversation
 from gllm_ray.serving.output_format import ResponseFormat, StructuredOutputs
-from gllm_ray.serving.request_schema import RequestSchema, is_text, only, refuse_unless
+from gllm_ray.serving.request_schema import RequestSchema, at_most, is_text, only, refuse_unless
 from gllm_ray.serving.tool_schema import ToolChoice, check_tool_choice, parse_tool_choice
 from gllm_ray.serving.tool_use import ToolUse
 
@@ -34,17 +34,6 @@ def _check_best_of(value: object, info: ValidationInfo) -> object:
 def _check_top_logprobs(value: int | None, info: ValidationInfo) -> int | None:
     if value and not info.data.get("logprobs"):
         raise PydanticCustomError("needs_logprobs", "is only allowed when logprobs is true")
-    return value
-
-
-def _check_num_biases(value: object) -> object:
-    """Before each of them is looked at, for a body has room for a million."""
-    if isinstance(value, dict) and len(value) > _MAX_BIASES:
-        raise PydanticCustomError(
-            "too_many_biases",
-            "must have at most {limit} tokens, not {num_biases}",
-            {"limit": _MAX_BIASES, "num_biases": len(value)},
-        )
     return value
 
 
@@ -110,8 +99,7 @@ class GenerationParams(RequestSchema):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, gt=0)
     logit_bias: Annotated[
-        dict[str, Annotated[float, Field(ge=-100, le=100)]] | None,
-        BeforeValidator(_check_num_biases),
+        dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, at_most(_MAX_BIASES)
     ] = None
     cache_salt: str | None = Field(default=None, min_length=1, max_length=_MAX_NAME_CHARS)
     user: str | None = Field(default=None, max_length=_MAX_NAME_CHARS)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from itertools import groupby
+from itertools import chain, groupby, islice
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from llguidance import LLMatcher, grammar_from
@@ -25,6 +25,8 @@ _MIN_SHARED_CHARS = 64
 _MAX_GBNF_CHARS = 2**15
 # How a line begins that a grammar in Lark's syntax has to have, and no other has.
 _LARK_LINE = re.compile(r"[ \t]*(%llguidance\b|start[ \t]*:(?!:=))")
+# Of a schema; llguidance reads some more levels.
+_MAX_DEPTH = 100
 # As JSON is mostly written: one space, or a new line and its indentation. Without a bound, a model
 # that likes white space goes on with it until its limit of tokens.
 _WHITE_SPACE = r" |\r?\n[ \t]{0,32}"
@@ -197,15 +199,30 @@ def spell(schema: object) -> str:
     """JSON of a schema, or as much of it as shows that it is too long.
 
     Raises:
-        ValueError: It is nested too deeply.
+        ValueError: It is nested too deeply, or has too many values.
     """
+    _check_depth(schema)
     chunks, num_chars = [], 0
-    try:
-        for chunk in json.JSONEncoder(ensure_ascii=False).iterencode(schema):
-            chunks.append(chunk)
-            num_chars += len(chunk)
-            if num_chars > MAX_GRAMMAR_CHARS:
-                break
-    except RecursionError as error:
-        raise ValueError("the schema is nested too deeply") from error
+    for chunk in json.JSONEncoder(ensure_ascii=False).iterencode(schema):
+        chunks.append(chunk)
+        num_chars += len(chunk)
+        if num_chars > MAX_GRAMMAR_CHARS:
+            break
     return "".join(chunks)
+
+
+def _check_depth(schema: object) -> None:
+    """Raise before work that takes as long as the schema is long, times its depth."""
+    level, num_values = [schema], 0
+    for _ in range(_MAX_DEPTH):
+        children = chain.from_iterable(
+            item.values() if isinstance(item, dict) else item
+            for item in level
+            if isinstance(item, dict | list)
+        )
+        level = list(islice(children, MAX_GRAMMAR_CHARS + 1))
+        if not level:
+            return
+        num_values += len(level)
+        _check_length(num_values)  # each has a character at least
+    raise ValueError(f"the schema is nested too deeply: the limit is {_MAX_DEPTH} levels")

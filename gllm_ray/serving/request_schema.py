@@ -5,7 +5,14 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -23,9 +30,22 @@ class RequestSchema(BaseModel):
     @classmethod
     def _check_num_keys(cls, data: object) -> object:
         """Each unknown key is a mistake to describe, and a body has room for a million."""
-        if isinstance(data, dict) and len(data) > _MAX_KEYS:
-            raise PydanticCustomError("too_many_keys", f"must have at most {_MAX_KEYS} keys")
-        return data
+        return _refuse_more_keys(data, _MAX_KEYS)
+
+
+def at_most(limit: int) -> BeforeValidator:
+    """Bound the keys of an object before each of them is looked at."""
+    return BeforeValidator(lambda value: _refuse_more_keys(value, limit))
+
+
+def _refuse_more_keys(value: object, limit: int) -> object:
+    if isinstance(value, dict) and len(value) > limit:
+        raise PydanticCustomError(
+            "too_many_keys",
+            "must have at most {limit} keys, not {num_keys}",
+            {"limit": limit, "num_keys": len(value)},
+        )
+    return value
 
 
 def only(*neutral: object) -> AfterValidator:

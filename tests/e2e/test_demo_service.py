@@ -157,7 +157,7 @@ def test_a_client_that_leaves_frees_its_blocks(service, stream):
     [
         ({"model": "another"}, 404, "model", "model_not_found"),
         ({"temperature": 3}, 400, "temperature", "invalid_value"),
-        ({"logit_bias": {"7": 1}}, 400, "logit_bias", "unsupported_parameter"),
+        ({"functions": [{"name": "f"}]}, 400, "functions", "unsupported_parameter"),
         ({"max_tokens": 5000}, 400, "messages", "context_length_exceeded"),
         ({"extra_body": {"beam_width": 4}}, 400, "beam_width", "unknown_parameter"),
     ],

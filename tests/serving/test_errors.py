@@ -177,6 +177,10 @@ def test_what_is_echoed_is_bounded(tokenizer, body):
         {"messages": [{"role": "user", "content": [1] * 50_000}]},
         {"messages": [{"role": "user", "content": "x"} | dict.fromkeys(map(str, range(50_000)))]},
         {"stop": [1] * 50_000},
+        {"stop_token_ids": ["1"] * 50_000},
+        {"logit_bias": {str(index): "1" for index in range(50_000)}},
+        {"chat_template_kwargs": {str(index): [] for index in range(50_000)}},
+        {"tools": [{}] * 50_000},
         {"structured_outputs": {"choice": [1] * 50_000}},
         {"model": "x", "stream_options": dict.fromkeys(map(str, range(50_000)))},
     ],
@@ -189,7 +193,7 @@ def test_a_body_full_of_mistakes_is_given_up_early(mistakes):
 
 def test_a_body_with_too_many_keys_says_so(tokenizer):
     response = call(tokenizer, "POST", CHAT_PATH, json={str(index): 0 for index in range(129)})
-    assert error_of(response)["message"] == "the body must have at most 128 keys"
+    assert error_of(response)["message"] == "the body must have at most 128 keys, not 129"
 
 
 def test_a_message_that_quotes_a_client_is_bounded():

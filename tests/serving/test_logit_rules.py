@@ -113,7 +113,7 @@ def test_a_repetition_penalty_is_that_of_transformers_also_where_the_model_asks_
     generated = model.generate(
         torch.tensor([prompt]), max_new_tokens=24, do_sample=False, repetition_penalty=1.2
     )
-    expected = tokenizer._decode(generated[0, len(prompt) :].tolist())
+    expected = tokenizer._backend.decode(generated[0, len(prompt) :].tolist())
     assert ask_one(tokenizer, pipeline, repetition_penalty=1.2)[0] == expected
     unpenalized = ask_one(tokenizer, pipeline)[0]
     tokenizer.sampling_defaults = SamplingDefaults(repetition_penalty=1.2)
@@ -253,7 +253,7 @@ def test_penalties_act_on_what_a_grammar_leaves(tokenizer, pipeline):
         (
             {"logit_bias": {str(i): 1 for i in range(1500)}},
             "logit_bias",
-            "at most 1024 tokens, not 1500",
+            "at most 1024 keys, not 1500",
         ),
         ({"stop_token_ids": [1] * 200}, "stop_token_ids", "at most 128"),
         ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),

@@ -352,9 +352,9 @@ def nested(depth):
 
 
 REFUSED = [
-    (nested(400) | {"tool_choice": "required"}, "tools", "recursion limit"),
-    (nested(400) | {"tool_choice": named("f")}, "tools", "recursion limit"),
-    (nested(800) | {"tool_choice": "required"}, "tools", ""),
+    (nested(101), "tools", "nested too deeply: the limit is 100 levels"),
+    (nested(800) | {"tool_choice": "required"}, "tools", "nested too deeply"),
+    ({"tools": [function(parameters={"enum": [0] * 300_000})]}, "tools", "262144 characters"),
     ({"tools": [function(name="a b")]}, "tools[0].function.name", "pattern"),
     ({"tools": [function(name="a" * 65)]}, "tools[0].function.name", "pattern"),
     ({"tools": [function(name="a\n")]}, "tools[0].function.name", "pattern"),

@@ -249,6 +249,16 @@ def test_however_extreme_a_penalty_is_a_token_is_drawn(penalty, temperature):
     assert 0 <= token_id < VOCAB_SIZE
 
 
+@pytest.mark.parametrize("penalty", [1e-300, 1e-46, 1e39, 1e300])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_may_not_come_does_not_however_extreme_a_penalty_is(penalty, temperature):
+    rule = LogitRules(end_token_ids=(7,), min_end=100, repetition_penalty=penalty)
+    item = sequence(0, rule, [1, 2, 3], [7], temperature=temperature)
+    batch = MicroBatch(batch_id=0, sequences=(item,))
+    drawn = draw_tokens(logits_of(1), batch, no_grammars(), RunningCounts())
+    assert drawn.token_ids != (7,)
+
+
 def test_tokens_beyond_the_logits_change_nothing():
     beyond = LogitRules(
         end_token_ids=(VOCAB_SIZE, 2),
