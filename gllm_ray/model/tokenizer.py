@@ -222,6 +222,7 @@ class Tokenizer:
                 tokenize=False,
                 **{"add_generation_prompt": True} | options,
             )
+            text.encode()  # to say in Unicode's words what is wrong with half a surrogate pair
             return self.encode(text, add_special_tokens=False)
         except _TEMPLATE_REFUSALS as error:
             raise InvalidRequestError(
