@@ -128,8 +128,17 @@ class Sequence:
         self.num_computed_tokens = end
         self.num_in_flight += 1
         tokens = tuple(self.token_ids[start:end])
-        item = ScheduledSequence(self.seq_id, self.epoch, start, tokens, self.block_table, None)
-        return item if end < len(self.token_ids) else self._drawn_from(item)
+        sampling, output = None, None
+        prompt: tuple[int, ...] = ()
+        if end == len(self.token_ids):
+            sampling = self.sampling
+            if sampling.needs_output:
+                output = tuple(self.token_ids[self.num_prompt_tokens :])
+            if sampling.needs_prompt:
+                prompt = tuple(set(self.request.prompt_token_ids))
+        return ScheduledSequence(
+            self.seq_id, self.epoch, start, tokens, self.block_table, sampling, output, prompt
+        )
 
     def schedule_decode(self) -> ScheduledSequence:
         """Put the one uncomputed token in flight."""
@@ -151,15 +160,3 @@ class Sequence:
         self.num_computed_tokens = 0
         self.epoch += 1
         self.state = SequenceState.WAITING
-
-    def _drawn_from(self, item: ScheduledSequence) -> ScheduledSequence:
-        """The chunk that ends the prompt, with what the first draw after it depends on."""
-        sampling = self.sampling
-        if not sampling.needs_output:
-            return item._replace(sampling=sampling)
-        prompt = self.request.prompt_token_ids if sampling.needs_prompt else ()
-        return item._replace(
-            sampling=sampling,
-            output_token_ids=tuple(self.token_ids[self.num_prompt_tokens :]),
-            prompt_token_ids=tuple(set(prompt)),
-        )
