@@ -215,8 +215,9 @@ def committed(*names):
 
 def test_the_readmes_have_the_tables_of_the_committed_results():
     everything = (RESULTS / "README.md").read_text("utf-8")
-    stages = ("stage", "stage_15m", "stage_15m_direct", "stage_500m", "stage_500m_direct")
-    names = ("serve", "engine", *stages, "transport", "front", "compare")
+    kinds = ("", "_direct", "_one", "_direct_one")
+    stages = [f"stage_{size}{kind}" for size in ("15m", "500m") for kind in kinds]
+    names = ("serve", "engine", "stage", *stages, "transport", "front", "compare")
     assert result_tables(committed(*names), ["ttft", "tpot"]) in everything
     assert result_tables(committed("recovery")) in everything
     beside_vllm = sorted(file.stem for file in RESULTS.glob("compare_vllm_*.json"))
