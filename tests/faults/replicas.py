@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import ray
 from ray.util.placement_group import placement_group_table
@@ -72,10 +72,12 @@ class Running:
 
     replica: PipelineReplica
     client: EngineClient
+    num_accepted: int = field(default=0, init=False)
 
     async def collect(self, request, on_token=None) -> list[TokenEvent]:
         events = []
-        async for step in self.client.generate(request):
+        async for step in self.client.generate(request, tells_acceptance=True):
+            self.num_accepted += not step
             events += step
             if on_token is not None:
                 on_token(len(events))
@@ -94,8 +96,9 @@ class Running:
         return pid
 
     async def until_busy(self, num_requests):
-        while (await self.replica.load()).num_requests < num_requests:  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
+        """Wait until so many more requests are accepted."""
+        num_accepted = self.num_accepted + num_requests
+        await until(lambda: self.num_accepted >= num_accepted)
 
 
 _running = []  # and whether they have a placement group
