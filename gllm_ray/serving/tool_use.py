@@ -1,6 +1,6 @@
 """What a request asks of tools: what its outputs have to match, and how they are parsed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from gllm_ray.serving.tool_parsers import (
 from gllm_ray.serving.tool_schema import Tool, ToolChoice
 
 _PYTHON_TAG = "<|python_tag|>"
+_IDENTITY_KEYS = ("$id", "$schema")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,40 +95,27 @@ class ToolUse:
             "minItems": 1,
             **({} if self.is_parallel else {"maxItems": 1}),
             "items": {
-                "anyOf": [
-                    _call_schema(tool, f"#/items/anyOf/{i}/properties/parameters")
-                    for i, tool in enumerate(self.tools)
-                ]
+                "anyOf": [_call_schema(tool, f"urn:tool:{i}") for i, tool in enumerate(self.tools)]
             },
         }
 
 
-def _call_schema(tool: Tool, place: str) -> dict[str, Any]:
-    """That of a call, within another schema, where that of its arguments lies at a place."""
-    # An identity would make it a schema of its own, which might be there twice.
-    arguments = {key: value for key, value in tool.arguments_schema.items() if key != "$id"}
+def _call_schema(tool: Tool, identity: str) -> dict[str, Any]:
+    """That of a call, within another schema."""
+    # By its identity, references within it mean what they do where it stands alone. It takes the
+    # place of the schema's own, which several may share, and is unknown to old drafts.
+    others = {
+        key: value for key, value in tool.arguments_schema.items() if key not in _IDENTITY_KEYS
+    }
     return {
         "type": "object",
         "properties": {
             "name": {"const": tool.function.name},
-            "parameters": _moved(arguments, place),
+            "parameters": {"$id": identity, **others},
         },
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
-
-
-def _moved(schema: object, place: str) -> Any:  # noqa: ANN401 - as JSON has it
-    """A schema whose references to itself hold at another place."""
-    if isinstance(schema, list):
-        return [_moved(item, place) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    moved = {key: _moved(value, place) for key, value in schema.items()}
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = place + reference[1:]
-    return moved
 
 
 def check_shows_tools(tokenizer: Tokenizer) -> None:

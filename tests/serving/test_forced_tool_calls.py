@@ -179,24 +179,35 @@ def test_without_parallel_calls_exactly_one_is_required(tokenizer, pipeline):
         assert matcher.consume_tokens(tokenizer.encode(json.dumps([call, call]))) == is_parallel
 
 
-@pytest.mark.parametrize("key", ["$defs", "definitions"])
-def test_schemas_refer_to_parts_of_themselves_wherever_they_stand(tokenizer, key):
+@pytest.mark.parametrize(
+    ("key", "reference"),
+    [("$defs", "#/$defs/n"), ("definitions", "#/definitions/n"), ("$defs", "#small")],
+)
+def test_schemas_refer_to_parts_of_themselves_wherever_they_stand(tokenizer, key, reference):
     parameters = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "$id": "https://example.org/tree",
         "type": "object",
-        "properties": {"n": {"$ref": f"#/{key}/n"}, "tree": {"$ref": "#"}},
+        "properties": {
+            "n": {"$ref": reference},
+            "tree": {"$ref": "#"},
+            "text": {"const": {"$ref": "#/no/reference"}},
+        },
         "required": ["n"],
         "additionalProperties": False,
-        key: {"n": {"enum": [1, 2]}},
+        key: {"n": {"$anchor": "small", "enum": [1, 2]}},
     }
     function = {"name": "grow", "parameters": parameters}
-    other = {"name": "cut", "parameters": parameters | {key: {"n": {"enum": [3]}}}}
+    other = {
+        "name": "cut",
+        "parameters": parameters | {key: {"n": {"$anchor": "small", "enum": [3]}}},
+    }
     tools = [Tool.model_validate({"type": "function", "function": it}) for it in (function, other)]
     use = ToolUse(tools, ToolChoice(type="required"), is_parallel=True)
     matcher = tokenizer.grammars.compile(use.grammar().grammar)
     for name, n, is_valid in (("grow", 1, True), ("cut", 3, True), ("grow", 3, False)):
-        calls = [{"name": name, "parameters": {"n": n, "tree": {"n": n, "tree": {"n": n}}}}]
+        tree = {"n": n, "tree": {"n": n}, "text": {"$ref": "#/no/reference"}}
+        calls = [{"name": name, "parameters": {"n": n, "tree": tree}}]
         follower = matcher.deep_copy()
         assert follower.consume_tokens(tokenizer.encode(json.dumps(calls))) == is_valid
         assert follower.is_accepting() == is_valid
