@@ -84,7 +84,7 @@ async def run(config, prompts):
 
 @pytest.mark.parametrize(
     ("policy", "ring"),
-    [*((policy, False) for policy in POLICIES), ("token_throttling", True), ("balanced", True)],
+    [*((policy, False) for policy in POLICIES), ("balanced", True)],
 )
 def test_each_policy_gives_the_same_greedy_tokens_and_loses_nothing(
     policy, ring, ray_cluster, prompts, greedy

@@ -1,5 +1,6 @@
 """Calls that the demo model is made to make, by OpenAI's own client."""
 
+import asyncio
 import json
 from typing import Literal
 
@@ -89,8 +90,9 @@ def ask(tokenizer, pipeline, *, tools=TOOLS, scheduler=None, **options):
 
     async def scenario(service, client):
         body = {"model": MODEL, "messages": CHAT, "tools": tools, "max_tokens": 150} | options
-        whole = await client.chat.completions.create(**body)
-        stream = await client.chat.completions.create(**body, stream=True)
+        whole, stream = await asyncio.gather(
+            *(client.chat.completions.create(**body, stream=stream) for stream in (False, True))
+        )
         chunks = [chunk.choices[0] async for chunk in stream]
         return [said(choice) for choice in whole.choices], grown(chunks)
 

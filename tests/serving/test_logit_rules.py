@@ -164,12 +164,7 @@ def test_a_stop_is_shown_where_that_is_asked_for(tokenizer, pipeline, plain, is_
     assert ask_one(tokenizer, pipeline, logit_bias={str(end): 100}, **options) == ("", "stop", 1)
 
 
-@pytest.mark.parametrize(
-    "scheduler",
-    [{"num_blocks": 64}, {"num_blocks": 64, "ring": True}, {"ring": True}, {"max_decodes": 1}],
-    ids=["preempted", "preempted in the ring", "ring", "in turns"],
-)
-def test_outputs_do_not_depend_on_how_they_are_scheduled(tokenizer, pipeline, scheduler):
+async def ask_for_twelve(service, client):
     options = {
         "prompt": [PROMPT, PROMPT + "    return", "import "],
         "n": 4,
@@ -183,13 +178,23 @@ def test_outputs_do_not_depend_on_how_they_are_scheduled(tokenizer, pipeline, sc
         "repetition_penalty": 1.1,
         "logit_bias": {"50": 2, "60": -3},
     }
+    return await complete(client, **options), service.scheduler.load().num_preemptions
 
-    async def scenario(service, client):
-        return await complete(client, **options), service.scheduler.load().num_preemptions
 
-    expected, _ = ask_demo(tokenizer, pipeline, scenario)
-    outputs, num_preemptions = ask_demo(tokenizer, pipeline, scenario, **scheduler)
-    assert outputs == expected
+@pytest.fixture(scope="module")
+def twelve(tokenizer, pipeline):
+    outputs, _ = ask_demo(tokenizer, pipeline, ask_for_twelve)
+    return outputs
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [{"num_blocks": 64}, {"num_blocks": 64, "ring": True}, {"ring": True}, {"max_decodes": 1}],
+    ids=["preempted", "preempted in the ring", "ring", "in turns"],
+)
+def test_outputs_do_not_depend_on_how_they_are_scheduled(tokenizer, pipeline, twelve, scheduler):
+    outputs, num_preemptions = ask_demo(tokenizer, pipeline, ask_for_twelve, **scheduler)
+    assert outputs == twelve
     assert len({text for text, *_ in outputs}) == 12
     assert (num_preemptions > 0) == ("num_blocks" in scheduler)
 

@@ -100,22 +100,19 @@ def test_every_output_matches_what_was_asked_for_and_ends(tokenizer, pipeline, n
 
     async def scenario(_, client):
         kinds = {"is_chat": is_chat, "extra_body": wanted}
-        greedy = [
-            await texts_of(client, is_streamed=is_streamed, temperature=0, **kinds)
-            for is_streamed in (False, True)
-        ]
-        drawn = [
-            await texts_of(client, is_streamed=is_streamed, temperature=2, seed=3, n=4, **kinds)
-            for is_streamed in (False, True)
-        ]
-        return greedy, drawn
+        return await asyncio.gather(
+            *(
+                texts_of(client, is_streamed=is_streamed, **options, **kinds)
+                for options in ({"temperature": 0}, {"temperature": 2, "seed": 3, "n": 4})
+                for is_streamed in (False, True)
+            )
+        )
 
     for ring in (False, True):
-        greedy, drawn = ask_demo(tokenizer, pipeline, scenario, ring=ring)
-        assert greedy[0] == greedy[1]
-        assert drawn[0] == drawn[1]
-        assert len(drawn[0]) == 4
-        for text, reason in greedy[0] + drawn[0]:
+        greedy, streamed, drawn, drawn_streamed = ask_demo(tokenizer, pipeline, scenario, ring=ring)
+        assert (greedy, drawn) == (streamed, drawn_streamed)
+        assert len(drawn) == 4
+        for text, reason in greedy + drawn:
             assert matches(text), text
             assert reason == "stop"
 
@@ -148,6 +145,20 @@ def test_openais_client_parses_an_answer_into_a_model(tokenizer, pipeline):
     assert Animal.model_validate_json(message.content) == message.parsed
 
 
+async def ask_for_twelve(service, client):
+    wanted, _ = FORMATS["json_schema"]
+    answers = await texts_of(
+        client, is_chat=True, is_streamed=False, n=12, seed=5, extra_body=wanted
+    )
+    return answers, service.scheduler.load().num_preemptions
+
+
+@pytest.fixture(scope="module")
+def twelve(tokenizer, pipeline):
+    answers, _ = ask_demo(tokenizer, pipeline, ask_for_twelve)
+    return answers
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -158,19 +169,11 @@ def test_openais_client_parses_an_answer_into_a_model(tokenizer, pipeline):
     ],
     ids=["preempted", "preempted in the ring", "temporal", "in turns"],
 )
-def test_outputs_do_not_depend_on_how_they_are_scheduled(tokenizer, pipeline, scheduler):
+def test_outputs_do_not_depend_on_how_they_are_scheduled(tokenizer, pipeline, twelve, scheduler):
     """Preempted ones are prefilled again, their output included."""
-    wanted, matches = FORMATS["json_schema"]
-
-    async def ask(service, client):
-        answers = await texts_of(
-            client, is_chat=True, is_streamed=False, n=12, seed=5, extra_body=wanted
-        )
-        return answers, service.scheduler.load().num_preemptions
-
-    expected, _ = ask_demo(tokenizer, pipeline, ask)
-    answers, num_preemptions = ask_demo(tokenizer, pipeline, ask, **scheduler)
-    assert answers == expected
+    _, matches = FORMATS["json_schema"]
+    answers, num_preemptions = ask_demo(tokenizer, pipeline, ask_for_twelve, **scheduler)
+    assert answers == twelve
     assert (num_preemptions > 0) == ("num_blocks" in scheduler)
     assert all(matches(text) for text, reason in answers if reason == "stop")
     assert sum(reason == "stop" for _, reason in answers) >= 6
