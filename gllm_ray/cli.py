@@ -18,6 +18,7 @@ from gllm_ray import __version__
 from gllm_ray.bench.command import add_bench_parser
 from gllm_ray.bench.load_options import output_file
 from gllm_ray.bench.profile_command import add_profile_parser
+from gllm_ray.chat.command import add_chat_parser
 from gllm_ray.config import FrontEndConfig, ServiceConfig
 from gllm_ray.errors import ConfigError
 from gllm_ray.manifests.command import (
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("file", type=Path, metavar="FILE")
     serve.add_argument("--address", help="the Ray cluster to join; `local`: start one")
     serve.set_defaults(run=_serve)
+    add_chat_parser(commands)
     keys = commands.add_parser("keys", help="print every key of `args` as a Markdown table")
     others = keys.add_mutually_exclusive_group()
     others.add_argument("--frontend", action="store_true", help="those of `frontend` instead")

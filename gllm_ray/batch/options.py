@@ -5,8 +5,9 @@ from pathlib import Path, PurePosixPath
 
 from gllm_ray.batch.api_key import API_KEY_VARIABLE
 from gllm_ray.batch.locations import is_remote
+from gllm_ray.batch.params import parse_params
 from gllm_ray.batch.records import URLS
-from gllm_ray.batch.tables import TABLE_SUFFIXES, RowTemplate, parse_params
+from gllm_ray.batch.tables import TABLE_SUFFIXES, RowTemplate
 from gllm_ray.errors import ConfigError
 
 # A pipeline of one's own decides better what to begin with, the more rows it knows.

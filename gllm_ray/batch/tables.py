@@ -1,6 +1,5 @@
 """Parquet and CSV: a column of prompts in, the same rows with columns of answers out."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -199,18 +198,3 @@ def _open_writer(path: Path, suffix: str, schema: "pa.Schema") -> Any:  # noqa: 
     from pyarrow import csv, parquet
 
     return (csv.CSVWriter if suffix == ".csv" else parquet.ParquetWriter)(path, schema)
-
-
-def parse_params(text: str) -> dict[str, Any]:
-    """The value of `--params`.
-
-    Raises:
-        ConfigError: It is no JSON object.
-    """
-    try:
-        params = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--params={text}: is no JSON: {error}") from error
-    if not isinstance(params, dict):
-        raise ConfigError(f'--params={text}: must be a JSON object such as {{"max_tokens": 64}}')
-    return params

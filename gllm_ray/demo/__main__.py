@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from gllm_ray.demo.chat import ChatTiming, get_json, stream_chat
+from gllm_ray.chat.stream import ChatTiming, ServiceError, get_json, stream_chat
 from gllm_ray.demo.serve_process import INTERRUPTS, ServeProcess, free_port, on_port
 from gllm_ray.errors import ConfigError
 from gllm_ray.serve_file import load_only_service
@@ -46,7 +46,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped: every process of the demo has ended")
         return 0
-    except (ConfigError, RuntimeError, TimeoutError, OSError) as error:
+    except (ConfigError, ServiceError, RuntimeError, TimeoutError, OSError) as error:
         print(f"\ndemo failed: {error}", file=sys.stderr)
         return 1
 

@@ -11,7 +11,7 @@ import time
 
 from ray import serve
 
-from gllm_ray.demo.chat import get_json
+from gllm_ray.chat.stream import get_json
 from gllm_ray.serving.app import build_app
 from tests.e2e.redeploy import MODEL, Clients, count_stages
 from tests.e2e.two_replicas import count_placement_groups

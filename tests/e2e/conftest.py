@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gllm_ray.chat.stream import get_json
 from gllm_ray.config import resolve_package_path
-from gllm_ray.demo.chat import get_json
 from tests.process_titles import titles
 
 REPOSITORY = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import time
 import openai
 from ray import serve
 
-from gllm_ray.demo.chat import get_json
+from gllm_ray.chat.stream import get_json
 from gllm_ray.serving.app import build_app
 from tests.local_ray import local_serve
 from tests.process_titles import titles

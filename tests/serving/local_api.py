@@ -6,7 +6,9 @@ from contextlib import asynccontextmanager
 
 import httpx
 import openai
+import uvicorn
 
+from gllm_ray.demo.serve_process import free_port
 from gllm_ray.serving.openai_api import build_api
 from tests.fakes import LocalService, ScriptedPipeline
 
@@ -24,6 +26,19 @@ async def http_client(*services, **options):
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         yield http
+
+
+@asynccontextmanager
+async def listening(service, **options):
+    """The address of the routes over a service, on a socket."""
+    app, port = build_api(service, **options), free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off"))
+    task = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110 - there is no event to wait for
+        await asyncio.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    await task
 
 
 @asynccontextmanager

@@ -6,12 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-import uvicorn
 
 from gllm_ray.bench import request_run
 from gllm_ray.bench.completions_client import CompletionsClient
@@ -19,9 +17,8 @@ from gllm_ray.bench.load_generator import send_load
 from gllm_ray.bench.prompts import LoadRequest
 from gllm_ray.bench.request_figures import RequestFigures
 from gllm_ray.cli import main
-from gllm_ray.demo.serve_process import free_port
-from gllm_ray.serving.openai_api import build_api
 from tests.fakes import LocalService, ScriptedPipeline
+from tests.serving.local_api import listening
 
 SERVER = Path(__file__).with_name("sse_server.py")
 
@@ -136,26 +133,12 @@ def test_a_service_that_never_answers_is_given_up(capsys):
     assert "not ready after 1 s: ClientConnectorError" in given_up
 
 
-@asynccontextmanager
-async def own_service(tokenizer, script):
-    """The address of our routes, on a socket."""
-    port = free_port()
-    async with LocalService(tokenizer, ScriptedPipeline(script)) as service:
-        config = uvicorn.Config(build_api(service), port=port, log_level="error", lifespan="off")
-        server = uvicorn.Server(config)
-        task = asyncio.create_task(server.serve())
-        while not server.started:  # noqa: ASYNC110 - there is no event to wait for
-            await asyncio.sleep(0.01)
-        yield f"http://127.0.0.1:{port}"
-        server.should_exit = True
-        await task
-
-
 def measure_own(tokenizer, script, requests, **options):
     async def run():
         settings = {"ignore_eos": True, "extra_body": {}, "timeout_s": 20.0} | options
         async with (
-            own_service(tokenizer, script) as url,
+            LocalService(tokenizer, ScriptedPipeline(script)) as service,
+            listening(service) as url,
             CompletionsClient.open(url, **settings) as client,
         ):
             client.model = LocalService.model_name
