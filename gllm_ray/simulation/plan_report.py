@@ -167,7 +167,8 @@ def _verdict(config: PlanConfig, plan: Plan) -> list[str]:
 
 
 def _misses(config: PlanConfig, outcome: Outcome) -> str:
-    return "; ".join(violations(config, outcome)) or "meets it, but is not served"
+    missed = "; ".join(violations(config, outcome)) or "meets it, but is not served"
+    return f"{missed}, the first because {outcome.first_error}" if outcome.first_error else missed
 
 
 def _name(choice: Choice) -> str:
