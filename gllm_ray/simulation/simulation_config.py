@@ -134,6 +134,7 @@ class TimingConfig(StrictModel):
     jitter: float = Field(
         default=0.0,
         ge=0,
+        le=10,
         description="Standard deviation of the logarithm of a stage's times.",
     )
     is_send_overlapped: bool = Field(
