@@ -122,9 +122,7 @@ class _Reader:
         head_dim = self._size(("head_dim",), default=self._hidden_size // num_heads)
         num_kv_heads = self._num_kv_heads(num_heads)
         if num_heads % num_kv_heads:
-            raise ConfigError(
-                f"{_KV_HEADS[0]}={num_kv_heads}: must divide {_HEADS[0]}={num_heads}"
-            )
+            raise ConfigError(f"{_KV_HEADS[0]}={num_kv_heads}: must divide {_HEADS[0]}={num_heads}")
         return AttentionShape(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,

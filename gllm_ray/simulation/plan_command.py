@@ -134,5 +134,5 @@ def _show_progress(what: str, done: int, total: int) -> None:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{number}: must be >= 1")
     return number
