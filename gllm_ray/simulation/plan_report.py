@@ -20,6 +20,10 @@ from gllm_ray.simulation.planner import (
 
 _CHUNK_TOKENS = 512
 _MAX_DROPPED = 10
+MEMORY_NOTE = (
+    "KV blocks: before the service takes off what its largest micro-batch needs for activations, "
+    "which is not planned for; leave room where few are left"
+)
 _LEGEND = (
     "busy: share of the time in which stages compute; headroom: up to how many times the rate the "
     "SLO is met, at most 16; output tokens/s: those of the workload over the time in which its "
