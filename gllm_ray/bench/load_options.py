@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,6 +212,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: must be >= 1")
     return number
+
+
+def positive_s(text: str) -> float:
+    """Seconds, above 0."""
+    seconds = float(text)
+    if not 0 < seconds < inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number > 0")
+    return seconds
 
 
 def output_file(text: str) -> Path:

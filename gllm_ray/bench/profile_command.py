@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gllm_ray.bench.load_options import output_file, positive
+from gllm_ray.bench.load_options import output_file, positive, positive_s
 from gllm_ray.bench.result_file import write_json
 from gllm_ray.errors import GllmRayError
 from gllm_ray.serve_file import load_only_service
@@ -25,7 +25,9 @@ def add_profile_parser(commands: Any) -> None:  # noqa: ANN401
     parser.add_argument(
         "--calibration", type=output_file, help="write what `scheduler.cost_calibration` names, too"
     )
-    parser.add_argument("--seconds", type=float, default=60, help="at most; then the rest is left")
+    parser.add_argument(
+        "--seconds", type=positive_s, default=60, help="at most; then the rest is left"
+    )
     parser.add_argument("--repeats", type=positive, default=5, help="of each micro-batch")
     parser.set_defaults(run=_profile)
 

@@ -146,7 +146,13 @@ def _run_once(options: argparse.Namespace) -> None:
     if options.plot_gantt is not None:
         outputs.plot_gantt(options.plot_gantt, result, options.gantt_start_s)
     if (path := options.plot_utilization) is not None:
-        plots.plot_utilization(result.intervals, path, end_s=result.report.wall_s)
+        plots.plot_utilization(
+            result.intervals,
+            path,
+            spans_s=result.replica_spans_s,
+            num_stages=len(result.report.stages),
+            end_s=result.report.wall_s,
+        )
     if options.plot_latencies is not None:
         outputs.plot_latencies(options.plot_latencies, result)
 

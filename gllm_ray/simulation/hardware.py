@@ -102,11 +102,12 @@ def _max_model_len(model: Mapping[str, Any]) -> int:
     text = model.get("text_config")
     merged = {**model, **text} if isinstance(text, dict) else model
     for key in _MAX_LENGTHS:
-        if isinstance(merged.get(key), int):
-            return int(merged[key])
+        value = merged.get(key)
+        if type(value) is int and value > 0:
+            return value
     raise ConfigError(
         "model.max_model_len=null: must be given when the model's configuration has no "
-        "max_position_embeddings"
+        "max_position_embeddings, an integer >= 1"
     )
 
 

@@ -62,6 +62,7 @@ class LognormalLengthConfig(_AnyLengthConfig):
     median_tokens: float = Field(ge=1, description="Half are shorter, before `max_tokens`.")
     sigma: float = Field(
         ge=0,
+        le=10,
         description="Standard deviation of the natural logarithm; the mean is median_tokens "
         "* exp(sigma ** 2 / 2).",
     )

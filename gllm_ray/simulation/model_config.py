@@ -120,9 +120,12 @@ class _Reader:
                 ),
             )
         head_dim = self._size(("head_dim",), default=self._hidden_size // num_heads)
+        num_kv_heads = self._num_kv_heads(num_heads)
+        if num_heads % num_kv_heads:
+            raise ConfigError(f"{_KV_HEADS[0]}={num_kv_heads}: must divide {_HEADS[0]}={num_heads}")
         return AttentionShape(
             num_heads=num_heads,
-            num_kv_heads=self._num_kv_heads(num_heads),
+            num_kv_heads=num_kv_heads,
             key_dim=head_dim,
             value_dim=head_dim,
             window=window,
@@ -142,10 +145,15 @@ class _Reader:
 
     def _experts(self) -> MlpShape:
         size = self._count("moe_intermediate_size") or self._size(_INTERMEDIATE)
+        num_experts, num_active = self._count(*_EXPERTS), self._size(_ACTIVE_EXPERTS)
+        if num_active > num_experts:
+            raise ConfigError(
+                f"{_ACTIVE_EXPERTS[0]}={num_active}: must be <= the {num_experts} experts"
+            )
         return MlpShape(
             intermediate_size=size,
-            num_experts=self._count(*_EXPERTS),
-            num_experts_per_token=self._size(_ACTIVE_EXPERTS),
+            num_experts=num_experts,
+            num_experts_per_token=num_active,
             shared_size=self._count(*_SHARED_SIZE) or self._count(*_SHARED_EXPERTS) * size,
         )
 
@@ -208,7 +216,7 @@ class _Reader:
 
     def _size(self, keys: tuple[str, ...], default: int | None = None) -> int:
         value = self._count(*keys) or default
-        if value is None:
+        if not value:
             raise ConfigError(f"{keys[0]}: required, but not given; must be an integer >= 1")
         return value
 

@@ -75,15 +75,36 @@ def plot_gantt(path: Path, result: SimulationResult, start_s: float | None) -> N
         ConfigError: matplotlib is not installed, `path` is neither, or no micro-batch begins later.
     """
     begin_s = result.report.wall_s / 2 if start_s is None else start_s
-    later = (interval for interval in result.intervals if interval.start_s >= begin_s)
     num_rows = len(result.report.stages) * result.num_replicas
-    bars = list(islice(later, _NUM_BARS * num_rows))
-    if not bars:
+    window_s = gantt_window_s(result.intervals, begin_s, _NUM_BARS * num_rows)
+    if window_s is None:
         raise ConfigError(
             f"--gantt-start-s {begin_s:g}: no micro-batch begins then or later; must be < "
             f"{result.report.wall_s:g}, the end of the simulation"
         )
-    plot_pipeline(bars, path)
+    start_s, end_s = window_s
+    bars = [bar for bar in result.intervals if bar.end_s > start_s and bar.start_s < end_s]
+    plot_pipeline(bars, path, window_s=window_s)
+
+
+def gantt_window_s(
+    intervals: Iterable[StageInterval], begin_s: float, num_bars: int
+) -> tuple[float, float] | None:
+    """From when to when about `num_bars` micro-batches compute; None: none begins so late.
+
+    It ends where the first stages do with the last of these, while later stages still compute.
+
+    Args:
+        intervals: All of a simulation.
+        begin_s: What begins before does not count.
+        num_bars: Of all stages together.
+    """
+    later = (interval for interval in intervals if interval.start_s >= begin_s)
+    bars = list(islice(later, num_bars))
+    if not bars:
+        return None
+    ends_s = [bar.end_s for bar in bars if bar.stage_id == 0] or [bar.end_s for bar in bars]
+    return min(bar.start_s for bar in bars), max(ends_s)
 
 
 def plot_latencies(path: Path, result: SimulationResult) -> None:

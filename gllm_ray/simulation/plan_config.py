@@ -147,7 +147,10 @@ class PlanConfig(StrictModel):
     host: str = Field(default="graphs", description="The process of each stage.")
     block_size: int = Field(default=16, ge=1, le=1024, description="Tokens of a KV block.")
     memory_utilization: float = Field(
-        default=0.9, gt=0, le=1, description="Share of a GPU for weights and KV cache."
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Share of a GPU for weights and KV cache, and for activations when served.",
     )
     max_decodes: int = Field(default=512, ge=1, description="Decodes in one micro-batch.")
     schedule_s: float = Field(

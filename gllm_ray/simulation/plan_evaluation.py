@@ -219,4 +219,5 @@ def _outcome(
         num_requests=sum(ended.values()),
         num_unfinished=sum(ended.values()) - num_finished,
         utilization=report.pipeline.utilization,
+        first_error=result.requests.first_error,
     )

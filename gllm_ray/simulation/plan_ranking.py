@@ -22,6 +22,7 @@ class Outcome:
         num_requests: Requests that ended.
         num_unfinished: Those of them that were refused or failed.
         utilization: Share of the time in which stages computed.
+        first_error: Why the first request was refused that cannot be served; empty: none.
     """
 
     choice: Choice
@@ -30,6 +31,7 @@ class Outcome:
     num_requests: int
     num_unfinished: int
     utilization: float
+    first_error: str = ""
 
 
 def cost(config: PlanConfig, outcome: Outcome) -> float:

@@ -20,6 +20,10 @@ from gllm_ray.simulation.planner import (
 
 _CHUNK_TOKENS = 512
 _MAX_DROPPED = 10
+MEMORY_NOTE = (
+    "KV blocks: before the service takes off what its largest micro-batch needs for activations, "
+    "which is not planned for; leave room where few are left"
+)
 _LEGEND = (
     "busy: share of the time in which stages compute; headroom: up to how many times the rate the "
     "SLO is met, at most 16; output tokens/s: those of the workload over the time in which its "
@@ -167,7 +171,8 @@ def _verdict(config: PlanConfig, plan: Plan) -> list[str]:
 
 
 def _misses(config: PlanConfig, outcome: Outcome) -> str:
-    return "; ".join(violations(config, outcome)) or "meets it, but is not served"
+    missed = "; ".join(violations(config, outcome)) or "meets it, but is not served"
+    return f"{missed}, the first because {outcome.first_error}" if outcome.first_error else missed
 
 
 def _name(choice: Choice) -> str:

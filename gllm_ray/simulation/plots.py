@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,15 +95,21 @@ def plot_utilization(
     intervals: Iterable[StageInterval],
     path: Path,
     *,
+    spans_s: Sequence[tuple[float, float]],
+    num_stages: int,
     end_s: float,
     num_bins: int = 100,
     title: str = "",
 ) -> None:
     """Draw how busy the stages are over time: the mean over all, and the least and most busy.
 
+    Only replicas that run at the time count; where none does there is a gap.
+
     Args:
         intervals: All of a simulation.
         path: Ends in .png or .svg; overwritten.
+        spans_s: From when to when each replica ran, by its number.
+        num_stages: Of each replica.
         end_s: The chart's right edge.
         num_bins: Points along the chart.
         title: Above the chart.
@@ -111,10 +117,15 @@ def plot_utilization(
     Raises:
         ConfigError: matplotlib is not installed, or `path` is neither.
     """
-    curves = list(utilization_over_time(intervals, end_s=end_s, num_bins=num_bins).values())
+    curves = utilization_over_time(
+        intervals, spans_s, num_stages=num_stages, end_s=end_s, num_bins=num_bins
+    )
     with _chart(path, title) as axes:
         times_s = [(index + 0.5) * end_s / num_bins for index in range(num_bins)]
-        columns = list(zip(*curves, strict=True)) or [(0.0,)] * num_bins
+        columns = [
+            [share for share in column if share is not None] or [nan]
+            for column in zip(*curves.values(), strict=True)
+        ]
         axes.fill_between(
             times_s, list(map(min, columns)), list(map(max, columns)), alpha=0.3, label="all stages"
         )
@@ -194,24 +205,51 @@ def plot_throughput_latency(
 
 
 def utilization_over_time(
-    intervals: Iterable[StageInterval], *, end_s: float, num_bins: int
-) -> dict[tuple[int, int], list[float]]:
-    """The share of each of equal spans, from 0 to `end_s`, in which a stage computed.
+    intervals: Iterable[StageInterval],
+    spans_s: Sequence[tuple[float, float]],
+    *,
+    num_stages: int,
+    end_s: float,
+    num_bins: int,
+) -> dict[tuple[int, int], list[float | None]]:
+    """The share of each of equal bins, from 0 to `end_s`, in which a stage computed.
+
+    Args:
+        intervals: All of a simulation.
+        spans_s: From when to when each replica ran, by its number.
+        num_stages: Of each replica.
+        end_s: Where the last bin ends.
+        num_bins: How many.
 
     Returns:
-        Under replica and stage, one share for each span; a stage that never computed is missing.
+        Under replica and stage, for each bin the share of the time for which the replica ran; None:
+        it did not.
     """
     width_s = end_s / num_bins
-    busy: dict[tuple[int, int], list[float]] = {}
+    busy_s = {
+        (replica_id, stage_id): [0.0] * num_bins
+        for replica_id in range(len(spans_s))
+        for stage_id in range(num_stages)
+    }
     for interval in intervals:
-        bins = busy.setdefault((interval.replica_id, interval.stage_id), [0.0] * num_bins)
+        bins_s = busy_s[interval.replica_id, interval.stage_id]
         first = int(interval.start_s / width_s)
         last = min(int(interval.end_s / width_s), num_bins - 1)
         for index in range(first, last + 1):
-            begin_s = max(interval.start_s, index * width_s)
-            finish_s = min(interval.end_s, (index + 1) * width_s)
-            bins[index] += max(0.0, finish_s - begin_s) / width_s
-    return busy
+            bins_s[index] += _overlap_s(interval.start_s, interval.end_s, index, width_s)
+    shares: dict[tuple[int, int], list[float | None]] = {}
+    for (replica_id, stage_id), bins_s in busy_s.items():
+        ran_s = [_overlap_s(*spans_s[replica_id], index, width_s) for index in range(num_bins)]
+        shares[replica_id, stage_id] = [
+            min(1.0, part_s / all_s) if all_s else None
+            for part_s, all_s in zip(bins_s, ran_s, strict=True)
+        ]
+    return shares
+
+
+def _overlap_s(start_s: float, end_s: float, index: int, width_s: float) -> float:
+    """How much of a time lies within a bin."""
+    return max(0.0, min(end_s, (index + 1) * width_s) - max(start_s, index * width_s))
 
 
 def _rows(

@@ -87,8 +87,8 @@ class Report:
         kv_utilization_mean: Share of the KV blocks in use, over time and replicas.
         kv_utilization_peak: Its highest value in any replica.
         ideal_ratio: The time of all that was computed, were it without a bubble and at the best
-            tile, as a share of the wall time; what preemptions or losses make the stages compute
-            again is part of it. None: nobody worked it out.
+            tile, as a share of the time for which the replicas ran; what preemptions or losses make
+            the stages compute again is part of it. None: nobody worked it out.
     """
 
     wall_s: float

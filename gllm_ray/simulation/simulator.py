@@ -36,6 +36,7 @@ class SimulationResult:
         decisions: The micro-batches of each replica, if they were to be kept.
         replica_counts: When the number of replicas changed, and to what; those that start count,
             those that only end what they hold do not.
+        replica_spans_s: From when to when each replica ran, by its number.
         prefix_hit_ratio: Share of the tokens of admitted prompts that were found in a prefix cache.
     """
 
@@ -44,6 +45,7 @@ class SimulationResult:
     intervals: list[StageInterval]
     decisions: list[list[MicroBatch]]
     replica_counts: list[tuple[float, int]]
+    replica_spans_s: list[tuple[float, float]]
     prefix_hit_ratio: float
 
     @property
@@ -102,7 +104,7 @@ class Simulation:
         self._serving: list[SimulatedReplica] = []  # or about to
         self._gone = PipelineMetrics(deployment.cost.layout.num_stages)
         self._num_queried_tokens = self._num_hit_tokens = 0  # in prefix caches
-        self._gone_s = 0.0  # how long those ran that have gone
+        self._spans_s: dict[int, tuple[float, float]] = {}  # of those that have been closed
         self._decisions: list[list[MicroBatch]] | None = [] if keep_decisions else None
         self._num_started = 0
         self._all_ready_s = 0.0  # from when on none of them has still to start
@@ -244,7 +246,7 @@ class Simulation:
         """Keep of the replicas that have been stopped and hold nothing what they have measured."""
         gone = [each for each in self._replicas.items() if each[1].has_gone(now_s)]
         for replica_id, replica in gone:
-            self._gone_s += self._close(replica, now_s)
+            self._close(replica_id, replica, now_s)
             self._gone.add(replica.metrics)
             del self._replicas[replica_id]
 
@@ -287,18 +289,21 @@ class Simulation:
 
     def _result(self) -> SimulationResult:
         # Who ended the last request is still there.
-        replicas = self._replicas.values()
-        end_s = max((replica.last_end_s for replica in replicas), default=0.0)
+        replicas = self._replicas
+        end_s = max((replica.last_end_s for replica in replicas.values()), default=0.0)
         if not end_s > 0:
             raise ConfigError(
                 f"no time passed: of {self._num_requests} requests none was served; give the "
                 "workload requests that the deployment can serve"
             )
-        replica_s = self._gone_s + sum(self._close(replica, end_s) for replica in replicas)
+        for replica_id, replica in replicas.items():
+            self._close(replica_id, replica, end_s)
+        spans_s = [self._spans_s[replica_id] for replica_id in range(self._num_started)]
+        replica_s = sum(stop_s - start_s for start_s, stop_s in spans_s)
         report = make_report(
             self._requests,
             self._batches,
-            [self._gone, *(replica.metrics for replica in replicas)],
+            [self._gone, *(replica.metrics for replica in replicas.values())],
             wall_s=end_s,
             ideal_ratio=self._ideal.time_s / replica_s,
         )
@@ -308,12 +313,13 @@ class Simulation:
             self._intervals or [],
             self._decisions or [],
             self._replica_counts,
+            spans_s,
             self._num_hit_tokens / (self._num_queried_tokens or 1),
         )
 
-    def _close(self, replica: SimulatedReplica, end_s: float) -> float:
-        """Take what a replica has counted; returns how long it ran."""
+    def _close(self, replica_id: int, replica: SimulatedReplica, end_s: float) -> None:
+        """Take what a replica has counted, and how long it ran."""
         load = replica.load()
         self._num_queried_tokens += load.num_prefix_queried_tokens
         self._num_hit_tokens += load.num_prefix_hit_tokens
-        return replica.close(end_s)
+        self._spans_s[replica_id] = replica.ready_s, replica.ready_s + replica.close(end_s)

@@ -19,6 +19,11 @@ def test_the_benchmark_tells_the_speed_of_each_depth(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
+def test_more_stages_than_layers_are_a_mistake_and_not_a_traceback(capsys):
+    assert main(["bench", "simulator", "--stages", "65", "--requests", "20"]) == 1
+    assert capsys.readouterr().err.startswith("pipeline.num_stages=65: the model has 64 layers")
+
+
 def test_large_simulations_tell_what_each_number_of_requests_takes():
     case = LargeCase(
         num_stages=2,

@@ -129,6 +129,33 @@ def test_a_result_that_could_not_be_written_is_told_before_the_work(arguments, t
         assert f"argument --output: {path}: {reason}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["profile", str(DEMO), "--output", os.devnull], "--seconds"),
+        (["plan", "plan.yaml"], "--processes"),
+        (["bench", "policies"], "--processes"),
+        (["bench", "scheduler"], "--stages"),
+        (["bench", "simulator"], "--stages"),
+        (["bench", "simulator"], "--running"),
+        (["bench", "simulator"], "--requests"),
+    ],
+)
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_a_number_that_must_be_positive_is_refused_by_its_option(arguments, option, number, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, option, number])
+    assert caught.value.code == 2
+    assert f"argument {option}: {number}: must be " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_profile_ends_at_some_time(number, capsys):
+    with pytest.raises(SystemExit):
+        main(["profile", str(DEMO), "--output", os.devnull, "--seconds", number])
+    assert f"argument --seconds: {number}: must be a number > 0" in capsys.readouterr().err
+
+
 def test_validation_imports_neither_ray_nor_torch():
     code = (
         "import sys, gllm_ray.cli as cli; assert cli.main(sys.argv[1:]) == 0; "

@@ -63,6 +63,18 @@ def test_the_number_of_replicas_is_told_whenever_it_changes():
     assert result.replica_counts == [(0.0, 1), (4.0, 4), (107.0, 3), (113.0, 1)]
 
 
+def test_the_stages_are_busy_for_the_share_of_the_time_that_their_replicas_ran():
+    deployed = deployment(scaling=RULE, routing="least_outstanding")
+    arrivals = [request(0.0, output=100)] * 8 + [request(200.0)]
+    result = simulate(deployed, arrivals, keep_intervals=True)
+    starts_s = [start_s for start_s, _ in result.replica_spans_s]
+    assert starts_s == [0.0, 14.0, 14.0, 14.0]
+    assert result.replica_spans_s[0][1] == result.report.wall_s
+    ran_s = sum(stop_s - start_s for start_s, stop_s in result.replica_spans_s)
+    busy_s = sum(interval.end_s - interval.start_s for interval in result.intervals)
+    assert busy_s / ran_s == pytest.approx(result.report.pipeline.utilization)
+
+
 def test_100_replicas_may_come_for_a_tide_within_seconds_and_go_after_it():
     """A replica serves one request a second; 60 come, and then 1."""
     rule = SimulatedScalingConfig(

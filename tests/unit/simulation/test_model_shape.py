@@ -120,6 +120,12 @@ def test_values_have_the_bytes_of_the_data_type(dtype, num_bytes):
             r"layer_types: 32 layers, other types: linear_attention; must be 32 times",
         ),
         ({"num_local_experts": 8}, r"num_experts_per_tok: required, but not given"),
+        ({"num_attention_heads": 8192}, r"head_dim: required, but not given; must be an integer"),
+        ({"num_key_value_heads": 5}, r"num_key_value_heads=5: must divide num_attention_heads=32"),
+        (
+            {"num_local_experts": 8, "num_experts_per_tok": 9},
+            r"num_experts_per_tok=9: must be <= the 8 experts",
+        ),
         ({"layer_types": 5}, r"layer_types=5: must be a list"),
         ({"num_local_experts": 8, "mlp_only_layers": 3}, r"mlp_only_layers=3: must be a list"),
         (

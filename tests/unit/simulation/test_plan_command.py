@@ -13,11 +13,11 @@ from gllm_ray.serve_file import load_serve_file, services_of
 from gllm_ray.simulation.plan_command import make_plan
 from gllm_ray.simulation.plan_evaluation import evaluate, headroom, in_processes, screen
 from gllm_ray.simulation.plan_ranking import cost, violations
-from gllm_ray.simulation.plan_report import format_plan, memory_table
+from gllm_ray.simulation.plan_report import MEMORY_NOTE, format_plan, memory_table
 from gllm_ray.simulation.plan_serve_file import serve_yaml
 from gllm_ray.simulation.planner import Choice, Cut, enumerate_choices, stage_infos
 from gllm_ray.simulation.workload import Workload
-from tests.unit.simulation.plans import plan
+from tests.unit.simulation.plans import TINY, plan
 
 
 def write(path, config):
@@ -138,7 +138,7 @@ def test_memory_alone_simulates_nothing(capsys, tmp_path):
     assert main(["plan", path, "--memory-only"]) == 0
     out = capsys.readouterr().out
     assert "L4, 5 stages x 1 GPU: needs 5 GPUs, of which there are 4" in out
-    assert "KV blocks" in out
+    assert out.rstrip().endswith(MEMORY_NOTE)
     assert "Frontier" not in out
 
 
@@ -151,6 +151,17 @@ def test_an_slo_that_cannot_be_met_names_the_limit_and_the_excess(capsys, tmp_pa
     assert "No choice that the service runs meets the SLO; the nearest one:" in out
     assert f"p99 TPOT {tpot_s:.4g} s > 0.0001 s ({tpot_s / 0.0001:.3g} x)" in out
     assert "applications:" not in out
+
+
+def test_requests_longer_than_the_model_serves_are_the_reason_that_is_told(capsys, tmp_path):
+    short = {"path": "some/model", "config": TINY, "max_model_len": 100}
+    config = plan(model=short, search={"stages": [1], "replicas": [1]})
+    assert main(["plan", write(tmp_path / "plan.yaml", config), "--processes", "1"]) == 1
+    nearest = capsys.readouterr().out.partition("the nearest one:\n")[2].splitlines()[0]
+    told, _, reason = nearest.partition(", the first because ")
+    assert told.endswith("24 of 24 requests not served")
+    assert reason.startswith("prompt (200 tokens)")
+    assert reason.endswith("the limit is 100")
 
 
 def test_tensor_parallelism_is_compared_but_the_file_is_of_what_the_service_runs():

@@ -25,10 +25,13 @@ def latencies():
 
 
 TITLE = "what it shows"
+SPANS_S = [(0.0, 4.0), (0.0, 4.0)]
 CHARTS = {
     "pipeline": lambda path: plots.plot_pipeline(INTERVALS, path, title=TITLE),
     "pipelines": lambda path: plots.plot_pipelines({TITLE: INTERVALS, "nothing": []}, path),
-    "utilization": lambda path: plots.plot_utilization(INTERVALS, path, end_s=4.0, title=TITLE),
+    "utilization": lambda path: plots.plot_utilization(
+        INTERVALS, path, spans_s=SPANS_S, num_stages=2, end_s=4.0, title=TITLE
+    ),
     "cdf": lambda path: plots.plot_latency_cdf({"balanced": latencies()}, path, title=TITLE),
     "curve": lambda path: plots.plot_throughput_latency(
         {"balanced": [(100, 0.05), (200, 0.4)]}, path, title=TITLE
@@ -121,17 +124,29 @@ def test_a_chart_has_its_title(tmp_path, chart):
     assert TITLE in texts_of(path)
 
 
+def utilization(*, end_s, num_bins, spans_s=SPANS_S):
+    return plots.utilization_over_time(
+        INTERVALS, spans_s, num_stages=2, end_s=end_s, num_bins=num_bins
+    )
+
+
 def test_utilization_over_time_is_the_share_of_each_span_that_was_busy():
-    shares = plots.utilization_over_time(INTERVALS, end_s=3.0, num_bins=6)
-    assert shares == {
+    assert utilization(end_s=3.0, num_bins=6) == {
         (0, 0): pytest.approx([1, 1, 0, 0, 0, 1]),
         (0, 1): pytest.approx([0, 0, 1, 1, 0, 0]),
         (1, 0): pytest.approx([0, 1, 0.5, 0, 0, 0]),
+        (1, 1): [0] * 6,
     }
 
 
 def test_what_comes_after_the_end_is_cut_off():
-    shares = plots.utilization_over_time(INTERVALS, end_s=0.75, num_bins=1)
+    shares = utilization(end_s=0.75, num_bins=1)
     assert shares[0, 0] == pytest.approx([1])
     assert shares[0, 1] == [0]
     assert shares[1, 0] == pytest.approx([1 / 3])
+
+
+def test_a_replica_is_not_idle_while_it_does_not_run():
+    shares = utilization(end_s=3.0, num_bins=6, spans_s=[(0.0, 3.0), (0.5, 1.25), (9.0, 9.0)])
+    assert shares[1, 0] == [None, pytest.approx(1), pytest.approx(1), None, None, None]
+    assert shares[2, 1] == [None] * 6

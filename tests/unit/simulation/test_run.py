@@ -226,6 +226,13 @@ def test_without_its_longest_sequence_the_model_needs_max_model_len():
         simulate(changed({"model.max_model_len": ...}))
 
 
+@pytest.mark.parametrize("length", [0, -1, True, "2048"])
+def test_a_longest_sequence_that_is_none_is_as_none(length):
+    changes = {"model.max_model_len": ..., "model.config.max_position_embeddings": length}
+    with pytest.raises(ConfigError, match=r"^model\.max_model_len=null: must be given"):
+        simulate(changed(changes))
+
+
 def test_a_model_that_does_not_fit_names_the_stage_and_what_helps():
     layers = {"model.config.num_hidden_layers": 400, "pipeline.layers": [10, 390]}
     with pytest.raises(ConfigError, match=r"^stage 1 of 2: \d+ bytes of weights on each L20"):

@@ -84,15 +84,25 @@ def test_a_chart_is_drawn(small, tmp_path, option, label, monkeypatch):
 
 
 @needs_matplotlib
-def test_the_gantt_chart_begins_where_it_is_told(small, tmp_path, monkeypatch):
-    starts_s = []
+def test_the_gantt_chart_begins_where_it_is_told_and_has_all_that_computes_meanwhile(
+    small, tmp_path, monkeypatch
+):
+    drawn = []
     plots = "gllm_ray.simulation.outputs.plot_pipeline"
-    monkeypatch.setattr(plots, lambda bars, _: starts_s.append([bar.start_s for bar in bars]))
-    assert run(small, "--plot-gantt", tmp_path / "a.svg", "--gantt-start-s", "0.25") == 0
+    monkeypatch.setattr(plots, lambda bars, _, window_s: drawn.append((bars, window_s)))
+    prompts = {"arrivals": "at_once", "num_requests": 90, "lengths": {"prompt": 900, "output": 1}}
+    uneven = {"num_stages": 4, "layers": [3, 5, 4, 4]}
+    small.write_text(yaml.safe_dump(changed({"workload": prompts, "pipeline": uneven})))
+    result = simulate(small, keep_intervals=True)
+    half_s = result.report.wall_s / 2
+    assert run(small, "--plot-gantt", tmp_path / "a.svg", "--gantt-start-s", half_s / 2) == 0
     assert run(small, "--plot-gantt", tmp_path / "a.svg") == 0
-    (told, half_way), half_s = starts_s, simulate(small).report.wall_s / 2
-    assert 0.25 <= min(told) < 0.5
-    assert half_s <= min(half_way) < half_s + 0.25
+    for (bars, (start_s, end_s)), asked_s in zip(drawn, (half_s / 2, half_s), strict=True):
+        assert asked_s <= start_s < asked_s + 0.1 * half_s
+        shown = [bar for bar in result.intervals if bar.start_s < end_s and bar.end_s > start_s]
+        assert bars == shown
+        assert any(bar.start_s < start_s for bar in bars)
+        assert any(bar.end_s > end_s for bar in bars)
 
 
 def test_a_sweep_prints_a_line_for_each_rate_and_writes_all_reports(small, tmp_path, capsys):

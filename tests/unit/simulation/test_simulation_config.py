@@ -47,6 +47,18 @@ def test_the_scheduler_is_that_of_the_service():
 @pytest.mark.parametrize(
     ("changes", "mistake"),
     [
+        ({"timing.jitter": 1000}, "timing.jitter=1000: must be a number from 0 to 10"),
+        (
+            {
+                "workload.lengths.prompt": {
+                    "name": "lognormal",
+                    "median_tokens": 9,
+                    "sigma": 1000,
+                    "max_tokens": 99,
+                }
+            },
+            "workload.lengths.prompt.sigma=1000: must be a number from 0 to 10",
+        ),
         ({"hardware.device": "L2"}, "hardware.device='L2': must be one of A100-80GB-PCIe, "),
         ({"hardware.host": "x"}, "hardware.host='x': must be one of graphs, eager"),
         (

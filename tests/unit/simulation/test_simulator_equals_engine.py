@@ -9,6 +9,7 @@ from gllm_ray.messages import FinishReason
 from gllm_ray.policy_config import (
     BalancedConfig,
     ChunkedPrefillConfig,
+    PrefillFirstConfig,
     TemporalConfig,
     TokenThrottlingConfig,
 )
@@ -26,6 +27,7 @@ POLICIES = (
     TokenThrottlingConfig(kv_threshold="adaptive"),
     ChunkedPrefillConfig(token_budget=64),
     ChunkedPrefillConfig(token_budget=256, tbt_target_s=0.05),
+    PrefillFirstConfig(token_budget=256),
     TemporalConfig(),
     BalancedConfig(),
 )
