@@ -56,10 +56,10 @@ class HttpError:
                 return cls(status, message, _INVALID, code, param)
             case RequestValidationError():
                 return _describe_mistakes(error)
-            case HTTPException(status_code=400):
-                return cls(400, _UNREADABLE, _INVALID, "invalid_json")
-            case HTTPException():
-                return cls(error.status_code, error.detail, _INVALID, headers=error.headers)
+            case HTTPException(status_code=status, detail=detail, headers=headers):
+                is_unread = status == 400
+                message, code = (_UNREADABLE, "invalid_json") if is_unread else (detail, None)
+                return cls(status, message, _INVALID, code, headers=headers)
             case OverloadedError(message=message):
                 retry = {"Retry-After": str(math.ceil(error.retry_after_s))}
                 return cls(429, message, "rate_limit_error", "server_busy", headers=retry)
