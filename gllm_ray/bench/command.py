@@ -57,10 +57,10 @@ def _add_scheduler(benchmarks: Any) -> None:  # noqa: ANN401
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--policy", choices=list(POLICY_CONFIGS), help="one alone instead of all")
-    parser.add_argument("--stages", type=int, default=16, help="depth of the pipeline")
-    parser.add_argument("--running", type=int, default=4096, help="sequences in decode")
+    parser.add_argument("--stages", type=positive, default=16, help="depth of the pipeline")
+    parser.add_argument("--running", type=positive, default=4096, help="sequences in decode")
     parser.add_argument("--waiting", type=int, default=10_000, help="requests that wait")
-    parser.add_argument("--steps", type=int, default=4000, help="micro-batches to measure")
+    parser.add_argument("--steps", type=positive, default=4000, help="micro-batches to measure")
     parser.add_argument("--ring", action="store_true", help="as with `pipeline.ring: true`")
     parser.add_argument(
         "--output", type=output_file, help="write the numbers to this file, as JSON"
@@ -157,7 +157,7 @@ def _add_policies(benchmarks: Any) -> None:  # noqa: ANN401
         help=f"scenarios whose name holds this text; {_REPRODUCTION}: published comparisons alone",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
-    parser.add_argument("--processes", type=int, help="at a time; default: one a processor")
+    parser.add_argument("--processes", type=positive, help="at a time; default: one a processor")
     parser.add_argument(
         "--output",
         type=output_file,
@@ -208,10 +208,10 @@ def _add_simulator(benchmarks: Any) -> None:  # noqa: ANN401
     )
     parser.add_argument("--policy", choices=list(POLICY_CONFIGS), help="one alone instead of all")
     parser.add_argument(
-        "--stages", type=int, nargs="+", default=[4, 16], help="depths of the pipeline"
+        "--stages", type=positive, nargs="+", default=[4, 16], help="depths of the pipeline"
     )
-    parser.add_argument("--running", type=int, default=256, help="sequences that run at once")
-    parser.add_argument("--requests", type=int, default=3000, help="requests to simulate")
+    parser.add_argument("--running", type=positive, default=256, help="sequences that run at once")
+    parser.add_argument("--requests", type=positive, default=3000, help="requests to simulate")
     parser.add_argument(
         "--large",
         action="store_true",

@@ -29,7 +29,8 @@ def add_plan_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not 
         "cost, how fast they are, and which to take; needs no GPU.",
     )
     parser.add_argument("file", type=Path, metavar="PLAN.yaml")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--memory-only", action="store_true", help="weights and KV blocks alone; simulate nothing"
     )
     parser.add_argument(
@@ -39,7 +40,7 @@ def add_plan_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not 
         metavar="N",
         help="simulations at once (default: one for each CPU); the result is the same",
     )
-    parser.add_argument(
+    what.add_argument(
         "--output", type=Path, metavar="SERVE.yaml", help="where to write the file; else printed"
     )
     parser.set_defaults(run=_plan)
@@ -134,5 +135,5 @@ def _show_progress(what: str, done: int, total: int) -> None:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{number}: must be >= 1")
     return number
