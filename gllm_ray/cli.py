@@ -148,10 +148,11 @@ def _serve(options: argparse.Namespace) -> int:
     if not _is_valid(options.file):
         return 1
     file = load_serve_file(options.file)
-    is_here = not options.address and os.environ.get("RAY_ADDRESS", "local") == "local"
-    if is_here and file.proxy_location != "Disabled":
+    cluster = options.address or os.environ.get("RAY_ADDRESS")
+    if cluster in (None, "", "local") and file.proxy_location != "Disabled":
         http = file.http_options
-        if (reason := _why_no_listening(http.host, http.port)) is not None:
+        joins = not cluster and _ray_start_file().exists()
+        if (reason := _why_no_listening(http.host, http.port, joins=joins)) is not None:
             print(f"{options.file}: http_options.port={http.port}: {reason}", file=sys.stderr)
             return 1
     # `serve run` goes on for ever after a wrong file, so it was checked first.
@@ -164,10 +165,22 @@ def _serve(options: argparse.Namespace) -> int:
         return 1
 
 
-def _why_no_listening(host: str, port: int) -> str | None:
-    """Why an HTTP proxy could not be started here; None if it could, or a Serve's is there.
+def _ray_start_file() -> Path:
+    """The file in which `ray start` leaves the address of a cluster that Ray then joins."""
+    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return Path(temporary) / "ray" / "ray_current_cluster"
 
-    Serve would try for ever, with a traceback each time.
+
+def _why_no_listening(host: str, port: int, *, joins: bool) -> str | None:
+    """Why an HTTP proxy could not be started here; None if it could, or is there already.
+
+    Serve would try for ever, with a traceback each time; beside the proxy of another cluster it
+    would listen on the same port, and each service would get a part of the requests.
+
+    Args:
+        host: Where it listens.
+        port: The same.
+        joins: Whether a cluster that runs is joined, whose proxy may be there.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -176,10 +189,11 @@ def _why_no_listening(host: str, port: int) -> str | None:
         reason = error.strerror
     else:
         return None
-    with suppress(OSError, HTTPException):  # no answer, or one that is not Serve's
-        address = f"[{host}]" if ":" in host else host
-        with urlopen(f"http://{address}:{port}/-/healthz", timeout=2):
-            return None
+    if joins:
+        with suppress(OSError, HTTPException):  # no answer, or one that is not Serve's
+            address = f"[{host}]" if ":" in host else host
+            with urlopen(f"http://{address}:{port}/-/healthz", timeout=2):
+                return None
     return f"{reason}; free it, name another, or give the --address of the cluster to join"
 
 

@@ -88,6 +88,8 @@ def _errors_of(output: str) -> str:
 
 async def _run(options: argparse.Namespace) -> JobResult:
     _refuse_lost_output(options.output)
+    if options.output == options.input:
+        raise ConfigError(f"--output={options.output}: must be another file than --input")
     with tempfile.TemporaryDirectory(prefix="gllm_ray_input") as directory:
         source = await asyncio.to_thread(fetch, options.input, Path(directory))
         make_job = _job_of_config if options.url is None else _job_of_url

@@ -25,6 +25,8 @@ _INVALID = "invalid_request_error"
 _NOT_AN_OBJECT = (
     "the body must be a JSON object in Unicode, sent with Content-Type: application/json"
 )
+# What makes Python's parser give up without a word of JSON, and FastAPI answer 400.
+_UNREADABLE = "the body is not in UTF-8, is nested too deeply, or has a number of too many digits"
 # By pydantic's type of a mistake: our code, and our words where pydantic's are not the client's.
 _MISTAKES = {
     "extra_forbidden": ("unknown_parameter", "is not a known parameter"),
@@ -54,8 +56,10 @@ class HttpError:
                 return cls(status, message, _INVALID, code, param)
             case RequestValidationError():
                 return _describe_mistakes(error)
-            case HTTPException():
-                return cls(error.status_code, error.detail, _INVALID, headers=error.headers)
+            case HTTPException(status_code=status, detail=detail, headers=headers):
+                is_unread = status == 400
+                message, code = (_UNREADABLE, "invalid_json") if is_unread else (detail, None)
+                return cls(status, message, _INVALID, code, headers=headers)
             case OverloadedError(message=message):
                 retry = {"Retry-After": str(math.ceil(error.retry_after_s))}
                 return cls(429, message, "rate_limit_error", "server_busy", headers=retry)

@@ -117,17 +117,28 @@ class GenerationParams(RequestSchema):
     store: Annotated[object, only(False)] = None
 
     # vLLM's, whose clients send their defaults, too.
+    allowed_token_ids: Annotated[object, only()] = None
     bad_words: Annotated[object, only([])] = None
     guided_choice: Annotated[object, only()] = None
     guided_grammar: Annotated[object, only()] = None
     guided_json: Annotated[object, only()] = None
     guided_regex: Annotated[object, only()] = None
+    kv_transfer_params: Annotated[object, only()] = None
     length_penalty: Annotated[object, only(1)] = None
+    logits_processors: Annotated[object, only([])] = None
+    logprob_token_ids: Annotated[object, only()] = None
     prompt_logprobs: Annotated[object, only()] = None
+    repetition_detection: Annotated[object, only()] = None
+    request_id: Annotated[object, only()] = None
+    return_token_ids: Annotated[object, only(False)] = None
+    return_tokens_as_token_ids: Annotated[object, only(False)] = None
     skip_special_tokens: Annotated[object, only(True)] = None
     spaces_between_special_tokens: Annotated[object, only(True)] = None
+    thinking_token_budget: Annotated[object, only(-1)] = None
     truncate_prompt_tokens: Annotated[object, only()] = None
+    truncation_side: Annotated[object, only()] = None
     use_beam_search: Annotated[object, only(False)] = None
+    vllm_xargs: Annotated[object, only({})] = None
 
     @property
     def outputs_per_prompt(self) -> int:
@@ -150,8 +161,10 @@ class CompletionRequest(GenerationParams):
 
     prompt: Annotated[list[Any], BeforeValidator(_parse_prompts)]
 
+    add_special_tokens: Annotated[object, only(True)] = None
     best_of: Annotated[object, AfterValidator(_check_best_of)] = None
     logprobs: int | None = Field(default=None, ge=0, le=_MAX_LOGPROBS)
+    prompt_embeds: Annotated[object, only()] = None
     suffix: Annotated[object, only("")] = None
 
     @property
@@ -179,10 +192,16 @@ class ChatCompletionRequest(GenerationParams, Conversation):
 
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
+    add_special_tokens: Annotated[object, only(False)] = None
     audio: Annotated[object, only()] = None
+    chat_template: Annotated[object, only()] = None
+    documents: Annotated[object, only([])] = None
     function_call: Annotated[object, only("none", "auto")] = None
     functions: Annotated[object, only([])] = None
+    include_reasoning: Annotated[object, only(True)] = None
     logprobs: bool | None = None
+    media_io_kwargs: Annotated[object, only({})] = None
+    mm_processor_kwargs: Annotated[object, only({})] = None
     modalities: Annotated[object, only(["text"])] = None
     moderation: Annotated[object, only()] = None
     parallel_tool_calls: bool | None = None

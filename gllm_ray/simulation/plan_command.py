@@ -35,7 +35,8 @@ def add_plan_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not 
         "cost, how fast they are, and which to take; needs no GPU.",
     )
     parser.add_argument("file", type=Path, metavar="PLAN.yaml")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--memory-only", action="store_true", help="weights and KV blocks alone; simulate nothing"
     )
     parser.add_argument(
@@ -45,7 +46,7 @@ def add_plan_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not 
         metavar="N",
         help="simulations at once (default: one for each CPU); the result is the same",
     )
-    parser.add_argument(
+    what.add_argument(
         "--output", type=Path, metavar="SERVE.yaml", help="where to write the file; else printed"
     )
     parser.set_defaults(run=_plan)

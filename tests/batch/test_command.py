@@ -145,6 +145,7 @@ def test_the_cells_of_a_csv_are_taken_and_given_back_as_they_are_spelled(tmp_pat
         ("here.jsonl", "out.jsonl", ["--timeout-s", "3"], "--timeout-s: must be left out"),
         ("here.jsonl", "out.jsonl", ["--api-key-env", "KEY"], "--api-key-env: must be left out"),
         ("here.jsonl", "nothing://a/out.jsonl", [], "cannot be opened"),
+        ("here.jsonl", "here.jsonl", [], "must be another file than --input"),
     ],
 )
 def test_a_mistake_in_the_options_ends_with_1(

@@ -132,8 +132,7 @@ def test_a_path_or_method_that_is_not_served_says_so_in_the_same_shape(
 @pytest.mark.parametrize("path", BODIES)
 def test_a_body_that_is_no_json_object_is_a_bad_request(tokenizer, path, content):
     response = call(tokenizer, "POST", path, content=content, headers=JSON)
-    assert response.status_code == 400
-    error_of(response)
+    assert (response.status_code, error_of(response)["code"]) == (400, "invalid_json")
 
 
 def test_a_body_of_another_type_is_told_which_type_is_needed(tokenizer):

@@ -5,8 +5,10 @@ import json
 
 import openai
 import pytest
+from pydantic import ValidationError
 
 from gllm_ray.model.tokenizer import Tokenizer
+from gllm_ray.serving.chat_messages import ChatMessage
 from tests.chat_templates import LLAMA, QWEN, copy_demo
 from tests.fakes import LocalService
 from tests.replica_set import Fault, Replicas
@@ -334,6 +336,12 @@ def test_an_answer_with_calls_goes_back_with_the_results_of_tools(qwen, is_strea
 def call_with(arguments, **fields):
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     return [{"role": "assistant", "content": None, "tool_calls": [call | fields]}]
+
+
+def test_a_call_with_a_mistake_is_the_only_mistake_of_its_message():
+    with pytest.raises(ValidationError) as caught:
+        ChatMessage.model_validate(call_with("{")[0])
+    assert caught.value.error_count() == 1
 
 
 def named(name):

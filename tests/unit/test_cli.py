@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from ray._common.utils import get_ray_address_file
 
 import gllm_ray
 from gllm_ray.cli import main
@@ -183,13 +184,30 @@ def python_beside_serve(tmp_path: Path) -> Path:
 
 
 def test_serve_becomes_the_serve_run_of_the_same_environment(python_beside_serve):
-    result = run("serve", DEMO, "--address", "local", python=python_beside_serve)
-    assert result.stdout.splitlines()[1:] == [f"run {DEMO} --address local"]
+    result = run("serve", DEMO, "--address", "auto", python=python_beside_serve)
+    assert result.stdout.splitlines()[1:] == [f"run {DEMO} --address auto"]
     assert result.returncode == 7
 
 
-@pytest.mark.parametrize("is_serve", [False, True])
-def test_serve_takes_no_port_but_that_of_a_serve_that_runs(python_beside_serve, tmp_path, is_serve):
+@pytest.mark.parametrize(
+    ("is_serve", "is_started", "options", "is_taken"),
+    [
+        (True, True, [], False),
+        (True, True, ["--address", "local"], True),
+        (True, False, [], True),
+        (False, True, [], True),
+    ],
+)
+def test_serve_takes_no_port_but_that_of_the_serve_that_it_joins(
+    python_beside_serve, tmp_path, monkeypatch, is_serve, is_started, options, is_taken
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    if is_started:
+        started = Path(get_ray_address_file(None))
+        started.parent.mkdir()
+        started.write_text("127.0.0.1:6379", "utf-8")
+
     class Health(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200 if is_serve and self.path == "/-/healthz" else 404)
@@ -200,9 +218,9 @@ def test_serve_takes_no_port_but_that_of_a_serve_that_runs(python_beside_serve, 
         port = server.server_port
         file = tmp_path / "serve.yaml"
         file.write_text(DEMO.read_text("utf-8").replace("port: 8000", f"port: {port}"), "utf-8")
-        result = run("serve", file, python=python_beside_serve)
+        result = run("serve", file, *options, python=python_beside_serve)
         server.shutdown()
-    if is_serve:
+    if not is_taken:
         assert result.returncode == 7
     else:
         assert result.returncode == 1
