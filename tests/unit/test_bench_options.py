@@ -107,21 +107,3 @@ def test_a_command_gets_its_port_and_its_model():
 def test_a_command_that_cannot_be_filled_in_is_refused(text, message):
     with pytest.raises(ConfigError, match=message):
         command_words(text, 1234, None)
-
-
-@pytest.mark.parametrize(
-    ("bench", "option"),
-    [
-        ("scheduler", "--stages"),
-        ("scheduler", "--running"),
-        ("scheduler", "--steps"),
-        ("policies", "--processes"),
-        ("simulator", "--stages"),
-        ("simulator", "--running"),
-        ("simulator", "--requests"),
-    ],
-)
-def test_a_benchmark_of_nothing_is_refused_with_the_limit(capsys, bench, option):
-    with pytest.raises(SystemExit, match="2"):
-        main(["bench", bench, option, "0"])
-    assert f"{option}: 0: must be >= 1" in capsys.readouterr().err

@@ -142,17 +142,10 @@ def test_memory_alone_simulates_nothing(capsys, tmp_path):
     assert "Frontier" not in out
 
 
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (["--processes", "0"], "--processes: 0: must be >= 1"),
-        (["--memory-only", "--output", "x"], "--output: not allowed with argument --memory-only"),
-    ],
-)
-def test_an_option_that_cannot_be_followed_is_refused_with_the_reason(capsys, options, told):
+def test_a_file_that_would_not_be_written_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["plan", "plan.yaml", *options])
-    assert told in capsys.readouterr().err
+        main(["plan", "plan.yaml", "--memory-only", "--output", "x"])
+    assert "--output: not allowed with argument --memory-only" in capsys.readouterr().err
 
 
 def test_an_slo_that_cannot_be_met_names_the_limit_and_the_excess(capsys, tmp_path):
