@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import ray
@@ -161,6 +161,8 @@ class Stage:
             )
             with self._outermost("take its steps"):
                 failure = run_steps(self._stage_id, steps, partial(self.step, epoch), onward)
+            if failure is not None:
+                self._await_receives()
             self._close_inbound()  # else the previous stage might wait for receives
         if failure is None and epoch != self._epoch:
             raise self._refusal(epoch)
@@ -302,9 +304,22 @@ class Stage:
         self._epoch = self._under_way = None
         # Else the previous stage would wait for receives that never come. The other edge stays:
         # the next stage may still have to receive earlier micro-batches.
+        self._await_receives()
         self._close_inbound()
 
     def _close_inbound(self) -> None:
         if self._inbound is not None:
             self._inbound.close()
             self._inbound = None
+
+    def _await_receives(self) -> None:
+        """Wait for what the steps before a failed one receive on a device.
+
+        To close NCCL's edge ends that without its data, and the next stages would go on with it.
+        """
+        if self._inbound is not None and self._worker.device.type == "cuda":
+            # Under way, because that may take as long as a step.
+            self._under_way = self._last_batch_id, 0, time.monotonic()
+            with suppress(RuntimeError):  # a device that is broken has told so before
+                torch.cuda.current_stream(self._worker.device).synchronize()
+            self._under_way = None

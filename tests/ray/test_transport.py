@@ -15,6 +15,8 @@ from gllm_ray.errors import PipelineError
 from gllm_ray.messages import StepUnderWay
 from gllm_ray.stages import stage as stage_module
 from gllm_ray.stages import transport
+from gllm_ray.stages.inbox import Inbox, Outbox
+from gllm_ray.stages.step_messages import FAILURE, STOP, batch_message
 from gllm_ray.stages.transport import (
     DOWNSTREAM,
     MAX_CARRIED_BYTES,
@@ -32,6 +34,7 @@ from tests.pipelines import make_service_config
 LOOPBACK = "127.0.0.1"
 NUM_MANY = 20  # more than may be under way
 Edge = tuple[ActivationChannel, ActivationChannel]
+Receiving = tuple[TransportStage, list[object]]
 
 
 def join_gloo() -> Edge:
@@ -215,6 +218,58 @@ def test_who_leaves_its_edges_while_it_connects_waits_for_no_neighbour(
         assert is_over
         with pytest.raises(PipelineError, match="the edge was left before data could pass"):
             connecting.result()
+
+
+def receiving_stage(monkeypatch: pytest.MonkeyPatch, fault: RuntimeError | None) -> Receiving:
+    """The last of two on a GPU that has a receive to end, and what happens to that."""
+    seen: list[object] = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            seen.append(stage.step_under_way() and "received")
+            if fault is not None:
+                raise fault
+
+    class Group(EndlessGroup):
+        def abort(self) -> None:
+            seen.append("aborted")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+    _, stage = make_stages(2)
+    stage._worker._device = torch.device("cuda", 0)
+    stage._epoch = 0
+    stage._inbound = transport.ProcessGroupChannel(Group(), DOWNSTREAM, "cuda")
+    return stage, seen
+
+
+@pytest.mark.parametrize("fault", [None, RuntimeError("unspecified launch failure")])
+def test_a_stage_that_fails_closes_its_edge_after_what_earlier_steps_receive_on_its_gpu(
+    monkeypatch: pytest.MonkeyPatch, fault: RuntimeError | None
+) -> None:
+    stage, seen = receiving_stage(monkeypatch, fault)
+    with pytest.raises(PipelineError, match="stage 1 failed to read a micro-batch"):
+        stage.step(0, b"nothing that was encoded", None)
+    assert seen == ["received", "aborted"]
+    assert stage.step_under_way() is None
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [([FAILURE, 0, 0, "no memory"], ["received", "aborted"]), ([STOP], ["aborted"])],
+)
+def test_so_does_one_that_is_told_of_a_failure_but_none_that_is_told_to_stop(
+    monkeypatch: pytest.MonkeyPatch, message: list[object], expected: list[str]
+) -> None:
+    stage, seen = receiving_stage(monkeypatch, None)
+    stage._inbox = Inbox(LOOPBACK)
+    outbox = Outbox(stage._inbox.address)
+    outbox.write(batch_message(0, None, b""))
+    outbox.write(message)
+    failure = stage.run(0, [])
+    outbox.close()
+    stage._inbox.close()
+    assert (failure is None) == (message == [STOP])
+    assert seen == expected
 
 
 @pytest.mark.parametrize("fault", [None, RuntimeError("unspecified launch failure")])

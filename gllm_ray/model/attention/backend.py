@@ -159,6 +159,7 @@ def _xformers(setting: AttentionSetting) -> AttentionBackend:
         f"kv_cache.block_size={setting.block_size} is no multiple of {_XFORMERS_BLOCK_SIZE}",
     )
     _refuse_unless_importable("xformers.ops.fmha")
+    _refuse_unless_xformers_is_whole()
     from gllm_ray.model.attention.xformers_attention import XformersAttention
 
     kernels = XformersAttention(gpu.num_processors)
@@ -231,6 +232,17 @@ def _refuse_unless_importable(module: str) -> None:
         import_module(module)
     except ImportError as error:
         raise AttentionUnavailableError(f"{module} cannot be imported ({error})") from error
+
+
+def _refuse_unless_xformers_is_whole() -> None:
+    """Refuse an xformers that only warns when it is imported, and then refuses every call.
+
+    What computes decodes is in Triton, but asks for an extension that wants one release of CUDA.
+    """
+    library = import_module("xformers._cpp_lib")
+    error = library._cpp_library_load_exception  # noqa: SLF001 - nothing public tells
+    reason = str(error).partition("Please")[0]
+    _refuse_unless(error is None, f"xformers is not whole ({' '.join(reason.split())})")
 
 
 def _refuse_unless(condition: bool, reason: str) -> None:

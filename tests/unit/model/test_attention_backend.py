@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
@@ -247,6 +248,19 @@ def test_a_package_that_is_missing_is_named(name, package):
         pytest.skip(f"{package} is installed")
     with pytest.raises(ConfigError, match=rf"'{name}': .* {package}.* cannot be imported \(No "):
         choose(name, dtype=HALF, gpu=H100, block_size=64)
+
+
+def test_an_xformers_that_would_refuse_every_call_is_refused_with_its_own_reason(monkeypatch):
+    """As 0.0.35 beside a torch for CUDA 13: it is imported, warns, and calls itself not built."""
+    pytest.importorskip("triton")
+    library = ModuleType("xformers._cpp_lib")
+    library._cpp_library_load_exception = OSError(
+        "it was built for:\n    CUDA 1208 (you have 1300)\n  Please reinstall xformers"
+    )
+    for module in (ModuleType("xformers.ops.fmha"), library):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    with pytest.raises(ConfigError, match=r"not whole \(it was .* CUDA 1208 \(you have 1300\)\)"):
+        choose("xformers", dtype=HALF, gpu=H100, block_size=64)
 
 
 def test_auto_prefers_our_own_kernels_on_a_gpu_and_tells_why_where_they_cannot_run():
