@@ -10,6 +10,7 @@ from typing import Any
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import StageInfo
 from gllm_ray.partition import size_kv_cache
+from gllm_ray.simulation.activations import activation_bytes
 from gllm_ray.simulation.cost_model import PipelineCost
 from gllm_ray.simulation.devices import Device, find_device
 from gllm_ray.simulation.hardware_config import HardwareConfig, LinkConfig
@@ -127,6 +128,11 @@ def _stages(layout: PipelineLayout, config: SimulationConfig) -> tuple[StageInfo
         memory_bytes=find_device(name).memory_bytes if name else sys.maxsize,
         memory_utilization=kv_cache.memory_utilization,
         block_size=kv_cache.block_size,
+        activation_bytes=activation_bytes(
+            layout,
+            config.scheduler.max_batch_tokens,
+            has_graphs=config.hardware.host == "graphs",
+        ),
     )
     if kv_cache.num_blocks is not None:
         stages = [replace(stage, max_kv_blocks=kv_cache.num_blocks) for stage in stages]

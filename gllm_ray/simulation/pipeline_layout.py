@@ -84,17 +84,23 @@ class PipelineLayout:
         return load.num_tokens * self.model.hidden_size * self.model.value_bytes
 
     def stage_infos(
-        self, *, device_name: str, memory_bytes: int, memory_utilization: float, block_size: int
+        self,
+        *,
+        device_name: str,
+        memory_bytes: int,
+        memory_utilization: float,
+        block_size: int,
+        activation_bytes: Sequence[int] | None = None,
     ) -> list[StageInfo]:
         """What each device of each stage holds; `partition.size_kv_cache` takes the tightest.
-
-        Activations and the runtime must fit into what `memory_utilization` leaves.
 
         Args:
             device_name: For messages.
             memory_bytes: Memory of a device.
-            memory_utilization: Share of it for weights and KV cache, 0 to 1.
+            memory_utilization: Share of it for weights, activations and KV cache, 0 to 1.
             block_size: Tokens of a KV block.
+            activation_bytes: Of each stage; None: activations must fit into what
+                `memory_utilization` leaves.
 
         Raises:
             ConfigError: The weights of a stage do not fit.
@@ -105,11 +111,14 @@ class PipelineLayout:
             weight_bytes = num_parameters * self.model.value_bytes
             block_bytes = block_size * self.kv_bytes_per_token(stage_id)
             usable_bytes = int(memory_utilization * memory_bytes)
-            if weight_bytes > usable_bytes:
+            others = 0 if activation_bytes is None else activation_bytes[stage_id]
+            if weight_bytes + others > usable_bytes:
+                activations = f" and about {others} of activations" if others else ""
                 raise ConfigError(
                     f"stage {stage_id} of {self.num_stages}: {weight_bytes} bytes of weights on "
-                    f"each {device_name}, of which {usable_bytes} bytes are usable; add stages, "
-                    "raise tensor_parallel or memory_utilization, or take larger devices"
+                    f"each {device_name}{activations}, of which {usable_bytes} bytes are usable; "
+                    "add stages, raise tensor_parallel or memory_utilization, or take larger "
+                    "devices"
                 )
             infos.append(
                 StageInfo(
@@ -120,7 +129,7 @@ class PipelineLayout:
                     num_parameters=num_parameters,
                     weight_bytes=weight_bytes,
                     kv_block_bytes=block_bytes,
-                    max_kv_blocks=(usable_bytes - weight_bytes) // block_bytes,
+                    max_kv_blocks=(usable_bytes - weight_bytes - others) // block_bytes,
                 )
             )
         return infos

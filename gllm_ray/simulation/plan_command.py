@@ -11,13 +11,7 @@ from gllm_ray.errors import ConfigError
 from gllm_ray.simulation.plan_config import PlanConfig, load_plan_config
 from gllm_ray.simulation.plan_evaluation import evaluate, headroom, in_processes, screen
 from gllm_ray.simulation.plan_ranking import cost_frontier, finalists, ranked, violations
-from gllm_ray.simulation.plan_report import (
-    MEMORY_NOTE,
-    Plan,
-    format_plan,
-    format_rejections,
-    memory_table,
-)
+from gllm_ray.simulation.plan_report import Plan, format_plan, format_rejections, memory_table
 from gllm_ray.simulation.plan_serve_file import serve_yaml
 from gllm_ray.simulation.planner import Choice, enumerate_choices, is_servable
 from gllm_ray.simulation.workload_config import AtOnceArrivalsConfig
@@ -108,7 +102,6 @@ def _plan(options: argparse.Namespace) -> int:
         if not choices:
             raise ConfigError(f"{options.file}: nothing that is searched is possible")  # noqa: TRY301
         print(memory_table(config, list(dict.fromkeys(choice.cut for choice in choices))))
-        print(f"\n{MEMORY_NOTE}")
         if options.memory_only:
             return 0
         plan = make_plan(

@@ -150,7 +150,7 @@ class PlanConfig(StrictModel):
         default=0.9,
         gt=0,
         le=1,
-        description="Share of a GPU for weights and KV cache, and for activations when served.",
+        description="Share of a GPU for weights, activations and KV cache.",
     )
     max_decodes: int = Field(default=512, ge=1, description="Decodes in one micro-batch.")
     schedule_s: float = Field(

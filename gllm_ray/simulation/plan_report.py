@@ -15,14 +15,20 @@ from gllm_ray.simulation.planner import (
     Cut,
     Rejection,
     is_servable,
+    stage_activations,
     stage_infos,
 )
 
 _CHUNK_TOKENS = 512
 _MAX_DROPPED = 10
-MEMORY_NOTE = (
-    "KV blocks: before the service takes off what its largest micro-batch needs for activations, "
-    "which is not planned for; leave room where few are left"
+_MEMORY_HEAD = (
+    "stage",
+    "layers",
+    "weights",
+    "activations",
+    "KV block",
+    "KV blocks",
+    "512-token chunk",
 )
 _LEGEND = (
     "busy: share of the time in which stages compute; headroom: up to how many times the rate the "
@@ -53,18 +59,18 @@ class Plan:
 def memory_table(config: PlanConfig, cuts: Sequence[Cut]) -> str:
     """What each stage of each cut holds, which bounds the KV cache, and which is the slowest.
 
-    The numbers are those the engine prints when it starts, before it takes off what its largest
-    micro-batch needs for activations.
+    The numbers are those the engine prints when it starts, but that it measures the activations.
     """
     model = config.model.shape()
     load = StepLoad(num_prefill_tokens=_CHUNK_TOKENS, num_attention_pairs=_CHUNK_TOKENS**2)
     lines = []
     for cut in cuts:
         infos, stage_cost = stage_infos(config, model, cut), make_cost(config, cut)
+        activations = stage_activations(config, model, cut)
         num_blocks = size_kv_cache(infos, config.block_size, config.model.max_model_len)
         times_s = [stage_cost.stage_time_s(info.stage_id, load) for info in infos]
-        rows = [["stage", "layers", "weights", "KV block", "KV blocks", "512-token chunk", ""]]
-        for info, time_s in zip(infos, times_s, strict=True):
+        rows = [[*_MEMORY_HEAD, ""]]
+        for info, time_s, num_bytes in zip(infos, times_s, activations, strict=True):
             notes = ["bounds the KV cache"] if info.max_kv_blocks == num_blocks else []
             notes += ["slowest"] if cut.num_stages > 1 and time_s == max(times_s) else []
             rows.append(
@@ -72,6 +78,7 @@ def memory_table(config: PlanConfig, cuts: Sequence[Cut]) -> str:
                     str(info.stage_id),
                     f"{info.first_layer}-{info.last_layer - 1}",
                     f"{info.weight_bytes / 2**20:.1f} MiB",
+                    f"~{num_bytes / 2**20:.0f} MiB",
                     f"{info.kv_block_bytes / 2**10:.1f} KiB",
                     str(info.max_kv_blocks),
                     f"{1000 * time_s:.2f} ms",

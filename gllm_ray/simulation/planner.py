@@ -7,6 +7,7 @@ from itertools import product
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import StageInfo
 from gllm_ray.policy_config import PolicyConfig
+from gllm_ray.simulation.activations import activation_bytes
 from gllm_ray.simulation.devices import find_device
 from gllm_ray.simulation.links import find_link
 from gllm_ray.simulation.model_shape import ModelShape
@@ -126,7 +127,14 @@ def stage_infos(config: PlanConfig, model: ModelShape, cut: Cut) -> list[StageIn
         memory_bytes=find_device(cut.device).memory_bytes,
         memory_utilization=config.memory_utilization,
         block_size=config.block_size,
+        activation_bytes=stage_activations(config, model, cut),
     )
+
+
+def stage_activations(config: PlanConfig, model: ModelShape, cut: Cut) -> tuple[int, ...]:
+    """About the bytes that the largest micro-batch of any policy needs on each stage."""
+    num_rows = max(policy.max_batch_tokens(config.max_decodes) for policy in config.search.policies)
+    return activation_bytes(cut.layout(model), num_rows, has_graphs=config.host == "graphs")
 
 
 def stages_per_node(gpu: GpuConfig, num_stages: int, tensor_parallel: int) -> tuple[int, ...]:

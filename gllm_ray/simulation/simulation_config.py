@@ -92,13 +92,6 @@ class SimulatedPipelineConfig(StrictModel):
 class SimulatedKvCacheConfig(KvCacheConfig):
     """The paged KV cache of every stage."""
 
-    memory_utilization: float = Field(
-        default=0.9,
-        gt=0,
-        le=1,
-        description="Share of a GPU for weights and KV cache; a service takes what its largest "
-        "micro-batch needs for activations off that, too.",
-    )
     num_blocks: int | None = Field(
         default=None, ge=1, description="Blocks of every stage, instead of what its memory holds."
     )
