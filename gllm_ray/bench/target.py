@@ -22,6 +22,7 @@ from gllm_ray.model.checkpoint import find_weight_files
 from gllm_ray.serve_file import load_only_service, load_serve_file
 
 _POLL_S = 0.5
+_REFUSALS = tuple(f"status {status}: " for status in (400, 401, 403, 422))
 # Text, because not every service takes token ids.
 _PROBE = LoadRequest(
     request_id="probe", arrival_s=0.0, prompt="a", num_prompt_tokens=1, num_output_tokens=1
@@ -162,6 +163,8 @@ async def _wait_until_ready(
                 raise_if_ended()
                 client.model = await _served_model(base_url) or options.model or ""
                 failure = await _probe(client)
+                if failure.startswith(_REFUSALS):
+                    raise RuntimeError(f"{name}: {failure}")  # which time does not change
                 if failure and not is_told:
                     show_step(f"{name}: waiting for it up to {options.timeout_s:g} s: {failure}")
                     is_told = True

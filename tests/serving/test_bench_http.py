@@ -133,6 +133,26 @@ def test_a_service_that_never_answers_is_given_up(capsys):
     assert "not ready after 1 s: ClientConnectorError" in given_up
 
 
+def test_a_service_that_refuses_what_is_sent_is_not_waited_for(tokenizer):
+    async def run():
+        async with (
+            LocalService(tokenizer, ScriptedPipeline([5])) as service,
+            listening(service) as url,
+        ):
+            options = ["bench", "serve", url, "--extra-body", '{"foo": 1}']
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "gllm_ray.cli", *options), stderr=subprocess.PIPE
+            )
+            _, errors = await process.communicate()
+            return process.returncode, errors.decode()
+
+    status, errors = asyncio.run(run())
+    assert status == 1
+    assert "status 400: " in errors
+    assert "foo" in errors
+    assert "waiting" not in errors
+
+
 def measure_own(tokenizer, script, requests, **options):
     async def run():
         settings = {"ignore_eos": True, "extra_body": {}, "timeout_s": 20.0} | options

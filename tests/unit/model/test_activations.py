@@ -75,7 +75,7 @@ def storages(values):
 
 
 def allocated_bytes(config, layers):
-    """By a stage of layers, but for attention, and if it is the last one by drawing from all rows."""
+    """By a stage of layers, but for attention; if it is the last one, also by drawing from all."""
     shard = Shard(config, layers, torch.bfloat16, torch.device("cpu"))
     shapes = shard.parameters_to_load()
     shard.load({name: torch.zeros(shape.shape) for name, shape in shapes.items()})
