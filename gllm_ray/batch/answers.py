@@ -156,6 +156,8 @@ async def look_up_model(base_url: str, headers: Mapping[str, str]) -> dict[str, 
                 raise ConfigError(f"{url}: {fault}; --api-key-env names the variable that has it")
             response.raise_for_status()
             (card,) = (await response.json())["data"]
+    except aiohttp.InvalidURL as error:
+        raise ConfigError(f"--url={base_url}: must be an address as http://host:port") from error
     except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{url}: tells of no one model: {type(error).__name__}: {error}"

@@ -50,6 +50,8 @@ router = APIRouter()
 @router.post("/tokenize")
 async def tokenize(body: Annotated[dict[str, Any], Body()], services: Services) -> Response:
     """The tokens of a text or of a conversation."""
+    if ("messages" in body) == ("prompt" in body):
+        raise InvalidRequestError("the body must have either prompt or messages", param="prompt")
     schema = TokenizeChatRequest if "messages" in body else TokenizeTextRequest
     question: TokenizeChatRequest | TokenizeTextRequest = parse_schema(schema, body)
     service = _service(services, question.model)

@@ -111,6 +111,13 @@ def _plan(options: argparse.Namespace) -> int:
         if plan.best is None:
             return 1
         _write(serve_yaml(config, plan.best.choice), options.output)
+        device = plan.best.choice.cut.device
+        if len(config.gpus) > 1 and config.gpu(device).accelerator_type is None:
+            print(
+                f"{device}: the file leaves Ray to take other GPUs, too; give the accelerator_type "
+                "that Ray calls it by",
+                file=sys.stderr,
+            )
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -99,6 +99,19 @@ def test_the_file_runs_the_stages_layers_replicas_and_policy_of_the_choice(
     assert service.model.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("accelerator_type", [None, "L4"])
+def test_a_file_that_may_run_on_other_gpus_says_so(capsys, tmp_path, accelerator_type):
+    gpus = [
+        {"device": "L4", "count": 1, "price_per_hour": 1, "accelerator_type": accelerator_type},
+        {"device": "A10G", "count": 1, "price_per_hour": 9},
+    ]
+    search = {"stages": [1], "replicas": [1], "policies": ["balanced"]}
+    path = write(tmp_path / "plan.yaml", plan(gpus=gpus, search=search))
+    assert main(["plan", path, "--processes", "1"]) == 0
+    errors = capsys.readouterr().err
+    assert errors.startswith("L4: the file leaves Ray to take other GPUs") != bool(accelerator_type)
+
+
 def test_a_replica_of_one_node_is_packed_strictly_and_one_of_several_is_not():
     placements = {}
     for num_stages in (2, 4):
