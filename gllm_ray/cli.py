@@ -213,7 +213,7 @@ def _is_valid(path: Path) -> bool:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return False
-    print(f"OK {path}: {'; '.join(map(_summary, applications))}", flush=True)
+    print(f"OK {path}: {'; '.join(map(_summary, applications)) or 'no application'}", flush=True)
     return True
 
 

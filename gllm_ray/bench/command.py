@@ -73,17 +73,21 @@ def _bench_scheduler(options: argparse.Namespace) -> int:
     names = [options.policy] if options.policy else list(POLICY_CONFIGS)
     results = []
     print(SchedulerBenchResult.table_head(), flush=True)
-    for name in names:
-        result = bench_scheduler(
-            POLICY_CONFIGS[name](),
-            num_stages=options.stages,
-            num_running=options.running,
-            num_waiting=options.waiting,
-            num_steps=options.steps,
-            ring=options.ring,
-        )
-        print(result.table_row(), flush=True)
-        results.append(result.as_json())
+    try:
+        for name in names:
+            result = bench_scheduler(
+                POLICY_CONFIGS[name](),
+                num_stages=options.stages,
+                num_running=options.running,
+                num_waiting=options.waiting,
+                num_steps=options.steps,
+                ring=options.ring,
+            )
+            print(result.table_row(), flush=True)
+            results.append(result.as_json())
+    except GllmRayError as error:
+        print(f"--running={options.running}: too few: {error}", file=sys.stderr)
+        return 1
     if options.output is not None:
         write_json(options.output, results)
     return 0

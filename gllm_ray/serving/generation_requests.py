@@ -17,6 +17,7 @@ from gllm_ray.serving.openai_protocol import (
     GenerationParams,
 )
 from gllm_ray.serving.output_format import OutputGrammar, output_grammar
+from gllm_ray.serving.token_ids import check_token_ids
 
 _DEFAULT_COMPLETION_TOKENS = 16
 # More than any vocabulary has, and few enough for a message to carry.
@@ -151,11 +152,7 @@ class RequestBuilder:
         max_tokens: int,
     ) -> list[GenerationRequest]:
         """A request for each output of a prompt; `first_index` is that of the first."""
-        if not 0 <= min(prompt) <= max(prompt) < self.tokenizer.vocab_size:
-            raise InvalidRequestError(
-                f"the prompt has a token id outside 0 to {self.tokenizer.vocab_size - 1}",
-                param="prompt",
-            )
+        check_token_ids("prompt", prompt, self.tokenizer.vocab_size)
         min_tokens = body.min_tokens or 0
         _refuse_more_than(max_tokens, min_tokens)
         prompt_token_ids = tuple(prompt)

@@ -1,12 +1,11 @@
 """Which tokens end an output, and what a body asks for that comes before the temperature."""
 
 import re
-import reprlib
 
-from gllm_ray.errors import InvalidRequestError
 from gllm_ray.messages import LogitRules
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.openai_protocol import GenerationParams
+from gllm_ray.serving.token_ids import check_token_ids, unknown_token
 
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
@@ -18,9 +17,7 @@ def stop_token_ids(body: GenerationParams, tokenizer: Tokenizer) -> frozenset[in
         InvalidRequestError: The model has no such token.
     """
     wanted = frozenset(body.stop_token_ids or ())
-    for token_id in wanted:
-        if not 0 <= token_id < tokenizer.vocab_size:
-            raise _unknown_token("stop_token_ids", token_id, tokenizer)
+    check_token_ids("stop_token_ids", wanted, tokenizer.vocab_size)
     return wanted if body.ignore_eos else wanted | tokenizer.stop_token_ids
 
 
@@ -50,13 +47,5 @@ def logit_rules(
 def _biases(biases: dict[str, float], tokenizer: Tokenizer) -> tuple[tuple[int, float], ...]:
     for token in biases:
         if not _TOKEN_ID.fullmatch(token) or int(token) >= tokenizer.vocab_size:
-            raise _unknown_token("logit_bias", token, tokenizer)
+            raise unknown_token("logit_bias", token, tokenizer.vocab_size)
     return tuple((int(token), bias) for token, bias in biases.items())
-
-
-def _unknown_token(param: str, token: int | str, tokenizer: Tokenizer) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"{param} has {reprlib.repr(token)}, which is no token id of this model; use 0 to "
-        f"{tokenizer.vocab_size - 1}",
-        param=param,
-    )

@@ -12,6 +12,7 @@ from gllm_ray.serving.conversation import Conversation
 from gllm_ray.serving.generation_requests import RequestBuilder
 from gllm_ray.serving.request_schema import RequestSchema, check_text, only, parse_schema
 from gllm_ray.serving.services import GenerationService, Services, check_model
+from gllm_ray.serving.token_ids import check_token_ids
 from gllm_ray.serving.tool_use import check_shows_tools
 
 # More than any context has room for; the answer, which holds the streams up, takes a third of a
@@ -77,10 +78,7 @@ async def tokenize(body: Annotated[dict[str, Any], Body()], services: Services) 
 async def detokenize(body: DetokenizeRequest, services: Services) -> Response:
     """The text of tokens."""
     tokenizer = _service(services, body.model).tokenizer
-    if body.tokens and not 0 <= min(body.tokens) <= max(body.tokens) < tokenizer.vocab_size:
-        raise InvalidRequestError(
-            f"tokens: there is a token id outside 0 to {tokenizer.vocab_size - 1}", param="tokens"
-        )
+    check_token_ids("tokens", body.tokens, tokenizer.vocab_size)
     return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
 
 

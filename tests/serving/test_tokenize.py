@@ -128,8 +128,8 @@ def test_tools_are_tokens_too(qwen):
         ("/detokenize", {}, "tokens", "is required"),
         ("/detokenize", {"tokens": "x"}, "tokens", "valid list"),
         ("/detokenize", {"tokens": ["x"]}, "tokens[0]", "valid integer"),
-        ("/detokenize", {"tokens": [0, -1]}, "tokens", "outside 0 to"),
-        ("/detokenize", {"tokens": [10**30]}, "tokens", "outside 0 to"),
+        ("/detokenize", {"tokens": [0, -1]}, "tokens", "has -1, which is no token"),
+        ("/detokenize", {"tokens": [10**30]}, "tokens", "; use 0 to 4095"),
         ("/detokenize", {"tokens": [1], "model": "other"}, "model", "does not exist"),
     ],
 )

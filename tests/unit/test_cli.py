@@ -51,6 +51,13 @@ def test_a_file_with_another_application_says_that_its_args_are_not_checked(caps
     assert capsys.readouterr().out == f"OK {path}: a:b, whose args are not checked\n"
 
 
+def test_a_file_that_serves_nothing_says_so(capsys, tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("applications: []", encoding="utf-8")
+    assert main(["validate", str(path)]) == 0
+    assert capsys.readouterr().out == f"OK {path}: no application\n"
+
+
 def test_every_file_is_checked_and_one_wrong_one_is_enough_to_fail(capsys, wrong_file):
     assert main(["validate", str(wrong_file), str(DEMO)]) == 1
     out, err = capsys.readouterr()
@@ -148,6 +155,11 @@ def test_a_number_that_must_be_positive_is_refused_by_its_option(arguments, opti
         main([*arguments, option, number])
     assert caught.value.code == 2
     assert f"argument {option}: {number}: must be " in capsys.readouterr().err
+
+
+def test_a_benchmark_that_is_too_small_for_its_requests_says_so(capsys):
+    assert main(["bench", "scheduler", "--running", "1", "--steps", "5"]) == 1
+    assert "come to " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", ["nan", "inf"])
