@@ -16,6 +16,7 @@ from gllm_ray.errors import ConfigError
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
 _CLEAR = "/clear"
+_OURS = ("messages", "n", "stream", "stream_options")  # of the body
 
 
 def add_chat_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not name its type
@@ -64,6 +65,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _begin(options: argparse.Namespace) -> "_Conversation":
     params, headers = parse_params(options.params), key_headers(options.api_key_env)
+    for name in _OURS:
+        if name in params:
+            raise ConfigError(f"--params: {name} must be left out, for chat sets it")
     # As OpenAI's client is given it, or as other commands are.
     url = options.url.rstrip("/").removesuffix("/v1")
     try:
@@ -120,6 +124,8 @@ class _Conversation:
         messages = [*self._messages, {"role": "user", "content": question}]
         try:
             answer = self._print_answer(messages)
+        except BrokenPipeError:  # who read the answer has left, and not the service
+            raise
         except (ServiceError, OSError) as error:
             print(error, file=sys.stderr)
             return False

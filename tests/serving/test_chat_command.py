@@ -166,6 +166,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(tokenizer):
     [
         (["--params", "[]"], "--params=[]: must be a JSON object"),
         (["--params", '{"temperature": -1}'], "temperature"),
+        (["--params", '{"n": 2}'], "--params: n must be left out"),
         (["--api-key-env", "NO_KEY"], "--api-key-env=NO_KEY: there is no such variable"),
         (["--url", "here"], "here: is no service's address"),
     ],
@@ -179,6 +180,21 @@ def test_what_cannot_be_asked_is_told_in_one_line(tokenizer, arguments, reason):
     assert (status, out) == (1, "")
     assert reason in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_reader_that_leaves_ends_the_command_without_a_word(tokenizer):
+    async def run():
+        async with serving(tokenizer) as (_, url):
+            reader, writer = os.pipe()
+            os.close(reader)
+            process = await asyncio.create_subprocess_exec(
+                *COMMAND, "Why?", "--url", url, stdout=writer, stderr=asyncio.subprocess.PIPE
+            )
+            os.close(writer)
+            _, err = await process.communicate()
+            return process.returncode, err.decode()
+
+    assert asyncio.run(run()) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_key_is_shown_and_its_absence_told(tokenizer):
