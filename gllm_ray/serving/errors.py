@@ -113,10 +113,24 @@ async def handle_error(_request: Request, error: Exception) -> Response:
     return Response(told.body(), told.status, told.headers, media_type="application/json")
 
 
+async def _handle_http_error(request: Request, error: HTTPException) -> Response:
+    """Say what is served instead of a path or method that is not."""
+    asked = f"{request.method} {request.url.path[:_MAX_CHARS]} is not served; "
+    match error:
+        case HTTPException(status_code=404, detail="Not Found"):
+            paths = request.app.openapi()["paths"]
+            served = [f"{method.upper()} {path}" for path in paths for method in paths[path]]
+            error = HTTPException(404, f"{asked}there are {', '.join(served)}")
+        case HTTPException(status_code=405, headers={"Allow": methods}):
+            error = HTTPException(405, f"{asked}use {methods}", error.headers)
+    return await handle_error(request, error)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of an application in OpenAI's shape."""
-    for kind in (GllmRayError, RequestValidationError, HTTPException, Exception):
+    for kind in (GllmRayError, RequestValidationError, Exception):
         app.add_exception_handler(kind, handle_error)
+    app.add_exception_handler(HTTPException, _handle_http_error)
 
 
 class BodyLimit:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 
-from gllm_ray.errors import InvalidRequestError, PipelineError
+from gllm_ray.errors import InvalidRequestError
 from gllm_ray.messages import GenerationRequest
 from gllm_ray.model.detokenizer import StopRule
 from gllm_ray.serving.api_keys import KeyCheck
@@ -20,6 +20,7 @@ from gllm_ray.serving.openai_protocol import (
     GenerationParams,
 )
 from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead, response_body
+from gllm_ray.serving.service_api import router as service_router
 from gllm_ray.serving.services import GenerationService, Services, TokenService, check_model
 from gllm_ray.serving.streaming import stream_response
 from gllm_ray.serving.text_stream import (
@@ -70,6 +71,7 @@ def build_api(
     install_error_handlers(app)
     app.include_router(router)
     app.include_router(tokenize_router)
+    app.include_router(service_router)
     return app
 
 
@@ -112,27 +114,6 @@ async def retrieve_model(model: str, request: Request, services: Services) -> Re
     """One of the models."""
     check_model(model, services)
     return JSONResponse(_model_card(request, services[model]))
-
-
-@router.get("/health")
-async def health(services: Services) -> Response:
-    """Whether requests can be served, of one model at least."""
-    errors = []
-    for service in services.values():
-        try:
-            await service.check_ready()
-        except PipelineError as error:
-            errors.append(error)
-    if len(errors) == len(services):
-        raise errors[0]
-    return JSONResponse({"status": "ok"})
-
-
-@router.get("/server_info")
-async def server_info(services: Services) -> Response:
-    """What is served, on which stages, and how busy it is; of several models, a list of it."""
-    infos = [await service.server_info() for service in services.values()]
-    return JSONResponse(infos[0] if len(infos) == 1 else {"models": infos})
 
 
 async def whole_response(

@@ -22,7 +22,7 @@ from gllm_ray.errors import (
 )
 from gllm_ray.serving.errors import install_error_handlers
 from gllm_ray.serving.openai_protocol import ChatCompletionRequest
-from tests.serving.local_api import BODIES, local_api, wait_until
+from tests.serving.local_api import BODIES, local_api
 
 CHAT_PATH, COMPLETION_PATH = BODIES
 JSON = {"Content-Type": "application/json"}
@@ -110,8 +110,19 @@ def test_a_path_or_method_that_is_not_served_says_so_in_the_same_shape(
 ):
     response = call(tokenizer, method, path)
     assert response.status_code == status
-    assert error_of(response)["type"] == "invalid_request_error"
+    error = error_of(response)
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].startswith(f"{method} {path} is not served; ")
     assert ("allow" in response.headers) == (status == 405)
+
+
+def test_a_path_that_is_not_served_is_told_which_are(tokenizer):
+    message = error_of(call(tokenizer, "POST", "/v1/responses"))["message"]
+    for route in ("POST /v1/chat/completions", "GET /v1/models", "POST /tokenize", "GET /health"):
+        assert route in message
+    message = error_of(call(tokenizer, "GET", COMPLETION_PATH))["message"]
+    assert message.endswith("; use POST")
+    assert len(call(tokenizer, "GET", "/" + "a" * 50_000).content) < 3000
 
 
 @pytest.mark.parametrize(
@@ -238,28 +249,6 @@ def test_a_body_of_just_the_limit_is_read(tokenizer):
             tokenizer, "POST", CHAT_PATH, content=content, headers=JSON, max_body_bytes=limit
         )
         assert response.status_code == status
-
-
-def test_health_is_that_of_the_engine(tokenizer):
-    async def main():
-        async with local_api(tokenizer, "x", hold_after=0) as (service, http):
-            healthy = await http.get("/health")
-            request = asyncio.create_task(http.post(CHAT_PATH, json=BODIES[CHAT_PATH]))
-            await wait_until(lambda: service.requests)
-            service.pipeline.failure = StageLostError("stage 0 died")
-            service.pipeline.release()
-            return healthy, await request, await http.get("/health"), await http.get("/v1/models")
-
-    healthy, failed, unhealthy, models = asyncio.run(main())
-    assert (healthy.status_code, models.status_code) == (200, 200)
-    for response in (failed, unhealthy):
-        assert response.status_code == 503
-        assert error_of(response)["message"] == StageLostError.public_message
-
-
-def test_the_service_tells_about_itself(tokenizer):
-    info = call(tokenizer, "GET", "/server_info").json()
-    assert info == {"model": "demo/model", "kv_utilization": 0}
 
 
 def test_no_prompt_or_answer_is_logged(tokenizer, caplog):
