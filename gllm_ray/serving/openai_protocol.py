@@ -28,7 +28,7 @@ _MAX_LOGPROBS = 20
 
 def _check_best_of(value: object, info: ValidationInfo) -> object:
     """The best `n` of `n` outputs are all of them."""
-    return refuse_unless(value, (info.data.get("n") or 1,))
+    return refuse_unless(value, (info.data.get("n") or 1,), instead="n")
 
 
 def _check_top_logprobs(value: int | None, info: ValidationInfo) -> int | None:
@@ -38,6 +38,8 @@ def _check_top_logprobs(value: int | None, info: ValidationInfo) -> int | None:
 
 
 def _parse_stop(value: object) -> object:
+    if value is not None and not isinstance(value, str | list):
+        raise PydanticCustomError("stop_type", "must be text or a list of texts")
     return [value] if isinstance(value, str) else value
 
 
@@ -119,10 +121,10 @@ class GenerationParams(RequestSchema):
     # vLLM's, whose clients send their defaults, too.
     allowed_token_ids: Annotated[object, only()] = None
     bad_words: Annotated[object, only([])] = None
-    guided_choice: Annotated[object, only()] = None
-    guided_grammar: Annotated[object, only()] = None
-    guided_json: Annotated[object, only()] = None
-    guided_regex: Annotated[object, only()] = None
+    guided_choice: Annotated[object, only(instead="structured_outputs.choice")] = None
+    guided_grammar: Annotated[object, only(instead="structured_outputs.grammar")] = None
+    guided_json: Annotated[object, only(instead="structured_outputs.json")] = None
+    guided_regex: Annotated[object, only(instead="structured_outputs.regex")] = None
     kv_transfer_params: Annotated[object, only()] = None
     length_penalty: Annotated[object, only(1)] = None
     logits_processors: Annotated[object, only([])] = None
@@ -196,8 +198,8 @@ class ChatCompletionRequest(GenerationParams, Conversation):
     audio: Annotated[object, only()] = None
     chat_template: Annotated[object, only()] = None
     documents: Annotated[object, only([])] = None
-    function_call: Annotated[object, only("none", "auto")] = None
-    functions: Annotated[object, only([])] = None
+    function_call: Annotated[object, only("none", "auto", instead="tool_choice")] = None
+    functions: Annotated[object, only([], instead="tools")] = None
     include_reasoning: Annotated[object, only(True)] = None
     logprobs: bool | None = None
     media_io_kwargs: Annotated[object, only({})] = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from llguidance import LLMatcher, grammar_from
 from llguidance.gbnf_to_lark import gbnf_to_lark
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gllm_ray.errors import InvalidRequestError
@@ -64,10 +64,16 @@ class ResponseFormat(RequestSchema):
         return json_grammar(self.json_schema.schema_ if self.json_schema else _ANY_OBJECT)
 
 
+def _check_schema_type(value: object) -> object:
+    if not isinstance(value, dict | str | None):
+        raise PydanticCustomError("schema_type", "must be a JSON schema: an object, or its text")
+    return value
+
+
 class StructuredOutputs(RequestSchema):
     """vLLM's way to ask for JSON and more; exactly one of its fields."""
 
-    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    json_: Annotated[Any, AfterValidator(_check_schema_type)] = Field(default=None, alias="json")
     regex: str | None = None
     choice: (
         Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES, fail_fast=True)] | None
@@ -192,7 +198,11 @@ def json_grammar(schema: dict[str, Any] | str) -> str:
     """
     text = schema if isinstance(schema, str) else spell(schema)
     _check_length(len(text))
-    return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITE_SPACE})
+    options = {"whitespace_pattern": _WHITE_SPACE}
+    try:
+        return LLMatcher.grammar_from_json_schema(text, defaults=options)
+    except ValueError as error:
+        raise ValueError(f"json must be a JSON schema, the text of an object: {error}") from error
 
 
 def spell(schema: object) -> str:

@@ -215,10 +215,81 @@ def test_the_first_mistakes_are_all_told(tokenizer):
     body = BODIES[CHAT_PATH] | {"temperature": 7, "top_p": -1, "typo": 1}
     message = error_of(call(tokenizer, "POST", CHAT_PATH, json=body))["message"]
     assert message == (
-        "temperature=7: Input should be less than or equal to 2; "
-        "top_p=-1: Input should be greater than 0; "
+        "temperature=7: must be at most 2; "
+        "top_p=-1: must be above 0; "
         "typo=1: is not a known parameter"
     )
+
+
+SCHEMA_WORDS = "must be a JSON schema: an object, or its text"
+VARIABLE_WORDS = "must be a number, true, false, null, or a text of at most 1024 characters"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stream": 1}, "stream=1: must be true or false, not a number"),
+        ({"max_tokens": "5"}, "max_tokens: must be a whole number, not text"),
+        ({"max_tokens": 5.0}, "max_tokens=5.0: must be a whole number, not a decimal number"),
+        ({"n": 0}, "n=0: must be at least 1"),
+        ({"seed": 2**63}, f"seed={2**63}: must be below {2**63}"),
+        ({"model": None}, "model: must be text, not null"),
+        ({"logit_bias": {"5": True}}, "logit_bias.5=true: must be a number, not a truth value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5=101: must be at most 100"),
+        ({"stop": 5}, "stop=5: must be text or a list of texts"),
+        ({"stop": ["a"] * 17}, "stop: must have at most 16 items, not 17"),
+        ({"stop": ["a", ""]}, "stop[1]: must have 1 or more characters"),
+        ({"stop": ["a" * 1025]}, "stop[0]: must have at most 1024 characters"),
+        ({"stop": ["\ud800"]}, "stop[0]: must be valid Unicode"),
+        ({"stream_options": []}, "stream_options: must be an object, not a list"),
+        ({"messages": []}, "messages: must have 1 or more items, not 0"),
+        ({"messages": {}}, "messages: must be a list, not an object"),
+        (
+            {"response_format": {"type": "json"}},
+            "response_format.type: must be 'text', 'json_object' or 'json_schema', not 'json'",
+        ),
+        (
+            {"response_format": {"type": ["text"]}},
+            "response_format.type: must be 'text', 'json_object' or 'json_schema', not a list",
+        ),
+        ({"structured_outputs": {"json": 5}}, f"structured_outputs.json=5: {SCHEMA_WORDS}"),
+        ({"structured_outputs": {"json": [{}]}}, f"structured_outputs.json: {SCHEMA_WORDS}"),
+        (
+            {"structured_outputs": {"choice": "a"}},
+            "structured_outputs.choice: must be a list, not text",
+        ),
+        ({"chat_template_kwargs": {"a": []}}, f"chat_template_kwargs.a: {VARIABLE_WORDS}"),
+        ({"chat_template_kwargs": {"a": "x" * 1025}}, f"chat_template_kwargs.a: {VARIABLE_WORDS}"),
+        ({"tool_choice": 5}, "tool_choice=5: must be an object, not a number"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "tools[0].function.name: must match ^[a-zA-Z0-9_-]{1,64}$",
+        ),
+        ({"guided_json": {}}, "guided_json: is not supported; use structured_outputs.json"),
+        ({"functions": [{}]}, "functions: is not supported; use tools"),
+        ({"metadata": {"a": "b"}}, "metadata: is not supported; leave it out"),
+    ],
+)
+def test_a_mistake_says_what_was_given_and_what_would_be_right(tokenizer, change, message):
+    content = json.dumps(BODIES[CHAT_PATH] | change)  # ASCII, for half of a surrogate pair
+    response = call(tokenizer, "POST", CHAT_PATH, content=content, headers=JSON)
+    assert (response.status_code, error_of(response)["message"]) == (400, message)
+
+
+@pytest.mark.parametrize("schema", ["no JSON", "[1]", "5"])
+def test_the_text_of_a_schema_has_to_be_an_object(tokenizer, schema):
+    body = BODIES[COMPLETION_PATH] | {"structured_outputs": {"json": schema}}
+    error = error_of(call(tokenizer, "POST", COMPLETION_PATH, json=body))
+    assert error["param"] == "structured_outputs"
+    assert "json must be a JSON schema, the text of an object: " in error["message"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity"])
+def test_a_template_is_told_no_number_that_is_none(tokenizer, number):
+    content = json.dumps(BODIES[CHAT_PATH])[:-1] + f', "chat_template_kwargs": {{"a": {number}}}}}'
+    response = call(tokenizer, "POST", CHAT_PATH, content=content, headers=JSON)
+    error = error_of(response)
+    assert (error["param"], error["code"]) == ("chat_template_kwargs.a", "invalid_value")
 
 
 @pytest.mark.parametrize("is_chunked", [True, False])

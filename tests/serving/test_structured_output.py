@@ -235,7 +235,7 @@ def test_nothing_is_kept_of_outputs_that_ended_or_were_given_up(tokenizer, pipel
         ({"structured_outputs": {"regex": "a" * 2**18}}, "structured_outputs", "limit is 262144"),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "one"),
-        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "1 or more"),
         ({"structured_outputs": {"backend": "x"}}, "structured_outputs.backend", "not a known"),
         ({"response_format": json_schema({"type": "no"})}, "response_format", "Invalid type: no"),
         ({"response_format": json_schema({"$ref": "#"})}, "response_format", "no output can match"),
