@@ -18,6 +18,7 @@ from gllm_ray.serving.openai_protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationParams,
+    StreamOptions,
 )
 from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead, response_body
 from gllm_ray.serving.service_api import router as service_router
@@ -154,15 +155,15 @@ async def _respond(
 ) -> Response:
     if not body.stream:
         return JSONResponse(await whole_response(service, body, head, requests))
-    options = body.stream_options
-    writer = ChunkWriter(head, include_usage=bool(options and options.include_usage))
-    deltas = _deltas(service, body, requests)
-    return await stream_response(
-        deltas,
-        writer,
+    options = body.stream_options or StreamOptions()
+    writer = ChunkWriter(
+        head,
         _num_prompt_tokens(body, requests),
-        http_request.app.state.stream_keep_alive_s,
+        include_usage=bool(options.include_usage),
+        is_usage_continuous=bool(options.continuous_usage_stats),
     )
+    deltas = _deltas(service, body, requests)
+    return await stream_response(deltas, writer, http_request.app.state.stream_keep_alive_s)
 
 
 def _deltas(

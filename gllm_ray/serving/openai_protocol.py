@@ -64,10 +64,17 @@ def _is_token_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
+def _check_continuous_usage(value: bool | None, info: ValidationInfo) -> bool | None:
+    if value and not info.data.get("include_usage"):
+        raise PydanticCustomError("needs_usage", "is only allowed when include_usage is true")
+    return value
+
+
 class StreamOptions(RequestSchema):
-    """What a stream tells beside its text."""
+    """What a stream tells beside its text; `continuous_usage_stats` is not OpenAI's."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: Annotated[bool | None, AfterValidator(_check_continuous_usage)] = None
     include_obfuscation: Annotated[object, only(False)] = None
 
 

@@ -102,13 +102,25 @@ class ChunkWriter:
 
     Args:
         head: What every chunk repeats.
+        num_prompt_tokens: For the usage.
         include_usage: Chunks carry `usage`, which is null but in the last.
+        is_usage_continuous: It is that of all outputs so far.
     """
 
-    def __init__(self, head: ResponseHead, *, include_usage: bool) -> None:
+    def __init__(
+        self,
+        head: ResponseHead,
+        num_prompt_tokens: int,
+        *,
+        include_usage: bool = False,
+        is_usage_continuous: bool = False,
+    ) -> None:
         self._is_chat = head.is_chat
         self._logprobs = head.logprobs
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_output_tokens = 0
         self._include_usage = include_usage
+        self._is_usage_continuous = include_usage and is_usage_continuous
         self._head = _dumps(head.fields("chat.completion.chunk"))[:-1] + ',"choices":['
         self._tail = '],"usage":null}' if include_usage else "]}"
         self._begun: set[int] = set()
@@ -120,6 +132,7 @@ class ChunkWriter:
         if self._is_chat and delta.index not in self._begun:
             self._begun.add(delta.index)
             events += self._chunk(delta.index, '"delta":{"role":"assistant","content":""}')
+        self._num_output_tokens += delta.num_tokens
         if delta.text or delta.scored or delta.calls:
             text = _dumps(delta.text)
             content = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
@@ -142,19 +155,23 @@ class ChunkWriter:
             spelled.append({"index": self._num_calls[delta.index] - 1, **grown})
         return spelled
 
-    def write_end(self, num_prompt_tokens: int, num_output_tokens: int) -> str:
+    def write_end(self) -> str:
         """The events after the last delta."""
         done = _event("[DONE]")
         if not self._include_usage:
             return done
-        cost = _dumps(usage(num_prompt_tokens, num_output_tokens))
-        return _event(f'{self._head}],"usage":{cost}}}') + done
+        return _event(f"{self._head}{self._usage_tail()}") + done
+
+    def _usage_tail(self) -> str:
+        cost = _dumps(usage(self._num_prompt_tokens, self._num_output_tokens))
+        return f'],"usage":{cost}}}'
 
     def _chunk(
         self, index: int, content: str, *, logprobs: str = "null", finish_reason: str = "null"
     ) -> str:
         ends = f'"logprobs":{logprobs},"finish_reason":{finish_reason}}}'
-        return _event(f'{self._head}{{"index":{index},{content},{ends}{self._tail}')
+        tail = self._usage_tail() if self._is_usage_continuous else self._tail
+        return _event(f'{self._head}{{"index":{index},{content},{ends}{tail}')
 
 
 def _event(data: str) -> str:
