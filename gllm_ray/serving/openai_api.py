@@ -184,6 +184,7 @@ def _output_deltas(
         strings=body.stop or (),
         is_included=body.include_stop_str_in_output or False,
         min_tokens=body.min_tokens or 0,
+        token_ids=body.stop_token_ids or (),
     )
     detokenizer = tokenizer.new_detokenizer(
         request.prompt_token_ids, rule, parser.markers if parser else ()

@@ -70,6 +70,7 @@ def response_body(
             **({"message": _message(output)} if head.is_chat else {"text": output.text}),
             "logprobs": head.logprobs(output.scored),
             "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
         }
         for output in outputs
     ]
@@ -127,7 +128,7 @@ class ChunkWriter:
         self._num_calls: Counter[int] = Counter()  # of each output
 
     def write(self, delta: TextDelta) -> str:
-        """The events for a delta: role, new text, tokens or calls, finish reason, as there are."""
+        """The events for a delta: role, new text, tokens or calls, how it ended, as there are."""
         events = ""
         if self._is_chat and delta.index not in self._begun:
             self._begun.add(delta.index)
@@ -142,7 +143,8 @@ class ChunkWriter:
             events += self._chunk(delta.index, content, logprobs=logprobs)
         if delta.finish_reason is not None:
             content = '"delta":{}' if self._is_chat else '"text":""'
-            events += self._chunk(delta.index, content, finish_reason=f'"{delta.finish_reason}"')
+            reasons = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+            events += self._chunk(delta.index, content, reasons=_dumps(reasons)[1:-1])
         return events
 
     def _spell_calls(self, delta: TextDelta) -> list[dict[str, Any]]:
@@ -167,9 +169,14 @@ class ChunkWriter:
         return f'],"usage":{cost}}}'
 
     def _chunk(
-        self, index: int, content: str, *, logprobs: str = "null", finish_reason: str = "null"
+        self,
+        index: int,
+        content: str,
+        *,
+        logprobs: str = "null",
+        reasons: str = '"finish_reason":null',
     ) -> str:
-        ends = f'"logprobs":{logprobs},"finish_reason":{finish_reason}}}'
+        ends = f'"logprobs":{logprobs},{reasons}}}'
         tail = self._usage_tail() if self._is_usage_continuous else self._tail
         return _event(f'{self._head}{{"index":{index},{content},{ends}{tail}')
 

@@ -56,7 +56,7 @@ def test_a_chat_stream_byte_for_byte(tokenizer):
         + CHAT_HEAD
         + '{"index":0,"delta":{"content":"a"},"logprobs":null,"finish_reason":null}]}\n\n'
         + CHAT_HEAD
-        + '{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}\n\n'
+        + '{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null}]}\n\n'
         + "data: [DONE]\n\n"
     )
 
@@ -68,7 +68,8 @@ def test_a_completion_stream_with_usage_byte_for_byte(tokenizer):
         COMPLETION_HEAD
         + '{"index":0,"text":"\\"","logprobs":null,"finish_reason":null}],"usage":null}\n\n'
         + COMPLETION_HEAD
-        + '{"index":0,"text":"","logprobs":null,"finish_reason":"length"}],"usage":null}\n\n'
+        + '{"index":0,"text":"","logprobs":null,"finish_reason":"length","stop_reason":null}],'
+        '"usage":null}\n\n'
         + COMPLETION_HEAD
         + '],"usage":{"prompt_tokens":2,"completion_tokens":1,"total_tokens":3}}\n\n'
         + "data: [DONE]\n\n"
