@@ -86,6 +86,7 @@ class Conversation(RequestSchema):
                 "out, or put the calls into their content",
                 param="messages",
             )
+        self._check_names(tokenizer)
         known = tokenizer.template_variables
         if unread := [name for name in self._variables if name not in known]:
             is_ours = unread[0] in (self.chat_template_kwargs or ())
@@ -94,6 +95,17 @@ class Conversation(RequestSchema):
                 + (", ".join(sorted(known)) or "nothing of the kind"),
                 param="chat_template_kwargs" if is_ours else unread[0],
             )
+
+    def _check_names(self, tokenizer: Tokenizer) -> None:
+        """A tool is known by the call that it answers; of others the template has to tell."""
+        for index, message in enumerate(self.messages):
+            role = message.template_role
+            if message.name and role != "tool" and role not in tokenizer.named_roles:
+                raise InvalidRequestError(
+                    f"the model's chat template shows no name of a {role} message to the model; "
+                    "leave it out, or write it into the content",
+                    param=f"messages[{index}].name",
+                )
 
     def apply_template(self, tokenizer: Tokenizer) -> list[int]:
         """The tokens of the prompt.
