@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from gllm_ray.errors import InvalidRequestError
+from gllm_ray.model.generation_config import MAX_TEMPERATURE
 from gllm_ray.serving.conversation import Conversation
 from gllm_ray.serving.output_format import ResponseFormat, StructuredOutputs
 from gllm_ray.serving.request_schema import RequestSchema, at_most, is_text, only, refuse_unless
@@ -89,7 +90,7 @@ class GenerationParams(RequestSchema):
 
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
+    temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, description="0 or -1: no limit.")
     min_p: float | None = Field(default=None, ge=0, le=1)

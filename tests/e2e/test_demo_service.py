@@ -156,7 +156,7 @@ def test_a_client_that_leaves_frees_its_blocks(service, stream):
     ("options", "status", "param", "code"),
     [
         ({"model": "another"}, 404, "model", "model_not_found"),
-        ({"temperature": 3}, 400, "temperature", "invalid_value"),
+        ({"temperature": 101}, 400, "temperature", "invalid_value"),
         ({"functions": [{"name": "f"}]}, 400, "functions", "unsupported_parameter"),
         ({"max_tokens": 5000}, 400, "messages", "context_length_exceeded"),
         ({"extra_body": {"beam_width": 4}}, 400, "beam_width", "unknown_parameter"),

@@ -212,10 +212,10 @@ def test_a_message_that_quotes_a_client_is_bounded():
 
 
 def test_the_first_mistakes_are_all_told(tokenizer):
-    body = BODIES[CHAT_PATH] | {"temperature": 7, "top_p": -1, "typo": 1}
+    body = BODIES[CHAT_PATH] | {"temperature": 101, "top_p": -1, "typo": 1}
     message = error_of(call(tokenizer, "POST", CHAT_PATH, json=body))["message"]
     assert message == (
-        "temperature=7: must be at most 2; "
+        "temperature=101: must be at most 100; "
         "top_p=-1: must be above 0; "
         "typo=1: is not a known parameter"
     )
@@ -328,7 +328,7 @@ def test_no_prompt_or_answer_is_logged(tokenizer, caplog):
     async def main():
         chat = BODIES[CHAT_PATH] | {"messages": [{"role": "user", "content": "secret question"}]}
         async with local_api(tokenizer, "secret answer") as (service, http):
-            for change in ({}, {"stream": True}, {"temperature": 9}, {"max_tokens": 10**6}):
+            for change in ({}, {"stream": True}, {"temperature": 101}, {"max_tokens": 10**6}):
                 response = await http.post(CHAT_PATH, json=chat | change)
                 assert "secret question" not in response.text
             service.tokenizer = None

@@ -222,7 +222,7 @@ def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
     ("change", "param"),
     [
         ({"temperature": -0.1}, "temperature"),
-        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": 100.1}, "temperature"),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -397,6 +397,8 @@ def test_sampling_parameters_reach_the_engine(tokenizer):
     sampling = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": -3}
     for path in BODIES:
         assert request_for(tokenizer, path, sampling).sampling == SamplingParams(**sampling)
+        hot = request_for(tokenizer, path, {"temperature": 100}).sampling
+        assert hot.temperature == 100
 
 
 def test_a_top_k_of_any_size_becomes_one_that_a_message_can_carry(tokenizer):
