@@ -22,7 +22,7 @@ from gllm_ray.serving.openai_protocol import (
 )
 from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead, response_body
 from gllm_ray.serving.service_api import router as service_router
-from gllm_ray.serving.services import GenerationService, Services, TokenService, check_model
+from gllm_ray.serving.services import GenerationService, Services, TokenService, find_model
 from gllm_ray.serving.streaming import stream_response
 from gllm_ray.serving.text_stream import (
     TextDelta,
@@ -84,9 +84,8 @@ async def chat_completions(
     body: ChatCompletionRequest, request: Request, services: Services
 ) -> Response:
     """Answer a conversation, once or several times."""
-    check_body(body, services)
-    service = services[body.model]
-    head = _head(service, body, is_chat=True)
+    service = services[check_body(body, services)]
+    head = _head(service, is_chat=True)
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
     requests = await builder.from_chat(body, head.id)
     return await _respond(request, service, body, head, requests)
@@ -95,9 +94,8 @@ async def chat_completions(
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request, services: Services) -> Response:
     """Continue a text, or several."""
-    check_body(body, services)
-    service = services[body.model]
-    head = _head(service, body, is_chat=False)
+    service = services[check_body(body, services)]
+    head = _head(service, is_chat=False)
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
     requests = await builder.from_completion(body, head.id)
     return await _respond(request, service, body, head, requests)
@@ -113,7 +111,7 @@ async def list_models(request: Request, services: Services) -> Response:
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, request: Request, services: Services) -> Response:
     """One of the models."""
-    check_model(model, services)
+    find_model(model, services)
     return JSONResponse(_model_card(request, services[model]))
 
 
@@ -132,18 +130,19 @@ async def whole_response(
     return response_body(head, outputs, _num_prompt_tokens(body, requests))
 
 
-def check_body(body: GenerationParams, model_names: Collection[str]) -> None:
-    """Check what its schema alone does not tell.
+def check_body(body: GenerationParams, model_names: Collection[str]) -> str:
+    """Check what its schema alone does not tell; the name of its model.
 
     Raises:
         InvalidRequestError: The model is not one of those served, or a stream's options are without
             a stream.
     """
-    check_model(body.model, model_names)
+    model = find_model(body.model, model_names)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError(
             "stream_options is only allowed when stream is true", param="stream_options"
         )
+    return model
 
 
 async def _respond(
@@ -193,9 +192,11 @@ def _output_deltas(
     return with_tool_calls(deltas, parser, use) if use and parser else deltas
 
 
-def _head(service: GenerationService, body: GenerationParams, *, is_chat: bool) -> ResponseHead:
+def _head(service: GenerationService, *, is_chat: bool) -> ResponseHead:
     return ResponseHead.new(
-        model=body.model, is_chat=is_chat, token_bytes=service.tokenizer.vocabulary.token_bytes
+        model=service.model_name,
+        is_chat=is_chat,
+        token_bytes=service.tokenizer.vocabulary.token_bytes,
     )
 
 

@@ -233,7 +233,7 @@ VARIABLE_WORDS = "must be a number, true, false, null, or a text of at most 1024
         ({"max_tokens": 5.0}, "max_tokens=5.0: must be a whole number, not a decimal number"),
         ({"n": 0}, "n=0: must be at least 1"),
         ({"seed": 2**63}, f"seed={2**63}: must be below {2**63}"),
-        ({"model": None}, "model: must be text, not null"),
+        ({"model": 5}, "model=5: must be text, not a number"),
         ({"logit_bias": {"5": True}}, "logit_bias.5=true: must be a number, not a truth value"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5=101: must be at most 100"),
         ({"stop": 5}, "stop=5: must be text or a list of texts"),

@@ -18,6 +18,7 @@ from gllm_ray.model.generation_config import SamplingDefaults
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.openai_protocol import ChatCompletionRequest, CompletionRequest
 from gllm_ray.stages.metadata import MetadataDecoder, MetadataEncoder
+from tests.fakes import LocalService
 from tests.serving.local_api import BODIES, CHAT, local_api
 
 CHAT_PATH, COMPLETION_PATH = BODIES
@@ -471,6 +472,12 @@ def test_the_end_tokens_stop_unless_they_are_ignored(tokenizer):
         assert request_for(tokenizer, path, {}).stop_token_ids == tokenizer.stop_token_ids != set()
         ignoring = {"ignore_eos": True, "max_tokens": 4}
         assert request_for(tokenizer, path, ignoring).stop_token_ids == set()
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_model_that_is_alone_need_not_be_named(tokenizer, path):
+    status, body, _ = post(tokenizer, path, {"model": None})
+    assert (status, body["model"]) == (200, LocalService.model_name)
 
 
 def test_the_cache_salt_reaches_the_engine(tokenizer):
