@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gllm_ray.errors import InvalidRequestError
-from gllm_ray.serving.request_schema import RequestSchema
+from gllm_ray.serving.request_schema import RequestSchema, only
 
 _MAX_NAME_CHARS = 1024
 MAX_GRAMMAR_CHARS = 2**18
@@ -79,13 +79,19 @@ class StructuredOutputs(RequestSchema):
         Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES, fail_fast=True)] | None
     ) = None
     grammar: str | None = Field(default=None, description="In Lark's syntax, or GBNF.")
+    json_object: bool | None = None
+
+    disable_additional_properties: Annotated[object, only(False)] = None
+    disable_any_whitespace: Annotated[object, only(False)] = None
+    structural_tag: Annotated[object, only()] = None
+    whitespace_pattern: Annotated[object, only()] = None
 
     @model_validator(mode="after")
     def _check_is_one(self) -> Self:
-        fields = (self.json_, self.regex, self.choice, self.grammar)
+        fields = (self.json_, self.regex, self.choice, self.grammar, self.json_object or None)
         if sum(field is not None for field in fields) != 1:
             raise PydanticCustomError(
-                "not_one", "must have exactly one of json, regex, choice and grammar"
+                "not_one", "must have exactly one of json, regex, choice, grammar and json_object"
             )
         return self
 
@@ -98,6 +104,8 @@ class StructuredOutputs(RequestSchema):
         """
         if self.json_ is not None:
             return json_grammar(self.json_)
+        if self.json_object:
+            return json_grammar(_ANY_OBJECT)
         if self.regex is not None:
             _check_length(len(self.regex))
             return grammar_from("regex", self.regex)
