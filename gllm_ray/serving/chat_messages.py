@@ -84,6 +84,7 @@ class ChatMessage(RequestSchema):
     annotations: Annotated[object, only([])] = None
     audio: Annotated[object, only()] = None
     function_call: Annotated[object, only()] = None
+    reasoning: Annotated[object, only()] = None
     reasoning_content: Annotated[object, only()] = None
     refusal: Annotated[object, only()] = None
     parsed: object = Field(default=None, description="OpenAI's client adds it: the content.")

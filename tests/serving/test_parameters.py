@@ -177,7 +177,8 @@ def test_vllms_parameters_are_accepted_where_they_ask_for_nothing(tokenizer, pat
 
 
 def test_an_answer_is_taken_back_with_its_empty_fields(tokenizer):
-    answer = {"role": "assistant", "content": "x", "reasoning_content": None, "tool_calls": []}
+    empty = {"reasoning_content": None, "reasoning": None, "tool_calls": [], "annotations": []}
+    answer = {"role": "assistant", "content": "x"} | empty
     request_for(tokenizer, CHAT_PATH, {"messages": [*CHAT, answer, *CHAT]})
 
 
