@@ -12,12 +12,11 @@ from gllm_ray.scheduling.policies.base import TokenBudget
 
 # How far the target may move within one round of as many micro-batches as stages. A round's
 # slowest micro-batch sets its pace, so a faster move would be a bubble in every stage.
-_MAX_RISE = 4.0
+_MAX_RISE = 1.5
 _MAX_FALL = 0.9
-# A row costs at most this many times what one more row of a large micro-batch costs, where
+# By how much a row may cost more, as a share, than one more row of a large micro-batch, where
 # token_budget lets it; the rows are two tiles or more.
-_MAX_ROW_COST = 1.2
-_MAX_DEEP_ROW_COST, _MIN_DEEP_ROW_COST = 1.06, 1.03
+_MAX_EXCESS, _MAX_DEEP_EXCESS, _MIN_EXCESS = 0.6, 0.06, 0.03
 _NEARLY = 1.1  # micro-batches nine tenths full count as full
 _UNCALIBRATED_ROWS = 512  # where that is not known
 # What a micro-batch costs processors that stages share with each other and with whom they serve,
@@ -58,8 +57,10 @@ class BalancedPolicy:
     """Brings each micro-batch to one target time, which follows the backlog.
 
     ```
-    rows      the fewest at which time(rows) of prefill is 1.2 times rows at the marginal cost of
-              large micro-batches; from two tiles to token_budget
+    rows      the fewest at which time(rows) of prefill is (1 + excess) times rows at the marginal
+              cost of large micro-batches; from two tiles to token_budget
+    excess    1 over the rounds that the backlog takes, of the rows that decodes leave; at most 0.6
+              and at least 0.03: the longer it takes, the more does throughput count
     groups    S micro-batches in flight
     share     a group's part of the live decodes, by predicted cost: rows and the context they read
     room      tokens that the KV cache can take above the reserve
@@ -75,10 +76,9 @@ class BalancedPolicy:
               min_prefill_tokens, which prompts under way can use however full the KV cache is
     ```
 
-    A backlog of 8 rounds or more, of the rows that decodes leave, is deep. Throughput then counts:
-    groups is max_in_flight, S + 1 if nothing else is configured, and rows rise to those at 1.06
-    times the marginal cost, half their number above what the micro-batches in flight hold. Beyond
-    16 rounds the excess over 1 falls in proportion to them, down to 0.03.
+    Rows are at most those at an excess of 0.6, and half their number, above what the micro-batches
+    in flight hold. A backlog of 8 rounds or more is deep: groups is then max_in_flight, S + 1 if
+    nothing else is configured, and excess is at most 0.06.
 
     A batch, which is a backlog that nobody has added to for 8 rounds, should not end with a few
     long outputs alone. Those that are expected to take more rounds than all that waits go first.
@@ -168,28 +168,31 @@ class BalancedPolicy:
         return _BACKLOG_ROUNDS * max(prefill_rounds, kv_rounds)
 
     def _frame(self, view: LoadView) -> _Frame:
-        """Small micro-batches for latency, or for throughput where the backlog is deep.
+        """Small micro-batches for latency, larger ones for throughput as the backlog grows.
 
         One micro-batch more than stages waits at the first stage, so that the time from a result to
         the next micro-batch is no bubble. The decodes wait for it, too: it takes a backlog to pay.
         """
-        rows = self._efficient_rows(view.cost, _MAX_ROW_COST)
+        least_rows = self._efficient_rows(view.cost, _MAX_EXCESS)
         share = view.num_decoding / view.num_stages
-        prefill_rows = max(rows - share, rows * _MIN_PREFILL_SHARE)
+        prefill_rows = max(least_rows - share, least_rows * _MIN_PREFILL_SHARE)
         num_rounds = view.num_waiting_tokens / (prefill_rows * view.num_stages)
         self._is_deep = num_rounds > (_DEEP_ROUNDS / 2 if self._is_deep else _DEEP_ROUNDS)
-        if not self._is_deep:
-            return _Frame(rows, min(view.num_stages, view.max_in_flight))
+        most = _MAX_DEEP_EXCESS if self._is_deep else _MAX_EXCESS
+        excess = max(_MIN_EXCESS, min(most, 1 / max(1.0, num_rounds)))
+        rows = self._efficient_rows(view.cost, excess)
         # Where the KV cache holds micro-batches down, larger ones would only be fewer.
         tile = view.cost.tile
-        step = max(tile, rows // 2 // tile * tile)
+        step = max(tile, least_rows // 2 // tile * tile)
         mean_rows = view.num_tokens_in_flight / max(1, view.num_in_flight)
-        next_rows = max(rows, int(mean_rows / step + _NEARLY) * step)
-        excess = (_MAX_DEEP_ROW_COST - 1) * min(1.0, 2 * _DEEP_ROUNDS / num_rounds)
-        most_rows = self._efficient_rows(view.cost, max(_MIN_DEEP_ROW_COST, 1 + excess))
-        return _Frame(min(most_rows, next_rows), view.max_in_flight)
+        next_rows = max(least_rows, int(mean_rows / step + _NEARLY) * step)
+        num_groups = view.max_in_flight
+        return _Frame(
+            max_rows=min(rows, next_rows),
+            num_groups=num_groups if self._is_deep else min(view.num_stages, num_groups),
+        )
 
-    def _efficient_rows(self, cost: CostModel, max_row_cost: float) -> int:
+    def _efficient_rows(self, cost: CostModel, excess: float) -> int:
         """The rows from which on larger micro-batches would hardly be cheaper for each."""
         most, tile = self._config.token_budget, cost.tile
         if not cost.is_calibrated:
@@ -198,7 +201,7 @@ class BalancedPolicy:
         def time(rows: int) -> float:
             return cost.stage_time(StepLoad(num_prefill_tokens=rows))
 
-        limit = max_row_cost * (time(2 * most) - time(most)) / most
+        limit = (1 + excess) * (time(2 * most) - time(most)) / most
         tiles = range(2, max(2, most // tile))
         num_tiles = 2 + bisect_left(tiles, -limit, key=lambda n: -time(n * tile) / (n * tile))
         return min(most, num_tiles * tile)

@@ -134,15 +134,17 @@ def test_the_total_lands_on_a_tile_whatever_the_number_of_decodes():
 
 @pytest.mark.parametrize("floor_s", [0.0, 4e-3, 1e-2, 2e-2, 4e-2])
 @pytest.mark.parametrize("token_budget", [512, 2048])
-@pytest.mark.parametrize(("num_rounds", "floor_ratio"), [(7.5, 0.2), (1000, 0.03)])
-def test_micro_batches_grow_until_the_floor_is_a_small_part_of_their_time(
+@pytest.mark.parametrize(
+    ("num_rounds", "floor_ratio"), [(2.5, 0.4), (4, 0.25), (7.5, 1 / 7.5), (20, 0.05), (1000, 0.03)]
+)
+def test_the_floor_is_a_part_of_their_time_that_falls_as_the_backlog_grows(
     num_rounds, floor_ratio, token_budget, floor_s
 ):
     cost = replace(COST, floor_s=floor_s, context_token_s=0.0, attention_pair_s=0.0)
     pipeline = Pipeline([100] * 40, cost=cost, config=BalancedConfig(token_budget=token_budget))
-    wanted = [ceil(floor_s / (ratio * cost.token_s) / 128) * 128 for ratio in (0.2, floor_ratio)]
-    shallow, rows = (min(token_budget, max(256, each)) for each in wanted)
-    pipeline.num_waiting_tokens = round(num_rounds * 4 * shallow)
+    wanted = [ceil(floor_s / (ratio * cost.token_s) / 128) * 128 for ratio in (0.6, floor_ratio)]
+    least, rows = (min(token_budget, max(256, each)) for each in wanted)
+    pipeline.num_waiting_tokens = round(num_rounds * 4 * (least - 10))
     pipeline.steps(80)
     assert {load.num_tokens for load in pipeline.steps(40)} == {rows}
 
