@@ -363,8 +363,3 @@ def test_mistakes_are_told_and_end_with_a_status(capsys, tmp_path):
     path.write_text("gpus: [", encoding="utf-8")
     assert main(["plan", str(path)]) == 1
     assert str(path) in capsys.readouterr().err
-    path = write(tmp_path / "plan.yaml", plan())
-    assert main(["plan", path, "--output", str(tmp_path / "none" / "serve.yaml")]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "its directory must be there" in err
