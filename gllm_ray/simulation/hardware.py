@@ -168,8 +168,8 @@ def _cost(layout: PipelineLayout, config: HardwareConfig) -> PipelineCost:
         if path.suffix == ".json":
             return MeasuredCost.from_profile(layout, parse_stage_profile(text))
         assert device is not None
-        num_layers = [len(layout.layers(stage_id)) for stage_id in range(layout.num_stages)]
-        return MeasuredCost.from_prefills(layout, parse_prefill_times(text), device, num_layers)
+        times_s = parse_prefill_times(text)
+        return MeasuredCost.from_prefills(layout, times_s, device, layout.num_layers)
     except ConfigError as error:
         raise error.prefixed(f"hardware.profile={str(path)!r}") from None
 

@@ -178,7 +178,7 @@ def _split(
         layout = PipelineLayout.explicit(model, num_layers, tensor_parallel)
     else:
         layout = PipelineLayout.explicit(model, plan, tensor_parallel)
-    return tuple(last - first for first, last in layout.layer_ranges)
+    return tuple(layout.num_layers)
 
 
 def _max_replicas(config: PlanConfig, gpu: GpuConfig, num_stages: int, tensor_parallel: int) -> int:

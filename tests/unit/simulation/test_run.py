@@ -262,7 +262,12 @@ def test_a_stage_profile_gives_the_stage_times(tmp_path):
     path = tmp_path / "stages.json"
     load = {"num_decodes": 0, "num_context_tokens": 0, "num_attention_pairs": 0}
     sample = load | {"num_prefill_tokens": 1, "stage_times_s": [0.01, 0.03]}
-    profile = {"format": "gllm_ray.stage_profile.v1", "provenance": "a test", "samples": [sample]}
+    profile = {
+        "format": "gllm_ray.stage_profile.v1",
+        "provenance": "a test",
+        "layers": [9, 7],
+        "samples": [sample],
+    }
     path.write_text(json.dumps(profile))
     one_token = {
         "hardware": {"profile": str(path)},
@@ -271,6 +276,9 @@ def test_a_stage_profile_gives_the_stage_times(tmp_path):
         "workload.num_requests": 1,
     }
     assert report_of(one_token).ttft_s.mean == pytest.approx(0.04)
+    other = {"pipeline.layers": [8, 8]}
+    with pytest.raises(ConfigError, match=r"json': .* \[9, 7\] layers; must be of \[8, 8\]"):
+        report_of(one_token | other)
 
 
 def test_prefill_times_are_shared_by_the_layers_of_the_stages(tmp_path):
