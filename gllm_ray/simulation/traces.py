@@ -38,6 +38,7 @@ class TraceRecord(StrictModel):
     num_prompt_tokens: int = Field(ge=1)
     num_output_tokens: int = Field(ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
+    expected_output_tokens: int | None = Field(default=None, ge=1)
     prefix_id: int | None = Field(default=None, ge=0)
     num_prefix_tokens: int = Field(default=0, ge=0)
     tenant: str = ""

@@ -137,6 +137,13 @@ class _AnyWorkloadConfig(StrictModel):
         description="Output tokens that clients allow, at which longer outputs are cut; null: "
         "exactly the length of the output, so that the scheduler knows it.",
     )
+    hint_sigma: float | None = Field(
+        default=None,
+        ge=0,
+        le=3,
+        description="Standard deviation of the natural logarithm of what clients say beforehand of "
+        "the length of an output, over its length; 0: they know it, null: they say nothing.",
+    )
 
 
 class SyntheticWorkloadConfig(_AnyWorkloadConfig):

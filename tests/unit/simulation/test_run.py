@@ -155,7 +155,7 @@ OVERLOADED = changed(
         ({"scheduler.max_waiting_tokens": 100}, changed({"workload": BURST})),
         ({"scheduler.prefix_caching": False}, PREFIXES),
         ({"scheduler.fair_share": True}, TENANTS),
-        ({"scheduler.length_predictor": "hint"}, UNKNOWN_LENGTHS),
+        ({"workload.hint_sigma": 0}, UNKNOWN_LENGTHS),
         ({"cost_model": "learnt"}, changed({"scheduler": {"policy": "balanced"}})),
         ({"timing.schedule_s": 0.01}, SMALL),
         ({"timing.schedule_sequence_s": 0.01}, SMALL),
@@ -308,6 +308,21 @@ def test_the_scheduler_may_read_its_cost_model(tmp_path):
     assert (
         report_of(changes, balanced).batch_tokens.p99 < report_of(config=balanced).batch_tokens.p99
     )
+
+
+def test_the_better_clients_know_the_lengths_of_outputs_the_more_of_them_temporal_runs_at_once():
+    lengths = {"prompt": 32, "output": {"name": "uniform", "min_tokens": 1, "max_tokens": 400}}
+    hidden = {
+        "pipeline.num_stages": 1,
+        "hardware.stage_link": ...,
+        "kv_cache.num_blocks": 256,
+        "scheduler": {"policy": "temporal", "length_predictor": "hint"},
+        "workload": {"arrivals": "at_once", "lengths": lengths, "num_requests": 200},
+        "workload.max_tokens": 1000,
+    }
+    wall_s = [report_of(hidden | {"workload.hint_sigma": sigma}).wall_s for sigma in (0, 0.5, 2)]
+    assert wall_s == sorted(wall_s)
+    assert wall_s[2] > 1.2 * wall_s[0]
 
 
 def test_a_workload_without_a_request_is_a_mistake():

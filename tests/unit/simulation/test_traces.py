@@ -70,7 +70,7 @@ def test_seconds_since_1970_are_counted_from_the_first_request_and_others_are_as
 def test_jsonl_holds_every_attribute_of_a_request(write):
     requests = [
         request(0.5, 30, 4, prefix_id=7, num_prefix_tokens=20, tenant="a", priority=-1),
-        request(1, 3, 4, max_tokens=9),
+        request(1, 3, 4, max_tokens=9, expected_output_tokens=5),
     ]
     rows = [{key: getattr(each, key) for key in each.__slots__} for each in requests]
     path = write("a.jsonl", "\n".join(map(json.dumps, rows)) + "\n")

@@ -1,8 +1,10 @@
 """Workloads: lazy, in order, the same for the same seed, and what their configuration says."""
 
+import math
 import tracemalloc
 from collections import Counter
 from itertools import islice, pairwise
+from statistics import fmean, stdev
 
 import pytest
 from hypothesis import given
@@ -221,9 +223,11 @@ def test_prompts_have_exactly_their_prefix_in_common(requests):
         assert min(num_common, len(first_ids), len(second_ids)) == shared
 
 
-def test_who_and_how_urgent_is_handed_on():
-    generation = to_generation_request(request(4, tenant="a", priority=-2), 17)
-    assert (generation.request_id, generation.tenant, generation.priority) == ("17", "a", -2)
+def test_what_a_client_says_of_itself_is_handed_on():
+    said = {"tenant": "a", "priority": -2, "expected_output_tokens": 9}
+    generation = to_generation_request(request(4, **said), 17)
+    assert generation.request_id == "17"
+    assert {key: getattr(generation, key) for key in said} == said
 
 
 def test_the_scheduler_knows_a_length_that_the_client_asks_for():
@@ -242,3 +246,22 @@ def test_the_scheduler_learns_of_the_end_from_the_stop_token_alone():
 def test_a_workload_may_hide_all_lengths():
     assert {each.max_tokens for each in requests_of(max_tokens=4096)} == {4096}
     assert {each.max_tokens for each in requests_of()} == {None}
+
+
+def test_clients_say_how_long_outputs_will_be_as_well_as_they_know():
+    silent, knowing = requests_of(), requests_of(hint_sigma=0)
+    assert {each.expected_output_tokens for each in silent} == {None}
+    assert [each.expected_output_tokens for each in knowing] == [
+        each.num_output_tokens for each in silent
+    ]
+    guessing = requests_of(hint_sigma=0.5, lengths={"prompt": 9, "output": 1000})
+    errors = [math.log(each.expected_output_tokens / each.num_output_tokens) for each in guessing]
+    assert fmean(errors) == pytest.approx(0, abs=0.05)
+    assert stdev(errors) == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_share_of_the_requests_says_the_same_as_it_does_among_all():
+    config = CONFIG.validate_python(
+        {"arrivals": 8, "lengths": "sharegpt", "num_requests": 100, "hint_sigma": 1}
+    )
+    assert set(Workload(config, 0, share=4)) < set(Workload(config, 0))
