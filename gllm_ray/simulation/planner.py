@@ -14,6 +14,8 @@ from gllm_ray.simulation.model_shape import ModelShape
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.plan_config import GpuConfig, LayerPlan, PlanConfig
 
+_MAX_CHOICES = 10_000  # hours of screening
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
@@ -84,7 +86,8 @@ def enumerate_choices(config: PlanConfig) -> tuple[list[Choice], list[Rejection]
     """Every combination of what is searched, apart from those that cannot be.
 
     Raises:
-        ConfigError: The model, a device or a link is not known, or the model is not served.
+        ConfigError: The model, a device or a link is not known, the model is not served, or there
+            are too many.
     """
     model, search = config.model.shape(), config.search
     config.model.check_served()
@@ -113,7 +116,13 @@ def enumerate_choices(config: PlanConfig) -> tuple[list[Choice], list[Rejection]
                     Choice(cut=cut, num_replicas=num_replicas, policy=policy)
                     for cut, policy in product(fitting, search.policies)
                 ]
-    return list(dict.fromkeys(choices)), list(dict.fromkeys(rejections))
+    choices = list(dict.fromkeys(choices))
+    if len(choices) > _MAX_CHOICES:
+        raise ConfigError(
+            f"{len(choices)} choices are possible; must be at most {_MAX_CHOICES} to be screened: "
+            "name search.stages and search.replicas, or fewer GPUs"
+        )
+    return choices, list(dict.fromkeys(rejections))
 
 
 def stage_infos(config: PlanConfig, model: ModelShape, cut: Cut) -> list[StageInfo]:

@@ -13,7 +13,11 @@ from gllm_ray.config.pipeline import LayerSplit
 from gllm_ray.errors import ConfigError
 from gllm_ray.predictor_config import ClassifierPredictorConfig, HintPredictorConfig
 from gllm_ray.simulation.hardware_config import HardwareConfig
-from gllm_ray.simulation.replica_config import SimulatedScalingConfig, StageLossConfig
+from gllm_ray.simulation.replica_config import (
+    MAX_REPLICAS,
+    SimulatedScalingConfig,
+    StageLossConfig,
+)
 from gllm_ray.simulation.routing import RoutingName
 from gllm_ray.simulation.workload_config import TraceWorkloadConfig, WorkloadConfig
 from gllm_ray.strict_schema import StrictModel, parse_strictly
@@ -171,7 +175,9 @@ class SimulationConfig(StrictModel):
     timing: TimingConfig = TimingConfig()
     workload: WorkloadConfig
     slo: SloConfig | None = Field(default=None, description="What goodput counts; null: nothing.")
-    num_replicas: int = Field(default=1, ge=1, description="Replicas at the start.")
+    num_replicas: int = Field(
+        default=1, ge=1, le=MAX_REPLICAS, description="Replicas at the start."
+    )
     routing: RoutingName = Field(
         default="power_of_two", description="Which replica a request goes to."
     )

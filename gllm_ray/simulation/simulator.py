@@ -66,6 +66,8 @@ class _Arrival:
     request: SimulatedRequest
 
 
+_MAX_LOOKS = 10_000_000  # of the autoscaler, which take minutes where there is one replica
+
 _Payload = _Result | _Arrival | SimulatedReplica | StageLoss | None
 
 
@@ -110,6 +112,7 @@ class Simulation:
         self._all_ready_s = 0.0  # from when on none of them has still to start
         self._held: list[_Arrival] = []  # no replica is ready
         self._autoscaler = Autoscaler(deployment.scaling) if deployment.scaling else None
+        self._num_looks = 0
         self._replica_counts: list[tuple[float, int]] = []
         self._num_requests = 0  # that have come, or come next
         self._is_next_known = True  # else all have come
@@ -118,7 +121,8 @@ class Simulation:
         """Let all requests come and end; called once.
 
         Raises:
-            ConfigError: No request came, or all were refused as soon as the simulation began.
+            ConfigError: No request came, all were refused as soon as the simulation began, or it
+                goes on for too long.
             ValueError: Requests do not come in the order of their arrival.
         """
         deployment = self._deployment
@@ -222,6 +226,12 @@ class Simulation:
         scaling, autoscaler = self._deployment.scaling, self._autoscaler
         assert scaling is not None
         assert autoscaler is not None
+        self._num_looks += 1
+        if self._num_looks > _MAX_LOOKS:
+            raise ConfigError(
+                f"autoscaling.interval_s={scaling.interval_s:g}: has passed {_MAX_LOOKS} times by "
+                f"{now_s:g} s, and requests are still to come or to end; raise it, or simulate less"
+            )
         running = [replica for replica in self._serving if replica.ready_s <= now_s]
         load = DeploymentLoad(
             num_requests=sum(replica.num_requests for replica in running) + len(self._held),

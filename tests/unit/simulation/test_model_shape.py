@@ -110,6 +110,7 @@ def test_values_have_the_bytes_of_the_data_type(dtype, num_bytes):
     [
         ({"model_type": "mamba"}, r"model_type='mamba': .* must be one of apertus, arcee"),
         ({"hidden_size": None}, r"hidden_size: required, but not given"),
+        ({"num_hidden_layers": 10**8}, r"num_hidden_layers=100000000: must be <= 10000"),
         ({"num_hidden_layers": "32"}, r"num_hidden_layers='32': must be an integer"),
         ({"intermediate_size": -1}, r"intermediate_size=-1: must be an integer >= 0"),
         ({"torch_dtype": "int8"}, r"dtype='int8': must be one of float32, float16, bfloat16"),

@@ -250,3 +250,9 @@ def test_the_shape_is_read_from_a_config_json_beside_the_plan(tmp_path):
     (tmp_path / "plan.yaml").write_text(json.dumps(values), encoding="utf-8")
     config = load_plan_config(tmp_path / "plan.yaml")
     assert config.model.shape() == parse_model_shape(LLAMA_3_8B)
+
+
+def test_more_choices_than_can_be_screened_are_refused():
+    gpus = [{"device": "L4", "count": 10_000, "price_per_hour": 0.5, "link": "pcie-4-x16"}]
+    with pytest.raises(ConfigError, match=r"^15000 choices .* at most 10000 .*search\.replicas"):
+        enumerate_choices(plan(gpus=gpus, search={"stages": [1, 2]}))

@@ -10,7 +10,7 @@ import yaml
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.scheduling.load import StepLoad
-from gllm_ray.simulation import simulate
+from gllm_ray.simulation import simulate, simulator
 from gllm_ray.simulation.hardware import build_hardware, uncalibrated
 from gllm_ray.simulation.simulation_config import load_simulation_config, parse_simulation_config
 from tests.unit.simulation.simulations import SMALL, changed
@@ -323,6 +323,14 @@ def test_the_better_clients_know_the_lengths_of_outputs_the_more_of_them_tempora
     wall_s = [report_of(hidden | {"workload.hint_sigma": sigma}).wall_s for sigma in (0, 0.5, 2)]
     assert wall_s == sorted(wall_s)
     assert wall_s[2] > 1.2 * wall_s[0]
+
+
+def test_a_simulation_that_an_autoscaler_would_keep_up_for_ever_ends(monkeypatch):
+    monkeypatch.setattr(simulator, "_MAX_LOOKS", 500)
+    rare = {"workload.arrivals": 1e-3, "workload.num_requests": 10}
+    assert report_of(rare).wall_s > 500 * 5
+    with pytest.raises(ConfigError, match=r"interval_s=5: has passed 500 times by 2505 s, and"):
+        report_of(rare | {"autoscaling": {"max_replicas": 2}})
 
 
 def test_a_workload_without_a_request_is_a_mistake():

@@ -123,6 +123,15 @@ def test_a_sweep_is_drawn(small, tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_rate_at_which_too_many_requests_would_come_is_refused(small, capsys):
+    changes = {"workload.num_requests": ..., "workload.duration_s": 2}
+    small.write_text(yaml.safe_dump(changed(changes)))
+    assert run(small, "--sweep", "5,1e8") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("at 1e+08 requests/s: workload.duration_s=2: about 2e+08 requests come")
+
+
 def test_a_sweep_needs_arrivals_with_a_rate(tmp_path, capsys):
     path = tmp_path / "batch.yaml"
     path.write_text(yaml.safe_dump(changed({"workload.arrivals": "at_once"})))

@@ -173,7 +173,12 @@ def test_the_scheduler_is_that_of_the_service():
             {"routing": "sticky"},
             "routing='sticky': must be round_robin, random, least_outstanding, power_of_two or ",
         ),
-        ({"workload.arrivals": 0}, "workload.arrivals=0: must be a rate > 0"),
+        ({"workload.arrivals": 0}, "workload.arrivals=0: must be a rate from 1e-06"),
+        ({"num_replicas": 10**6}, "num_replicas=1000000: must be an integer from 1 to 10000"),
+        (
+            {"autoscaling": {"max_replicas": 10**6}},
+            "autoscaling.max_replicas=1000000: must be an integer from 1 to 10000",
+        ),
         ({"workload": ...}, "workload: required, but not given"),
         ({"slo": {"ttft": 1}}, "slo.ttft=1: unknown key; did you mean ttft_s?"),
         ({"scheduler.polcy": "x"}, "scheduler.polcy='x': unknown key; did you mean policy?"),

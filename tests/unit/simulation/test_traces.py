@@ -91,9 +91,13 @@ def test_arrivals_that_are_not_wanted_need_not_ascend(write):
 
 JSON = '{"arrival_s": 0, "num_prompt_tokens": 3, "num_output_tokens": 4'
 MALFORMED = [
-    ("a.csv", VIDUR + "0,1,2\n0,x,2\n", r":3: num_prompt_tokens='x': must be an integer >= 1"),
+    (
+        "a.csv",
+        VIDUR + "0,1,2\n0,x,2\n",
+        r":3: num_prompt_tokens='x': must be an integer from 1 to 16777216",
+    ),
     ("a.csv", VIDUR + "0,1,2\n0,1.5,2\n", r":3: num_prompt_tokens='1.5': must be an integer"),
-    ("a.csv", VIDUR + "0,0,2\n", r":2: num_prompt_tokens=0: must be an integer >= 1"),
+    ("a.csv", VIDUR + "0,0,2\n", r":2: num_prompt_tokens=0: must be an integer from 1 to 16777216"),
     ("a.csv", VIDUR + "0,1,\n", r":2: num_output_tokens='': must be an integer >= 1"),
     ("a.csv", VIDUR + "0,1\n", r":2: has 2 cells, not 3"),
     ("a.csv", VIDUR + "0,1,2,3\n", r":2: has 4 cells, not 3"),
