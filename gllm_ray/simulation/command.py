@@ -141,7 +141,7 @@ def _run_once(options: argparse.Namespace) -> None:
     config = _load(options)
     uses = (options.trace, options.plot_gantt, options.plot_utilization)
     result = simulate(config, keep_intervals=any(path is not None for path in uses))
-    print(outputs.format_result(result, config.hardware))
+    print(outputs.format_result(result))
     if options.json is not None:
         outputs.write_json(options.json, result.report.to_json())
     if options.trace is not None:
@@ -170,7 +170,7 @@ def _run_sweep(options: argparse.Namespace) -> None:
     for rate, each in configs.items():
         reports[rate] = simulate(each).report
         print(sweep.table_row(rate, reports[rate]), flush=True)
-    if note := outputs.uncalibrated_note(config.hardware):
+    if note := outputs.nominal_note(reports[options.sweep[0]]):
         print(f"\n{note}")
     if options.json is not None:
         rows = [{"rate_per_s": rate, "report": reports[rate].to_json()} for rate in reports]

@@ -66,7 +66,7 @@ def build_hardware(config: SimulationConfig) -> Hardware:
 
 
 def uncalibrated(config: HardwareConfig) -> list[str]:
-    """The names of the parts whose constants nobody has fitted to measurements."""
+    """The parts whose constants nobody has fitted to measurements."""
     links = [config.stage_link, config.nodes and config.nodes.link, config.tensor_parallel_link]
     parts: list[Device | Host | Link] = [
         find_link(link.name) for link in links if link and link.name
@@ -75,7 +75,16 @@ def uncalibrated(config: HardwareConfig) -> list[str]:
         parts.append(find_device(config.device))
     if config.profile is None:
         parts.append(find_host(config.host))
-    return names_of_uncalibrated(parts)
+    return words_for_uncalibrated(parts)
+
+
+def words_for_uncalibrated(parts: Iterable[Device | Host | Link]) -> list[str]:
+    """What kind of part each of them is and its name, each once, such as `host graphs`."""
+    return list(
+        dict.fromkeys(
+            f"{type(part).__name__.lower()} {part.name}" for part in parts if not part.is_calibrated
+        )
+    )
 
 
 def names_of_uncalibrated(parts: Iterable[Device | Host | Link]) -> list[str]:

@@ -34,24 +34,14 @@ class SimulationResult:
         requests: Latencies and counts of all requests.
         intervals: When stages computed, if that was to be kept.
         decisions: The micro-batches of each replica, if they were to be kept.
-        replica_counts: When the number of replicas changed, and to what; those that start count,
-            those that only end what they hold do not.
         replica_spans_s: From when to when each replica ran, by its number.
-        prefix_hit_ratio: Share of the tokens of admitted prompts that were found in a prefix cache.
     """
 
     report: Report
     requests: RequestMetrics = field(compare=False)
     intervals: list[StageInterval]
     decisions: list[list[MicroBatch]]
-    replica_counts: list[tuple[float, int]]
     replica_spans_s: list[tuple[float, float]]
-    prefix_hit_ratio: float
-
-    @property
-    def num_replicas(self) -> int:
-        """Most replicas at once."""
-        return max(count for _, count in self.replica_counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,15 +306,15 @@ class Simulation:
             [self._gone, *(replica.metrics for replica in replicas.values())],
             wall_s=end_s,
             ideal_ratio=self._ideal.time_s / replica_s,
+            prefix_hit_ratio=self._num_hit_tokens / (self._num_queried_tokens or 1),
+            replica_counts=self._replica_counts,
         )
         return SimulationResult(
             report,
             self._requests,
             self._intervals or [],
             self._decisions or [],
-            self._replica_counts,
             spans_s,
-            self._num_hit_tokens / (self._num_queried_tokens or 1),
         )
 
     def _close(self, replica_id: int, replica: SimulatedReplica, end_s: float) -> None:

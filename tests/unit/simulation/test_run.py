@@ -340,9 +340,9 @@ def test_a_workload_without_a_request_is_a_mistake():
 
 def test_parts_with_nominal_constants_are_named():
     hardware = parse_simulation_config(changed({"hardware.device": "L40S"})).hardware
-    assert uncalibrated(hardware) == ["pcie-4-x16", "L40S", "graphs"]
+    assert uncalibrated(hardware) == ["link pcie-4-x16", "device L40S", "host graphs"]
     hardware = parse_simulation_config(changed({"hardware.stage_link": SLOW_LINK})).hardware
-    assert uncalibrated(hardware) == ["graphs"]
+    assert uncalibrated(hardware) == ["host graphs"]
 
 
 def test_the_package_loads_the_simulator_only_when_asked():

@@ -33,7 +33,7 @@ def run(*arguments):
 def test_the_table_is_the_report_and_names_what_is_not_calibrated(small, capsys):
     assert run(small) == 0
     table = format_report(simulate(small).report)
-    note = "nominal constants, not fitted to measurements: pcie-4-x16, graphs"
+    note = "nominal constants, not fitted to measurements: link pcie-4-x16, host graphs"
     assert capsys.readouterr() == (f"{table}\n\n{note}\n", "")
 
 
