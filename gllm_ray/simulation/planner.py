@@ -221,19 +221,21 @@ def _max_replicas(config: PlanConfig, gpu: GpuConfig, num_stages: int, tensor_pa
 
 
 def _fits(config: PlanConfig, model: ModelShape, cut: Cut, rejections: list[Rejection]) -> bool:
-    """Whether every stage holds its weights and one sequence; if not, the rejection says why."""
-    layout = cut.layout(model)
+    """Whether every stage can compute and hold one sequence; if not, the rejection says why."""
+    layout, activations = cut.layout(model), stage_activations(config, model, cut)
     memory_bytes = find_device(cut.device).memory_bytes
     usable_bytes = int(config.memory_utilization * memory_bytes)
     num_blocks = -(-config.model.max_model_len // config.block_size)
     for stage_id in range(cut.num_stages):
         weight_bytes = layout.num_parameters(stage_id) * model.value_bytes
         kv_bytes = num_blocks * config.block_size * layout.kv_bytes_per_token(stage_id)
-        if weight_bytes + kv_bytes > usable_bytes:
+        needed_bytes = weight_bytes + activations[stage_id] + kv_bytes
+        if needed_bytes > usable_bytes:
             reason = (
-                f"stage {stage_id} needs {_gib(weight_bytes + kv_bytes)} on each {cut.device}: "
-                f"{_gib(weight_bytes)} of weights and {_gib(kv_bytes)} of KV cache for one "
-                f"sequence of {config.model.max_model_len} tokens; available are "
+                f"stage {stage_id} needs {_gib(needed_bytes)} on each {cut.device}: "
+                f"{_gib(weight_bytes)} of weights, about {_gib(activations[stage_id])} of "
+                f"activations, and {_gib(kv_bytes)} of KV cache for one sequence of "
+                f"{config.model.max_model_len} tokens; available are "
                 f"{_gib(usable_bytes)}, {config.memory_utilization:g} of {_gib(memory_bytes)}"
             )
             rejections.append(Rejection(f"{cut}, layers {list(cut.layers)}", reason))
@@ -246,4 +248,5 @@ def _gib(num_bytes: int) -> str:
 
 
 def _stages(num_stages: int, tensor_parallel: int) -> str:
-    return f"{num_stages} stages x {tensor_parallel} GPU"
+    noun = "stage" if num_stages == 1 else "stages"
+    return f"{num_stages} {noun} x {tensor_parallel} GPU"

@@ -38,7 +38,7 @@ def test_a_plan_prints_what_fits_the_frontier_the_best_and_a_file_that_is_valid(
     out, err = capsys.readouterr()
     assert err == ""
     assert "Frontier: cost/1M output tokens against p99 E2E" in out
-    assert "Best: 1 x (L4, 1 stages x 1 GPU), layers [6], " in out
+    assert "Best: 1 x (L4, 1 stage x 1 GPU), layers [6], " in out
     assert "Nominal constants, not fitted to measurements: device L4" in out
     assert main(["validate", str(serve_file)]) == 0
 
