@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from gllm_ray.simulation.metrics import FINISHED, IdleCause
-from gllm_ray.simulation.report import Report, StageReport, Summary
+from gllm_ray.simulation.report import ReplicaReport, Report, StageReport, Summary
+
+_MAX_CHANGES = 12  # in a line of the table
 
 
 def format_report(report: Report) -> str:
@@ -33,11 +35,17 @@ def _totals(report: Report) -> list[list[str]]:
     if report.ideal_ratio is not None:
         ideal = "stages never idle, micro-batches of the best size"
         rows.append(["of the ideal", f"{report.ideal_ratio:.1%} ({ideal})"])
-    replicas = report.replicas
-    if len(replicas.changes) > 1:
-        counts = ", ".join(f"{count} from {time_s:.0f} s" for time_s, count in replicas.changes)
-        rows.append(["replicas", f"{replicas.mean:.1f} on average: {counts}"])
+    if len(report.replicas.changes) > 1:
+        rows.append(["replicas", _replicas(report.replicas)])
     return rows
+
+
+def _replicas(replicas: ReplicaReport) -> str:
+    words = f"{replicas.mean:.1f} on average, {replicas.min} to {replicas.max}"
+    if len(replicas.changes) > _MAX_CHANGES:
+        return f"{words}, {len(replicas.changes) - 1} changes"
+    counts = ", ".join(f"{count} from {time_s:.0f} s" for time_s, count in replicas.changes)
+    return f"{words}: {counts}"
 
 
 def _ended(report: Report) -> str:

@@ -68,7 +68,7 @@ prefix caches    25.0% of the prompt tokens found
 preemptions      3
 micro-batches    4
 of the ideal     50.0% (stages never idle, micro-batches of the best size)
-replicas         1.5 on average: 1 from 0 s, 2 from 5 s
+replicas         1.5 on average, 1 to 2: 1 from 0 s, 2 from 5 s
 
                             mean     p50     p90     p99
 TTFT (ms)                 1000.0  1000.0  1000.0  1000.0
@@ -108,6 +108,14 @@ def test_what_nobody_asked_for_is_not_in_the_table():
     assert "replicas" not in text
     assert "repair" not in text
     assert "requests         none" in text
+
+
+def test_replicas_that_change_often_are_counted_alone():
+    counts = [(0.1 * index, 1 + index % 3) for index in range(60)]
+    report = make_report(
+        RequestMetrics(), BatchMetrics(), [PipelineMetrics(1)], wall_s=6.0, replica_counts=counts
+    )
+    assert "replicas         2.0 on average, 1 to 3, 59 changes\n" in format_report(report)
 
 
 def test_the_table_tells_of_repairs():
