@@ -90,6 +90,8 @@ def _simulate(options: argparse.Namespace) -> int:
             _run_once(options)
         else:
             _run_sweep(options)
+    except BrokenPipeError:
+        raise  # who read the output has left, which is no mistake
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

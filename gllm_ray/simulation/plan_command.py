@@ -118,6 +118,8 @@ def _plan(options: argparse.Namespace) -> int:
                 "that Ray calls it by",
                 file=sys.stderr,
             )
+    except BrokenPipeError:
+        raise  # who read the output has left, which is no mistake
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

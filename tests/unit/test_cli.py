@@ -16,6 +16,8 @@ from gllm_ray.cli import main
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
+SIMULATION = "configs/simulation/stage-loss.yaml"
+PLAN = "configs/plans/llama70b.yaml"
 
 
 @pytest.fixture
@@ -102,11 +104,15 @@ def test_ctrl_c_ends_a_command_with_a_word_and_the_status_of_the_signal():
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
-def test_output_that_nobody_reads_any_more_is_no_error():
+@pytest.mark.parametrize(
+    "arguments",
+    [["keys"], ["simulate", SIMULATION, "--sweep", "9"], ["plan", PLAN, "--memory-only"]],
+)
+def test_output_that_nobody_reads_any_more_is_no_error(arguments):
     reader, writer = os.pipe()
     os.close(reader)
     result = subprocess.run(
-        [sys.executable, "-m", "gllm_ray.cli", "keys"],
+        [sys.executable, "-u", "-m", "gllm_ray.cli", *arguments],
         cwd=ROOT,
         stdout=writer,
         stderr=subprocess.PIPE,
