@@ -16,7 +16,6 @@ from urllib.request import urlopen
 
 from gllm_ray import __version__
 from gllm_ray.bench.command import add_bench_parser
-from gllm_ray.bench.load_options import output_file
 from gllm_ray.bench.profile_command import add_profile_parser
 from gllm_ray.chat.command import add_chat_parser
 from gllm_ray.config import FrontEndConfig, ServiceConfig
@@ -28,6 +27,7 @@ from gllm_ray.manifests.command import (
     load_checks,
     validate_manifests,
 )
+from gllm_ray.option_types import output_file
 from gllm_ray.serve_file import load_serve_file, services_of
 from gllm_ray.serve_schema import Application
 from gllm_ray.simulation.command import add_simulate_parser

@@ -9,6 +9,7 @@ from gllm_ray.batch.params import parse_params
 from gllm_ray.batch.records import URLS
 from gllm_ray.batch.tables import TABLE_SUFFIXES, RowTemplate
 from gllm_ray.errors import ConfigError
+from gllm_ray.option_types import positive
 
 # A pipeline of one's own decides better what to begin with, the more rows it knows.
 MAX_IN_FLIGHT = 8192
@@ -42,14 +43,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-in-flight",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="rows that the pipeline holds at once, of which it runs as many as it has room for "
         f"(default: {MAX_IN_FLIGHT}; with --url {URL_MAX_IN_FLIGHT})",
     )
     parser.add_argument(
         "--timeout-s",
-        type=_positive,
+        type=positive,
         metavar="S",
         help=f"with --url: seconds a row may take (default: {URL_TIMEOUT_S})",
     )
@@ -77,13 +78,6 @@ def _add_table_options(parser: argparse.ArgumentParser) -> None:
     table.add_argument("--id-column", metavar="COLUMN", help="the custom id (default: row-N)")
     table.add_argument("--endpoint", choices=URLS, help=f"the route (default: {URLS[0]})")
     table.add_argument("--params", help='more of the body, as JSON: {"max_tokens": 64, "seed": 1}')
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
 
 
 def row_template(options: argparse.Namespace, model_name: str) -> RowTemplate | None:

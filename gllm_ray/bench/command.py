@@ -11,7 +11,6 @@ from typing import Any
 
 from gllm_ray.bench.fidelity_models import MODELS, fidelity_service
 from gllm_ray.bench.large_simulations import LargeSimulation, bench_large_simulations
-from gllm_ray.bench.load_options import output_file, positive
 from gllm_ray.bench.measured_command import show_step
 from gllm_ray.bench.pipeline_command import add_pipeline_benchmarks
 from gllm_ray.bench.policies import bench_policies
@@ -24,6 +23,7 @@ from gllm_ray.bench.scheduler import SchedulerBenchResult, bench_scheduler
 from gllm_ray.bench.service_command import add_service_benchmarks
 from gllm_ray.bench.simulator import SimulatorBenchResult, bench_simulator
 from gllm_ray.errors import GllmRayError
+from gllm_ray.option_types import DefaultsFormatter, not_negative, output_file, positive
 from gllm_ray.policy_config import POLICY_CONFIGS
 from gllm_ray.simulation.length_config import LengthsConfig
 
@@ -55,12 +55,12 @@ def _add_scheduler(benchmarks: Any) -> None:  # noqa: ANN401
         "scheduler",
         help="processor time of the scheduler alone for a micro-batch",
         description=bench_scheduler.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     parser.add_argument("--policy", choices=list(POLICY_CONFIGS), help="one alone instead of all")
     parser.add_argument("--stages", type=positive, default=16, help="depth of the pipeline")
     parser.add_argument("--running", type=positive, default=4096, help="sequences in decode")
-    parser.add_argument("--waiting", type=int, default=10_000, help="requests that wait")
+    parser.add_argument("--waiting", type=not_negative, default=10_000, help="requests that wait")
     parser.add_argument("--steps", type=positive, default=4000, help="micro-batches to measure")
     parser.add_argument("--ring", action="store_true", help="as with `pipeline.ring: true`")
     parser.add_argument(
@@ -100,7 +100,7 @@ def _add_fidelity(benchmarks: Any) -> None:  # noqa: ANN401
         description="Serve a model in two stages on the CPU of this machine, learn the costs of "
         "micro-batches from some requests, simulate others, and compare. Nothing else should run "
         "meanwhile.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     parser.add_argument("--model", choices=MODELS, help="one alone instead of all")
     parser.add_argument("--requests", type=positive, default=60, help="of each load")
@@ -153,7 +153,7 @@ def _add_policies(benchmarks: Any) -> None:  # noqa: ANN401
         "policies",
         help="every scheduling policy on the same simulated traffic",
         description="Simulate every policy at every load, offline and up to its SLO capacity.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of the requests")
     parser.add_argument(
@@ -209,7 +209,7 @@ def _add_simulator(benchmarks: Any) -> None:  # noqa: ANN401
         "simulator",
         help="output tokens simulated in a second of processor time",
         description=bench_simulator.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     parser.add_argument("--policy", choices=list(POLICY_CONFIGS), help="one alone instead of all")
     parser.add_argument(
@@ -270,7 +270,7 @@ def _add_checkpoint(benchmarks: Any) -> None:  # noqa: ANN401
         help="write a model of random weights that any engine can serve",
         description="Write a model of random weights, a tokenizer, and serve.yaml: two stages of "
         "the model on CPU, for `bench compare DIRECTORY/serve.yaml COMMAND`.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("directory", type=Path, metavar="DIRECTORY")

@@ -105,6 +105,8 @@ class CompletionsClient:
         }
         if self._ignore_eos:
             body["ignore_eos"] = True
+        if request.expected_output_tokens is not None:
+            body["expected_output_tokens"] = request.expected_output_tokens
         if request.tenant:
             body["user"] = request.tenant
         if request.priority:

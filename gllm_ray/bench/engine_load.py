@@ -76,6 +76,7 @@ def to_generation_request(request: LoadRequest) -> GenerationRequest:
         request_id=request.request_id,
         prompt_token_ids=request.prompt,
         max_tokens=request.num_output_tokens,
+        expected_output_tokens=request.expected_output_tokens,
         tenant=request.tenant,
         priority=request.priority,
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gllm_ray.bench.table_cells import LATENCIES
 from gllm_ray.errors import ConfigError
+from gllm_ray.option_types import not_negative, output_file, positive, positive_s
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -45,7 +46,11 @@ def add_load_options(parser: argparse.ArgumentParser, *, is_online: bool = True)
         "--max-concurrency", type=positive, metavar="N", help="requests that run at once, at most"
     )
     group.add_argument(
-        "--num-warmups", type=int, default=16, metavar="N", help="sent before (default: 16)"
+        "--num-warmups",
+        type=not_negative,
+        default=16,
+        metavar="N",
+        help="sent before (default: 16)",
     )
     group.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
     group.add_argument(
@@ -109,7 +114,7 @@ def add_http_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--timeout-s",
-        type=float,
+        type=positive_s,
         default=600.0,
         metavar="S",
         help="of a start, and of a request (default: 600)",
@@ -166,7 +171,7 @@ def parse_slo(limits: list[str]) -> "Slo | None":
             value_s = float(text) / 1000
         except ValueError:
             value_s = 0.0
-        if key not in _SLO_KEYS or not value_s > 0:
+        if key not in _SLO_KEYS or not 0 < value_s < inf:
             raise ConfigError(
                 f"goodput={limit!r}: must be KEY:MS, where KEY is one of {', '.join(_SLO_KEYS)} "
                 "and MS a number > 0"
@@ -204,32 +209,6 @@ def target_options(
         extra_body=options.extra_body,
         timeout_s=options.timeout_s,
     )
-
-
-def positive(text: str) -> int:
-    """A number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: must be >= 1")
-    return number
-
-
-def positive_s(text: str) -> float:
-    """Seconds, above 0."""
-    seconds = float(text)
-    if not 0 < seconds < inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be a number > 0")
-    return seconds
-
-
-def output_file(text: str) -> Path:
-    """A file that can be written, as is told before a measurement takes its time."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: is a directory; must be a file")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: its directory must be there")
-    return path
 
 
 def _latencies(text: str) -> list[str]:

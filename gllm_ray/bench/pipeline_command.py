@@ -13,11 +13,10 @@ from gllm_ray.bench.load_options import (
     add_json_option,
     add_load_options,
     add_output_options,
-    output_file,
     parse_load,
-    positive,
 )
 from gllm_ray.bench.measured_command import measure_and_report, show_step
+from gllm_ray.option_types import DefaultsFormatter, not_negative_s, output_file, positive
 from gllm_ray.serve_file import load_only_service
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def _add_transport(benchmarks: Any) -> None:  # noqa: ANN401
         "transport",
         help="latency and CPU time of a hop between stages",
         description="Send micro-batches through stages on CPU that compute nothing, one at a time.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     parser.add_argument(
         "--transports",
@@ -146,7 +145,7 @@ def _add_front(benchmarks: Any) -> None:  # noqa: ANN401
         help="CPU time of a streamed token by process, behind each HTTP proxy",
         description="Stream from a model of one random layer through the default proxy of Ray "
         "Serve and through HAProxy, in turns.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     parser.add_argument(
         "--streams", type=positive, nargs="+", default=[64, 256], help="requests at once"
@@ -179,14 +178,16 @@ def _add_recovery(benchmarks: Any) -> None:  # noqa: ANN401
         help="how long streams stand still when a stage dies, by phase",
         description="Start the engine of a service on a Ray of its own, let requests run, and kill "
         "its stages in turn. Fails unless every request gets all of its tokens.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     _add_config(parser)
     parser.add_argument("--kills", type=positive, default=6, help="stages that die")
     parser.add_argument("--streams", type=positive, default=8, help="requests at once")
     parser.add_argument("--input-len", type=positive, default=256, help="tokens of their prompts")
     parser.add_argument("--output-len", type=positive, default=256, help="of their outputs")
-    parser.add_argument("--calm", type=float, default=2, help="seconds between recovery and death")
+    parser.add_argument(
+        "--calm", type=not_negative_s, default=2, help="seconds between recovery and death"
+    )
     add_json_option(parser)
     parser.set_defaults(run=_recovery)
 
@@ -232,14 +233,14 @@ def _own_ray(config: "ServiceConfig | None" = None) -> Iterator[None]:
 
 
 def _depth(text: str) -> int:
-    depth = int(text)
+    depth = positive(text)
     if depth < 2:
         raise argparse.ArgumentTypeError(f"{depth}: must be >= 2, or there is no hop")
     return depth
 
 
 def _float32_bytes(text: str) -> int:
-    num_bytes = int(text)
-    if num_bytes < 4 or num_bytes % 4:
-        raise argparse.ArgumentTypeError(f"{num_bytes}: must be a multiple of 4, and > 0")
+    num_bytes = positive(text)
+    if num_bytes % 4:
+        raise argparse.ArgumentTypeError(f"{num_bytes}: must be a multiple of 4")
     return num_bytes

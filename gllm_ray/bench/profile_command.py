@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gllm_ray.bench.load_options import output_file, positive, positive_s
 from gllm_ray.bench.result_file import write_json
 from gllm_ray.errors import GllmRayError
+from gllm_ray.option_types import DefaultsFormatter, output_file, positive, positive_s
 from gllm_ray.serve_file import load_only_service
 
 
@@ -18,7 +18,7 @@ def add_profile_parser(commands: Any) -> None:  # noqa: ANN401
         help="measure the stages of a service on this machine, for the simulator",
         description="Load every stage of a service into this process, and measure how long it "
         "takes for micro-batches of all kinds and sizes. Nothing else should run meanwhile.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     parser.add_argument("file", type=Path, metavar="SERVE_CONFIG.yaml", help="has one service")
     parser.add_argument("--output", type=output_file, required=True, help="the profile, as JSON")

@@ -26,6 +26,7 @@ class LoadRequest:
         prompt: Token ids, or text that stands for about as many.
         num_prompt_tokens: Length of the prompt in tokens.
         num_output_tokens: What is asked for.
+        expected_output_tokens: What is said of the output's length beforehand; None: nothing.
         tenant: Who sends it; empty: nobody in particular.
         priority: Lower is served first.
     """
@@ -35,6 +36,7 @@ class LoadRequest:
     prompt: tuple[int, ...] | str
     num_prompt_tokens: int
     num_output_tokens: int
+    expected_output_tokens: int | None = None
     tenant: str = ""
     priority: int = 0
 
@@ -88,6 +90,7 @@ def make_requests(
                 prompt=prompt if tokenizer is None else spell(tokenizer, prompt),
                 num_prompt_tokens=len(prompt),
                 num_output_tokens=request.num_output_tokens,
+                expected_output_tokens=request.expected_output_tokens,
                 tenant=request.tenant,
                 priority=request.priority,
             )

@@ -13,11 +13,11 @@ from gllm_ray.bench.load_options import (
     add_output_options,
     load_tokenizer,
     parse_load,
-    positive,
     target_options,
 )
 from gllm_ray.bench.measured_command import measure_and_report, show_step
 from gllm_ray.errors import ConfigError
+from gllm_ray.option_types import positive
 
 if TYPE_CHECKING:
     from gllm_ray.bench.result_file import Result
@@ -47,7 +47,9 @@ def _add_serve(benchmarks: Any) -> None:  # noqa: ANN401
     )
     parser.add_argument("target", metavar="SERVICE", help=_TARGET)
     parser.add_argument("--model", help="for {model}, and where the service tells no name")
-    parser.add_argument("--pid", type=int, help="of what runs already here, to tell its CPU time")
+    parser.add_argument(
+        "--pid", type=_process_id, help="of what runs already here, to tell its CPU time"
+    )
     add_load_options(parser)
     add_http_options(parser)
     add_output_options(parser)
@@ -78,8 +80,10 @@ def _add_compare(benchmarks: Any) -> None:  # noqa: ANN401
     parser.add_argument(
         "--model", help="for {model}, and where a service tells no name; default: A's"
     )
-    parser.add_argument("--pid-a", type=int, help="of A, if it runs already here, for its CPU time")
-    parser.add_argument("--pid-b", type=int, help="of B, the same")
+    parser.add_argument(
+        "--pid-a", type=_process_id, help="of A, if it runs already here, for its CPU time"
+    )
+    parser.add_argument("--pid-b", type=_process_id, help="of B, the same")
     add_load_options(parser)
     add_http_options(parser)
     add_output_options(parser)
@@ -126,3 +130,12 @@ def _table(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _process_id(text: str) -> int:
+    import psutil
+
+    pid = positive(text)
+    if not psutil.pid_exists(pid):
+        raise argparse.ArgumentTypeError(f"{pid}: must be the id of a process that runs here")
+    return pid

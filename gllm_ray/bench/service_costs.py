@@ -173,7 +173,10 @@ def _stage_cost(
         for each in served
     ]
     profile = StageProfile(
-        format="gllm_ray.stage_profile.v1", provenance="replays", samples=samples
+        format="gllm_ray.stage_profile.v1",
+        provenance="replays",
+        layers=layout.num_layers,
+        samples=samples,
     )
     return MeasuredCost.from_profile(layout, profile)
 

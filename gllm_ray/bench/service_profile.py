@@ -57,6 +57,7 @@ async def _profile_service(
             profile_grid(pipeline_limits(config, pipeline.num_blocks)),
             max_s=max_s,
             provenance=f"{describe_service(config, pipeline.stages)}; one stage at a time",
+            layers=[stage.last_layer - stage.first_layer for stage in pipeline.stages],
             on_progress=on_progress,
         )
     finally:

@@ -37,6 +37,7 @@ class StageProfiler:
         *,
         max_s: float,
         provenance: str,
+        layers: Sequence[int],
         on_progress: OnProgress | None = None,
     ) -> StageProfile:
         """Measure the points of a grid in order; those left when the time is up are left out.
@@ -48,6 +49,7 @@ class StageProfiler:
             grid: At least one point.
             max_s: Seconds after which no point is begun.
             provenance: What is measured, where and how.
+            layers: Those of each stage.
             on_progress: Told after each point.
 
         Raises:
@@ -66,6 +68,7 @@ class StageProfiler:
             format="gllm_ray.stage_profile.v1",
             provenance=f"{provenance}; {len(measured)} of {len(grid)} micro-batches of the grid, "
             f"median of up to {self._repeats}",
+            layers=list(layers),
             samples=[self._sample(point, batch_ids) for point, batch_ids in measured],
         )
 

@@ -72,14 +72,17 @@ async def start_target(text: str, options: TargetOptions) -> AsyncIterator[Targe
         options: Of this service.
 
     Raises:
-        ConfigError: It is none of these.
+        ConfigError: It is none of these, or has a `pid` and does not run already.
         PipelineError: It did not become ready.
     """
+    is_running = text.startswith(("http://", "https://"))
+    if options.pid is not None and not is_running:
+        raise ConfigError(f"{text!r}: is started here; must be given without the id of a process")
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     # One of ours that ends takes along all that this process has started.
     with contextlib.ExitStack() as stack:
-        if text.startswith(("http://", "https://")):
+        if is_running:
             url, pid = text.rstrip("/"), options.pid
             raise_if_ended = _never_ends
         elif _is_serve_config(text):

@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from errno import ENOENT
-from os import strerror
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gllm_ray.errors import ConfigError
+from gllm_ray.option_types import not_negative_s, output_file
 from gllm_ray.policy_config import POLICY_CONFIGS
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def add_simulate_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does 
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="see configs/simulation")
     parser.add_argument("--policy", choices=list(POLICY_CONFIGS), help="instead of the file's")
     parser.add_argument("--seed", type=int, help="instead of the file's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the report as JSON")
     _add_outputs(parser)
     _add_sweep(parser)
     parser.set_defaults(run=_simulate, usage_error=parser.error)
@@ -35,19 +34,28 @@ def add_simulate_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
     outputs = parser.add_argument_group("of one run; charts end in .png or .svg")
     outputs.add_argument(
-        "--trace", type=Path, metavar="FILE", help="when stages computed, for ui.perfetto.dev"
+        "--trace",
+        type=output_file,
+        metavar="FILE",
+        help="when stages computed, for ui.perfetto.dev",
     )
     outputs.add_argument(
-        "--plot-gantt", type=Path, metavar="FILE", help="draw some micro-batches in the stages"
+        "--plot-gantt",
+        type=output_file,
+        metavar="FILE",
+        help="draw some micro-batches in the stages",
     )
     outputs.add_argument(
-        "--gantt-start-s", type=float, metavar="S", help="from when on (default: half-way)"
+        "--gantt-start-s", type=not_negative_s, metavar="S", help="from when on (default: half-way)"
     )
     outputs.add_argument(
-        "--plot-utilization", type=Path, metavar="FILE", help="draw how busy the stages are"
+        "--plot-utilization", type=output_file, metavar="FILE", help="draw how busy the stages are"
     )
     outputs.add_argument(
-        "--plot-latencies", type=Path, metavar="FILE", help="draw the distribution of latencies"
+        "--plot-latencies",
+        type=output_file,
+        metavar="FILE",
+        help="draw the distribution of latencies",
     )
 
 
@@ -60,7 +68,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         help="run at each of these requests a second, such as 2,4,8, and print a line for each",
     )
     sweep.add_argument(
-        "--plot-sweep", type=Path, metavar="FILE", help="draw p99 TPOT over the throughput"
+        "--plot-sweep", type=output_file, metavar="FILE", help="draw p99 TPOT over the throughput"
     )
 
 
@@ -77,11 +85,13 @@ def _rates(text: str) -> list[float]:
 def _simulate(options: argparse.Namespace) -> int:
     _check_usage(options)
     try:
-        _check_outputs(options)
+        _check_charts(options)
         if options.sweep is None:
             _run_once(options)
         else:
             _run_sweep(options)
+    except BrokenPipeError:
+        raise  # who read the output has left, which is no mistake
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -98,22 +108,17 @@ def _check_usage(options: argparse.Namespace) -> None:
         options.usage_error("--gantt-start-s does not go without --plot-gantt")
 
 
-def _check_outputs(options: argparse.Namespace) -> None:
-    """Refuse files that could not be written, before the simulation takes its time.
+def _check_charts(options: argparse.Namespace) -> None:
+    """Refuse charts that could not be drawn, before the simulation takes its time.
 
     Raises:
-        ConfigError: A chart could not be drawn.
-        OSError: A directory is not there.
+        ConfigError: matplotlib is not installed, or a name ends in neither .png nor .svg.
     """
     from gllm_ray.simulation.plots import check_chart
 
     for name, path in vars(options).items():
-        if not isinstance(path, Path) or name == "config":
-            continue
-        if name.startswith("plot_"):
+        if name.startswith("plot_") and path is not None:
             check_chart(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(ENOENT, strerror(ENOENT), str(path))
 
 
 # Each imports what it needs, so that other commands start without the simulator.
@@ -138,7 +143,7 @@ def _run_once(options: argparse.Namespace) -> None:
     config = _load(options)
     uses = (options.trace, options.plot_gantt, options.plot_utilization)
     result = simulate(config, keep_intervals=any(path is not None for path in uses))
-    print(outputs.format_result(result, config.hardware))
+    print(outputs.format_result(result))
     if options.json is not None:
         outputs.write_json(options.json, result.report.to_json())
     if options.trace is not None:
@@ -167,7 +172,7 @@ def _run_sweep(options: argparse.Namespace) -> None:
     for rate, each in configs.items():
         reports[rate] = simulate(each).report
         print(sweep.table_row(rate, reports[rate]), flush=True)
-    if note := outputs.uncalibrated_note(config.hardware):
+    if note := outputs.nominal_note(reports[options.sweep[0]]):
         print(f"\n{note}")
     if options.json is not None:
         rows = [{"rate_per_s": rate, "report": reports[rate].to_json()} for rate in reports]

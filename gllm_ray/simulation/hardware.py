@@ -66,7 +66,7 @@ def build_hardware(config: SimulationConfig) -> Hardware:
 
 
 def uncalibrated(config: HardwareConfig) -> list[str]:
-    """The names of the parts whose constants nobody has fitted to measurements."""
+    """The parts whose constants nobody has fitted to measurements."""
     links = [config.stage_link, config.nodes and config.nodes.link, config.tensor_parallel_link]
     parts: list[Device | Host | Link] = [
         find_link(link.name) for link in links if link and link.name
@@ -75,7 +75,16 @@ def uncalibrated(config: HardwareConfig) -> list[str]:
         parts.append(find_device(config.device))
     if config.profile is None:
         parts.append(find_host(config.host))
-    return names_of_uncalibrated(parts)
+    return words_for_uncalibrated(parts)
+
+
+def words_for_uncalibrated(parts: Iterable[Device | Host | Link]) -> list[str]:
+    """What kind of part each of them is and its name, each once, such as `host graphs`."""
+    return list(
+        dict.fromkeys(
+            f"{type(part).__name__.lower()} {part.name}" for part in parts if not part.is_calibrated
+        )
+    )
 
 
 def names_of_uncalibrated(parts: Iterable[Device | Host | Link]) -> list[str]:
@@ -168,8 +177,8 @@ def _cost(layout: PipelineLayout, config: HardwareConfig) -> PipelineCost:
         if path.suffix == ".json":
             return MeasuredCost.from_profile(layout, parse_stage_profile(text))
         assert device is not None
-        num_layers = [len(layout.layers(stage_id)) for stage_id in range(layout.num_stages)]
-        return MeasuredCost.from_prefills(layout, parse_prefill_times(text), device, num_layers)
+        times_s = parse_prefill_times(text)
+        return MeasuredCost.from_prefills(layout, times_s, device, layout.num_layers)
     except ConfigError as error:
         raise error.prefixed(f"hardware.profile={str(path)!r}") from None
 

@@ -12,9 +12,11 @@ Dataset = Literal[
 _NAMES = ", ".join(get_args(Dataset))
 # Datasets that were cut, and the most tokens that prompt and output together have in each.
 _MAX_TOTAL_TOKENS = {"sharegpt_8k": 8192, "arxiv_summarization": 16384}
+# Longer than any model takes, and a prompt of it still fits into memory.
+MAX_LENGTH = 2**24
 _LENGTH = (
-    f"a number of tokens >= 1, a dataset ({_NAMES}), or a mapping whose name is dataset, fixed, "
-    "uniform or lognormal"
+    f"a number of tokens from 1 to {MAX_LENGTH}, a dataset ({_NAMES}), or a mapping whose name is "
+    "dataset, fixed, uniform or lognormal"
 )
 
 
@@ -36,7 +38,7 @@ class FixedLengthConfig(_AnyLengthConfig):
     """Every length the same."""
 
     name: Literal["fixed"] = Field(default="fixed", description="How lengths are drawn.")
-    tokens: int = Field(ge=1, description="The length.")
+    tokens: int = Field(ge=1, le=MAX_LENGTH, description="The length.")
 
 
 class UniformLengthConfig(_AnyLengthConfig):
@@ -44,7 +46,7 @@ class UniformLengthConfig(_AnyLengthConfig):
 
     name: Literal["uniform"] = Field(default="uniform", description="How lengths are drawn.")
     min_tokens: int = Field(ge=1, description="Shortest.")
-    max_tokens: int = Field(ge=1, description="Longest.")
+    max_tokens: int = Field(ge=1, le=MAX_LENGTH, description="Longest.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -66,7 +68,7 @@ class LognormalLengthConfig(_AnyLengthConfig):
         description="Standard deviation of the natural logarithm; the mean is median_tokens "
         "* exp(sigma ** 2 / 2).",
     )
-    max_tokens: int = Field(ge=1, description="Longer ones are drawn again.")
+    max_tokens: int = Field(ge=1, le=MAX_LENGTH, description="Longer ones are drawn again.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -123,11 +123,13 @@ class MeasuredCost:
         Attention is told from rows by loads of equally many rows that differ in context or pairs.
 
         Raises:
-            ConfigError: The profile is of another number of stages.
+            ConfigError: The profile is of other stages.
         """
-        if profile.num_stages != layout.num_stages:
+        if profile.layers != layout.num_layers:
             raise ConfigError(
-                f"the profile is of {profile.num_stages} stages; must be of {layout.num_stages}"
+                f"the profile is of stages of {profile.layers} layers; must be of "
+                f"{layout.num_layers}, those that are simulated: give pipeline.num_stages and "
+                "pipeline.layers as they were measured, or measure these"
             )
         fits = [
             _fit([(s.load, s.stage_times_s[stage]) for s in profile.samples])

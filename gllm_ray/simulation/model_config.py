@@ -35,6 +35,7 @@ _WINDOWED = frozenset({"ministral", "mistral", "mixtral", "phi3", "phimoe", "sta
 _WINDOW_PATTERNS = {"cohere2": 4, "gemma2": 2, "gemma3_text": 6}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
+_MAX_LAYERS = 10_000
 _LAYERS = ("num_hidden_layers", "n_layer")
 _HIDDEN = ("hidden_size", "n_embd", "n_embed")
 _HEADS = ("num_attention_heads", "n_head")
@@ -82,6 +83,8 @@ class _Reader:
             if value is not None and not isinstance(value, list | tuple):
                 raise ConfigError(f"{key}={value!r}: must be a list")
         self._num_layers = self._size(_LAYERS)
+        if self._num_layers > _MAX_LAYERS:
+            raise ConfigError(f"{_LAYERS[0]}={self._num_layers}: must be <= {_MAX_LAYERS}")
         self._hidden_size = self._size(_HIDDEN)
 
     def model(self) -> ModelShape:

@@ -57,14 +57,13 @@ class AttentionShape:
         if self.latent is None:
             kv_width = self._kv_heads(num_shards) * (self.key_dim + self.value_dim)
             return [Gemm(hidden_size, heads * self.key_dim + kv_width), output]
-        latent = self.latent
+        latent, expanded = self.latent, self._expanded_values(num_shards)
         queries = [Gemm(hidden_size, heads * self.key_dim)]
         if latent.query_rank is not None:
             queries = [
                 Gemm(hidden_size, latent.query_rank),
                 Gemm(latent.query_rank, heads * self.key_dim),
             ]
-        expanded = heads * (self.key_dim - latent.rope_dim + self.value_dim)
         return [
             *queries,
             Gemm(hidden_size, latent.kv_rank + latent.rope_dim),
@@ -83,11 +82,27 @@ class AttentionShape:
         return 2 * (self.num_heads // num_shards) * (self.key_dim + self.value_dim)
 
     def decode_pair_flops(self, num_shards: int = 1) -> int:
-        """The same for a decode, which attends to the latent itself where there is one."""
+        """The same for a decode, which expands a latent again where one is cached."""
+        pair_flops = self.prefill_pair_flops(num_shards)
         if self.latent is None:
-            return self.prefill_pair_flops(num_shards)
-        widths = 2 * self.latent.kv_rank + self.latent.rope_dim
-        return 2 * (self.num_heads // num_shards) * widths
+            return pair_flops
+        return pair_flops + 2 * self.latent.kv_rank * self._expanded_values(num_shards)
+
+    def decode_values(self, num_shards: int = 1) -> int:
+        """Numbers that a rank moves for each token that a decode attends to.
+
+        Keys and values that latents are expanded to are written, and read again.
+        """
+        cached = self.cached_values(num_shards)
+        if self.latent is None:
+            return cached
+        return cached + 2 * (self.num_heads // num_shards) * (self.key_dim + self.value_dim)
+
+    def _expanded_values(self, num_shards: int) -> int:
+        """Numbers that a rank computes from a latent: values, and keys without the rotary part."""
+        assert self.latent is not None
+        key_dim = self.key_dim - self.latent.rope_dim
+        return (self.num_heads // num_shards) * (key_dim + self.value_dim)
 
     def _kv_heads(self, num_shards: int) -> int:
         """Heads of a rank; with more ranks than heads, several ranks hold the same head."""

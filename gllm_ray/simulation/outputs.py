@@ -8,24 +8,18 @@ from pathlib import Path
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import FinishReason
 from gllm_ray.simulation.chrome_trace import write_chrome_trace
-from gllm_ray.simulation.hardware import uncalibrated
-from gllm_ray.simulation.hardware_config import HardwareConfig
 from gllm_ray.simulation.metrics import StageInterval
 from gllm_ray.simulation.plots import plot_latency_cdf, plot_pipeline
+from gllm_ray.simulation.report import Report
 from gllm_ray.simulation.report_table import format_report
 from gllm_ray.simulation.simulator import SimulationResult
 
 _NUM_BARS = 10  # of each stage in a Gantt chart, so that their labels can be read
 
 
-def format_result(result: SimulationResult, hardware: HardwareConfig) -> str:
-    """The report as a table, what became of the replicas, and which constants are nominal."""
-    sections = (
-        format_report(result.report),
-        _error_note(result),
-        _replica_note(result),
-        uncalibrated_note(hardware),
-    )
+def format_result(result: SimulationResult) -> str:
+    """The report as a table, why requests were refused, and which constants are nominal."""
+    sections = (format_report(result.report), _error_note(result), nominal_note(result.report))
     return "\n\n".join(filter(None, sections))
 
 
@@ -35,20 +29,9 @@ def _error_note(result: SimulationResult) -> str:
     return f"{count} requests cannot be served, the first because {error}" if error else ""
 
 
-def _replica_note(result: SimulationResult) -> str:
-    """A line on the prefix caches, and one on the number of replicas; none where nothing is."""
-    lines = []
-    if result.prefix_hit_ratio:
-        lines.append(f"found in prefix caches: {result.prefix_hit_ratio:.1%} of the prompt tokens")
-    if len(result.replica_counts) > 1:
-        counts = (f"{count} from {time_s:.0f} s" for time_s, count in result.replica_counts)
-        lines.append(f"replicas: {', '.join(counts)}")
-    return "\n".join(lines)
-
-
-def uncalibrated_note(hardware: HardwareConfig) -> str:
+def nominal_note(report: Report) -> str:
     """One line; empty where all constants were fitted."""
-    names = uncalibrated(hardware)
+    names = report.nominal_constants
     return f"nominal constants, not fitted to measurements: {', '.join(names)}" if names else ""
 
 
@@ -75,7 +58,7 @@ def plot_gantt(path: Path, result: SimulationResult, start_s: float | None) -> N
         ConfigError: matplotlib is not installed, `path` is neither, or no micro-batch begins later.
     """
     begin_s = result.report.wall_s / 2 if start_s is None else start_s
-    num_rows = len(result.report.stages) * result.num_replicas
+    num_rows = len(result.report.stages) * result.report.replicas.max
     window_s = gantt_window_s(result.intervals, begin_s, _NUM_BARS * num_rows)
     if window_s is None:
         raise ConfigError(

@@ -55,6 +55,11 @@ class PipelineLayout:
         """Depth of the pipeline."""
         return len(self.layer_ranges)
 
+    @property
+    def num_layers(self) -> list[int]:
+        """Layers of each stage."""
+        return [last - first for first, last in self.layer_ranges]
+
     def layers(self, stage_id: int) -> tuple[LayerShape, ...]:
         """The layers of a stage."""
         first, last = self.layer_ranges[stage_id]

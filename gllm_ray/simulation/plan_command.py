@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gllm_ray.errors import ConfigError
+from gllm_ray.option_types import output_file, positive
 from gllm_ray.simulation.plan_config import PlanConfig, load_plan_config
 from gllm_ray.simulation.plan_evaluation import evaluate, headroom, in_processes, screen
 from gllm_ray.simulation.plan_ranking import cost_frontier, finalists, ranked, violations
@@ -35,13 +36,16 @@ def add_plan_parser(commands: Any) -> None:  # noqa: ANN401 - argparse does not 
     )
     parser.add_argument(
         "--processes",
-        type=_positive,
+        type=positive,
         default=os.cpu_count() or 1,
         metavar="N",
         help="simulations at once (default: one for each CPU); the result is the same",
     )
     what.add_argument(
-        "--output", type=Path, metavar="SERVE.yaml", help="where to write the file; else printed"
+        "--output",
+        type=output_file,
+        metavar="SERVE.yaml",
+        help="where to write the file; else printed",
     )
     parser.set_defaults(run=_plan)
 
@@ -92,10 +96,6 @@ def make_plan(
 def _plan(options: argparse.Namespace) -> int:
     try:
         config = load_plan_config(options.file)
-        if options.output is not None and not options.output.parent.is_dir():
-            raise ConfigError(  # noqa: TRY301
-                f"--output {options.output}: its directory must be there"
-            )
         choices, rejections = enumerate_choices(config)
         if rejections:
             print(f"Not possible:\n{format_rejections(rejections)}\n")
@@ -118,6 +118,8 @@ def _plan(options: argparse.Namespace) -> int:
                 "that Ray calls it by",
                 file=sys.stderr,
             )
+    except BrokenPipeError:
+        raise  # who read the output has left, which is no mistake
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -137,10 +139,3 @@ def _show_progress(what: str, done: int, total: int) -> None:
         bar = ("#" * (done * _BAR_CHARACTERS // total)).ljust(_BAR_CHARACTERS, ".")
         end = "\n" if done == total else ""
         print(f"\r{what:10} [{bar}] {done}/{total}", end=end, file=sys.stderr, flush=True)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: must be >= 1")
-    return number

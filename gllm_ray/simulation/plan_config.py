@@ -75,7 +75,7 @@ class GpuConfig(StrictModel):
     """GPUs of one type that may be rented."""
 
     device: str = Field(min_length=1, description="A device that comes with the package.")
-    count: int = Field(ge=1, description="How many there are.")
+    count: int = Field(ge=1, le=10_000, description="How many there are.")
     per_node: int = Field(default=8, ge=1, description="How many a node has.")
     price_per_hour: float | None = Field(
         default=None, gt=0, description="Of one of them, in any currency; null: count them instead."

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from gllm_ray.partition import size_kv_cache
 from gllm_ray.policy_config import PolicyConfig
 from gllm_ray.scheduling.load import StepLoad
-from gllm_ray.simulation.hardware import names_of_uncalibrated
+from gllm_ray.simulation.hardware import words_for_uncalibrated
 from gllm_ray.simulation.plan_config import PlanConfig
 from gllm_ray.simulation.plan_evaluation import cost_parts, make_cost
 from gllm_ray.simulation.plan_ranking import Outcome, cost, violations
@@ -172,8 +172,8 @@ def _verdict(config: PlanConfig, plan: Plan) -> list[str]:
     if not is_servable(first.choice) and not violations(config, first):
         lines.append(f"Better, but the service has no tensor parallelism: {_name(first.choice)}")
     parts = (part for outcome in plan.outcomes for part in cost_parts(config, outcome.choice.cut))
-    if names := names_of_uncalibrated(parts):
-        lines.append(f"Not calibrated by measurements: {', '.join(names)}")
+    if names := words_for_uncalibrated(parts):
+        lines.append(f"Nominal constants, not fitted to measurements: {', '.join(names)}")
     return lines
 
 

@@ -14,6 +14,8 @@ from gllm_ray.simulation.model_shape import ModelShape
 from gllm_ray.simulation.pipeline_layout import PipelineLayout
 from gllm_ray.simulation.plan_config import GpuConfig, LayerPlan, PlanConfig
 
+_MAX_CHOICES = 10_000  # hours of screening
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
@@ -84,7 +86,8 @@ def enumerate_choices(config: PlanConfig) -> tuple[list[Choice], list[Rejection]
     """Every combination of what is searched, apart from those that cannot be.
 
     Raises:
-        ConfigError: The model, a device or a link is not known, or the model is not served.
+        ConfigError: The model, a device or a link is not known, the model is not served, or there
+            are too many.
     """
     model, search = config.model.shape(), config.search
     config.model.check_served()
@@ -113,7 +116,13 @@ def enumerate_choices(config: PlanConfig) -> tuple[list[Choice], list[Rejection]
                     Choice(cut=cut, num_replicas=num_replicas, policy=policy)
                     for cut, policy in product(fitting, search.policies)
                 ]
-    return list(dict.fromkeys(choices)), list(dict.fromkeys(rejections))
+    choices = list(dict.fromkeys(choices))
+    if len(choices) > _MAX_CHOICES:
+        raise ConfigError(
+            f"{len(choices)} choices are possible; must be at most {_MAX_CHOICES} to be screened: "
+            "name search.stages and search.replicas, or fewer GPUs"
+        )
+    return choices, list(dict.fromkeys(rejections))
 
 
 def stage_infos(config: PlanConfig, model: ModelShape, cut: Cut) -> list[StageInfo]:
@@ -178,7 +187,7 @@ def _split(
         layout = PipelineLayout.explicit(model, num_layers, tensor_parallel)
     else:
         layout = PipelineLayout.explicit(model, plan, tensor_parallel)
-    return tuple(last - first for first, last in layout.layer_ranges)
+    return tuple(layout.num_layers)
 
 
 def _max_replicas(config: PlanConfig, gpu: GpuConfig, num_stages: int, tensor_parallel: int) -> int:
@@ -212,19 +221,21 @@ def _max_replicas(config: PlanConfig, gpu: GpuConfig, num_stages: int, tensor_pa
 
 
 def _fits(config: PlanConfig, model: ModelShape, cut: Cut, rejections: list[Rejection]) -> bool:
-    """Whether every stage holds its weights and one sequence; if not, the rejection says why."""
-    layout = cut.layout(model)
+    """Whether every stage can compute and hold one sequence; if not, the rejection says why."""
+    layout, activations = cut.layout(model), stage_activations(config, model, cut)
     memory_bytes = find_device(cut.device).memory_bytes
     usable_bytes = int(config.memory_utilization * memory_bytes)
     num_blocks = -(-config.model.max_model_len // config.block_size)
     for stage_id in range(cut.num_stages):
         weight_bytes = layout.num_parameters(stage_id) * model.value_bytes
         kv_bytes = num_blocks * config.block_size * layout.kv_bytes_per_token(stage_id)
-        if weight_bytes + kv_bytes > usable_bytes:
+        needed_bytes = weight_bytes + activations[stage_id] + kv_bytes
+        if needed_bytes > usable_bytes:
             reason = (
-                f"stage {stage_id} needs {_gib(weight_bytes + kv_bytes)} on each {cut.device}: "
-                f"{_gib(weight_bytes)} of weights and {_gib(kv_bytes)} of KV cache for one "
-                f"sequence of {config.model.max_model_len} tokens; available are "
+                f"stage {stage_id} needs {_gib(needed_bytes)} on each {cut.device}: "
+                f"{_gib(weight_bytes)} of weights, about {_gib(activations[stage_id])} of "
+                f"activations, and {_gib(kv_bytes)} of KV cache for one sequence of "
+                f"{config.model.max_model_len} tokens; available are "
                 f"{_gib(usable_bytes)}, {config.memory_utilization:g} of {_gib(memory_bytes)}"
             )
             rejections.append(Rejection(f"{cut}, layers {list(cut.layers)}", reason))
@@ -237,4 +248,5 @@ def _gib(num_bytes: int) -> str:
 
 
 def _stages(num_stages: int, tensor_parallel: int) -> str:
-    return f"{num_stages} stages x {tensor_parallel} GPU"
+    noun = "stage" if num_stages == 1 else "stages"
+    return f"{num_stages} {noun} x {tensor_parallel} GPU"

@@ -5,10 +5,13 @@ from pydantic import Field
 from gllm_ray.autoscaling_config import ScalingRule
 from gllm_ray.strict_schema import StrictModel
 
+MAX_REPLICAS = 10_000
+
 
 class SimulatedScalingConfig(ScalingRule):
     """The service's rule for the number of replicas; it looks whenever they report."""
 
+    max_replicas: int = Field(ge=1, le=MAX_REPLICAS, description="Most.")
     startup_s: float = Field(
         default=60.0, ge=0, description="Seconds until a new replica takes requests."
     )

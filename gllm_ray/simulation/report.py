@@ -59,6 +59,36 @@ class StageReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaReport:
+    """How many replicas there were; those that start count, those that only end what they hold not.
+
+    Attributes:
+        mean: Over the wall time.
+        min: Fewest.
+        max: Most.
+        changes: When their number changed, the start included, and to what.
+    """
+
+    mean: float
+    min: int
+    max: int
+    changes: tuple[tuple[float, int], ...]
+
+    @classmethod
+    def of(cls, changes: Sequence[tuple[float, int]], wall_s: float) -> Self:
+        """Summarize the numbers from when on they held."""
+        ends_s = [*(time_s for time_s, _ in changes[1:]), wall_s]
+        counts = [count for _, count in changes]
+        replica_s = sum(
+            count * (end_s - start_s)
+            for (start_s, count), end_s in zip(changes, ends_s, strict=True)
+        )
+        return cls(
+            mean=replica_s / wall_s, min=min(counts), max=max(counts), changes=tuple(changes)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """The outcome of a simulation. Latencies are in seconds; see `RequestMetrics` for each.
 
@@ -89,6 +119,9 @@ class Report:
         ideal_ratio: The time of all that was computed, were it without a bubble and at the best
             tile, as a share of the time for which the replicas ran; what preemptions or losses make
             the stages compute again is part of it. None: nobody worked it out.
+        prefix_hit_ratio: Share of the tokens of admitted prompts that were found in a prefix cache.
+        replicas: How many there were.
+        nominal_constants: Parts of the hardware whose constants nobody has fitted to measurements.
     """
 
     wall_s: float
@@ -115,6 +148,9 @@ class Report:
     kv_utilization_mean: float
     kv_utilization_peak: float
     ideal_ratio: float | None
+    prefix_hit_ratio: float
+    replicas: ReplicaReport
+    nominal_constants: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """All of it in JSON's types, under the names of the attributes."""
@@ -132,6 +168,8 @@ def make_report(
     *,
     wall_s: float,
     ideal_ratio: float | None = None,
+    prefix_hit_ratio: float = 0.0,
+    replica_counts: Sequence[tuple[float, int]] = ((0.0, 1),),
 ) -> Report:
     """Work out what was recorded.
 
@@ -141,6 +179,8 @@ def make_report(
         pipelines: One for each replica, all of one depth.
         wall_s: See `Report`.
         ideal_ratio: See `Report`.
+        prefix_hit_ratio: See `Report`.
+        replica_counts: The `changes` of `ReplicaReport`.
 
     Raises:
         ValueError: No time has passed.
@@ -177,6 +217,8 @@ def make_report(
         kv_utilization_mean=sum(each.integral for each in kv) / (kv_duration_s or 1.0),
         kv_utilization_peak=max((each.peak for each in kv), default=0.0),
         ideal_ratio=ideal_ratio,
+        prefix_hit_ratio=prefix_hit_ratio,
+        replicas=ReplicaReport.of(replica_counts, wall_s),
     )
 
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
-from gllm_ray.simulation.metrics import IdleCause
-from gllm_ray.simulation.report import Report, StageReport, Summary
+from gllm_ray.simulation.metrics import FINISHED, IdleCause
+from gllm_ray.simulation.report import ReplicaReport, Report, StageReport, Summary
+
+_MAX_CHANGES = 12  # in a line of the table
 
 
 def format_report(report: Report) -> str:
@@ -13,11 +15,10 @@ def format_report(report: Report) -> str:
 
 
 def _totals(report: Report) -> list[list[str]]:
-    ended = ", ".join(f"{count} {reason}" for reason, count in report.num_ended.items() if count)
     tokens = f"{report.input_tokens_per_s:.1f} input and {report.output_tokens_per_s:.1f} output"
     rows = [
-        ["wall time", f"{report.wall_s:.3f} s"],
-        ["requests", ended or "none"],
+        ["simulated time", f"{report.wall_s:.3f} s"],
+        ["requests", _ended(report)],
         ["throughput", f"{report.requests_per_s:.3f} requests/s, {tokens} tokens/s"],
     ]
     if (slo := report.slo) is not None:
@@ -27,11 +28,36 @@ def _totals(report: Report) -> list[list[str]]:
         rows.append(["goodput", f"{goodput} of all ({', '.join(words) or 'no limit'})"])
     mean, peak = report.kv_utilization_mean, report.kv_utilization_peak
     rows.append(["KV cache in use", f"{mean:.1%} on average, {peak:.1%} at most"])
+    if report.prefix_hit_ratio:
+        rows.append(["prefix caches", f"{report.prefix_hit_ratio:.1%} of the prompt tokens found"])
     rows.append(["preemptions", str(report.num_preemptions)])
     rows.append(["micro-batches", str(report.num_micro_batches)])
     if report.ideal_ratio is not None:
-        rows.append(["of the ideal", f"{report.ideal_ratio:.1%}"])
+        ideal = "stages never idle, micro-batches of the best size"
+        rows.append(["of the ideal", f"{report.ideal_ratio:.1%} ({ideal})"])
+    if len(report.replicas.changes) > 1:
+        rows.append(["replicas", _replicas(report.replicas)])
     return rows
+
+
+def _replicas(replicas: ReplicaReport) -> str:
+    words = f"{replicas.mean:.1f} on average, {replicas.min} to {replicas.max}"
+    if len(replicas.changes) > _MAX_CHANGES:
+        return f"{words}, {len(replicas.changes) - 1} changes"
+    counts = ", ".join(f"{count} from {time_s:.0f} s" for time_s, count in replicas.changes)
+    return f"{words}: {counts}"
+
+
+def _ended(report: Report) -> str:
+    """Requests by how they ended, those first that got all of their output."""
+    counts = {reason: count for reason, count in report.num_ended.items() if count}
+    finished = {reason: counts.pop(reason) for reason in FINISHED if reason in counts}
+    words = [f"{count} {reason}" for reason, count in counts.items()]
+    if finished:
+        hows = [f"{count} {reason}" for reason, count in finished.items()]
+        how = ", ".join(hows if len(finished) > 1 else finished)
+        words.insert(0, f"{sum(finished.values())} finished ({how})")
+    return ", ".join(words) or "none"
 
 
 def _distributions(report: Report) -> list[list[str]]:

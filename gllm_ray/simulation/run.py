@@ -1,6 +1,7 @@
 """Runs the simulation that a configuration describes."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from gllm_ray.scheduler_factory import make_cost_model, make_length_predictor, m
 from gllm_ray.scheduling import Scheduler, make_policy
 from gllm_ray.simulation.cost_fit import fit_scheduler_cost
 from gllm_ray.simulation.deployment import Deployment, StageLoss
-from gllm_ray.simulation.hardware import Hardware, build_hardware
+from gllm_ray.simulation.hardware import Hardware, build_hardware, uncalibrated
 from gllm_ray.simulation.metrics import Slo
 from gllm_ray.simulation.simulation_config import (
     SimulationConfig,
@@ -43,13 +44,15 @@ def simulate(
         config = load_simulation_config(Path(config))
     elif not isinstance(config, SimulationConfig):
         config = parse_simulation_config(config)
-    return Simulation(
+    result = Simulation(
         build_deployment(config),
         Workload(config.workload, config.seed),
         seed=config.seed,
         slo=None if config.slo is None else Slo(**dict(config.slo)),
         keep_intervals=keep_intervals,
     ).run()
+    report = replace(result.report, nominal_constants=tuple(uncalibrated(config.hardware)))
+    return replace(result, report=report)
 
 
 def build_deployment(config: SimulationConfig) -> Deployment:

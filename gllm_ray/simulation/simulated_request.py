@@ -20,6 +20,7 @@ class SimulatedRequest:
         num_output_tokens: At which the answer ends by itself; at least 1.
         max_tokens: Output the client allows; None: exactly `num_output_tokens`, so that the
             scheduler knows the length of the answer.
+        expected_output_tokens: What the client says of the answer's length; None: nothing.
         prefix_id: Which prefix the prompt shares with others; None: no prefix.
         num_prefix_tokens: Length of that prefix, at most `num_prompt_tokens`.
         tenant: Who shares prefill fairly with other tenants.
@@ -30,6 +31,7 @@ class SimulatedRequest:
     num_prompt_tokens: int
     num_output_tokens: int
     max_tokens: int | None = None
+    expected_output_tokens: int | None = None
     prefix_id: int | None = None
     num_prefix_tokens: int = 0
     tenant: str = ""
@@ -58,6 +60,7 @@ def to_generation_request(request: SimulatedRequest, index: int) -> GenerationRe
         prompt_token_ids=prompt,
         max_tokens=request.num_output_tokens if request.max_tokens is None else request.max_tokens,
         stop_token_ids=frozenset() if is_length_known else frozenset({STOP_TOKEN_ID}),
+        expected_output_tokens=request.expected_output_tokens,
         tenant=request.tenant,
         priority=request.priority,
     )

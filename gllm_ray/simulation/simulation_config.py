@@ -11,9 +11,13 @@ from pydantic import Field, model_validator
 from gllm_ray.config import KvCacheConfig, SchedulerConfig, resolve_package_path
 from gllm_ray.config.pipeline import LayerSplit
 from gllm_ray.errors import ConfigError
-from gllm_ray.predictor_config import ClassifierPredictorConfig
+from gllm_ray.predictor_config import ClassifierPredictorConfig, HintPredictorConfig
 from gllm_ray.simulation.hardware_config import HardwareConfig
-from gllm_ray.simulation.replica_config import SimulatedScalingConfig, StageLossConfig
+from gllm_ray.simulation.replica_config import (
+    MAX_REPLICAS,
+    SimulatedScalingConfig,
+    StageLossConfig,
+)
 from gllm_ray.simulation.routing import RoutingName
 from gllm_ray.simulation.workload_config import TraceWorkloadConfig, WorkloadConfig
 from gllm_ray.strict_schema import StrictModel, parse_strictly
@@ -171,7 +175,9 @@ class SimulationConfig(StrictModel):
     timing: TimingConfig = TimingConfig()
     workload: WorkloadConfig
     slo: SloConfig | None = Field(default=None, description="What goodput counts; null: nothing.")
-    num_replicas: int = Field(default=1, ge=1, description="Replicas at the start.")
+    num_replicas: int = Field(
+        default=1, ge=1, le=MAX_REPLICAS, description="Replicas at the start."
+    )
     routing: RoutingName = Field(
         default="power_of_two", description="Which replica a request goes to."
     )
@@ -223,6 +229,19 @@ class SimulationConfig(StrictModel):
         scheduler = self.scheduler
         if scheduler.length_log is not None:
             return f"scheduler.length_log={scheduler.length_log!r}: must be null in a simulation"
+        predictor, workload = scheduler.length_predictor, self.workload
+        if isinstance(predictor, ClassifierPredictorConfig):
+            return (
+                "scheduler.length_predictor.name='classifier': must be statistics or hint in a "
+                "simulation, whose prompts have no words to tell lengths from"
+            )
+        is_recorded = isinstance(workload, TraceWorkloadConfig) and workload.path.endswith(".jsonl")
+        has_hints = workload.hint_sigma is not None or is_recorded
+        if isinstance(predictor, HintPredictorConfig) and not has_hints:
+            return (
+                "workload.hint_sigma=null: must be given when scheduler.length_predictor is hint; "
+                "0: clients know how long their outputs will be"
+            )
         if scheduler.cost_calibration is not None and "cost_model" in self.model_fields_set:
             return (
                 f"cost_model={self.cost_model!r}: must be left out when "
@@ -284,16 +303,13 @@ def _anchored(config: SimulationConfig, directory: Path) -> SimulationConfig:
         return part.model_copy(update={key: str(directory / resolve_package_path(path))})
 
     scheduler, workload = anchor(config.scheduler, "cost_calibration"), config.workload
-    predictor = scheduler.length_predictor
-    if isinstance(predictor, ClassifierPredictorConfig):
-        predictor = anchor(predictor, "path")
     if isinstance(workload, TraceWorkloadConfig):
         workload = anchor(workload, "path")
     return config.model_copy(
         update={
             "model": anchor(config.model, "path"),
             "hardware": anchor(config.hardware, "profile"),
-            "scheduler": scheduler.model_copy(update={"length_predictor": predictor}),
+            "scheduler": scheduler,
             "workload": workload,
         }
     )

@@ -34,24 +34,14 @@ class SimulationResult:
         requests: Latencies and counts of all requests.
         intervals: When stages computed, if that was to be kept.
         decisions: The micro-batches of each replica, if they were to be kept.
-        replica_counts: When the number of replicas changed, and to what; those that start count,
-            those that only end what they hold do not.
         replica_spans_s: From when to when each replica ran, by its number.
-        prefix_hit_ratio: Share of the tokens of admitted prompts that were found in a prefix cache.
     """
 
     report: Report
     requests: RequestMetrics = field(compare=False)
     intervals: list[StageInterval]
     decisions: list[list[MicroBatch]]
-    replica_counts: list[tuple[float, int]]
     replica_spans_s: list[tuple[float, float]]
-    prefix_hit_ratio: float
-
-    @property
-    def num_replicas(self) -> int:
-        """Most replicas at once."""
-        return max(count for _, count in self.replica_counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +55,8 @@ class _Arrival:
     index: int
     request: SimulatedRequest
 
+
+_MAX_LOOKS = 10_000_000  # of the autoscaler, which take minutes where there is one replica
 
 _Payload = _Result | _Arrival | SimulatedReplica | StageLoss | None
 
@@ -110,6 +102,7 @@ class Simulation:
         self._all_ready_s = 0.0  # from when on none of them has still to start
         self._held: list[_Arrival] = []  # no replica is ready
         self._autoscaler = Autoscaler(deployment.scaling) if deployment.scaling else None
+        self._num_looks = 0
         self._replica_counts: list[tuple[float, int]] = []
         self._num_requests = 0  # that have come, or come next
         self._is_next_known = True  # else all have come
@@ -118,7 +111,8 @@ class Simulation:
         """Let all requests come and end; called once.
 
         Raises:
-            ConfigError: No request came, or all were refused as soon as the simulation began.
+            ConfigError: No request came, all were refused as soon as the simulation began, or it
+                goes on for too long.
             ValueError: Requests do not come in the order of their arrival.
         """
         deployment = self._deployment
@@ -222,6 +216,12 @@ class Simulation:
         scaling, autoscaler = self._deployment.scaling, self._autoscaler
         assert scaling is not None
         assert autoscaler is not None
+        self._num_looks += 1
+        if self._num_looks > _MAX_LOOKS:
+            raise ConfigError(
+                f"autoscaling.interval_s={scaling.interval_s:g}: has passed {_MAX_LOOKS} times by "
+                f"{now_s:g} s, and requests are still to come or to end; raise it, or simulate less"
+            )
         running = [replica for replica in self._serving if replica.ready_s <= now_s]
         load = DeploymentLoad(
             num_requests=sum(replica.num_requests for replica in running) + len(self._held),
@@ -306,15 +306,15 @@ class Simulation:
             [self._gone, *(replica.metrics for replica in replicas.values())],
             wall_s=end_s,
             ideal_ratio=self._ideal.time_s / replica_s,
+            prefix_hit_ratio=self._num_hit_tokens / (self._num_queried_tokens or 1),
+            replica_counts=self._replica_counts,
         )
         return SimulationResult(
             report,
             self._requests,
             self._intervals or [],
             self._decisions or [],
-            self._replica_counts,
             spans_s,
-            self._num_hit_tokens / (self._num_queried_tokens or 1),
         )
 
     def _close(self, replica_id: int, replica: SimulatedReplica, end_s: float) -> None:

@@ -43,24 +43,24 @@ class StageProfile(StrictModel):
     Attributes:
         format: Changes with the meaning of what follows.
         provenance: What was measured, where and how.
+        layers: Decoder layers of each stage that was measured.
         samples: In any order; a load may be measured several times.
     """
 
     format: Literal["gllm_ray.stage_profile.v1"]
     provenance: str = Field(min_length=1)
+    layers: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     samples: list[StageSample] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         counts = {len(sample.stage_times_s) for sample in self.samples}
-        if len(counts) > 1:
-            raise ValueError(f"samples: must have as many stage_times_s each, not {sorted(counts)}")
+        if counts != {len(self.layers)}:
+            raise ValueError(
+                f"samples: must have {len(self.layers)} stage_times_s each, one for each of layers="
+                f"{self.layers}, not {', '.join(map(str, sorted(counts)))}"
+            )
         return self
-
-    @property
-    def num_stages(self) -> int:
-        """Stages that were measured."""
-        return len(self.samples[0].stage_times_s)
 
 
 def parse_stage_profile(text: str) -> StageProfile:

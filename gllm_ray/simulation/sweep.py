@@ -3,7 +3,11 @@
 from gllm_ray.errors import ConfigError
 from gllm_ray.simulation.report import Report
 from gllm_ray.simulation.simulation_config import SimulationConfig
-from gllm_ray.simulation.workload_config import GammaArrivalsConfig, PoissonArrivalsConfig
+from gllm_ray.simulation.workload_config import (
+    GammaArrivalsConfig,
+    PoissonArrivalsConfig,
+    SyntheticWorkloadConfig,
+)
 
 _HEADS = (
     "requests/s",
@@ -23,7 +27,7 @@ def at_rate(config: SimulationConfig, rate_per_s: float) -> SimulationConfig:
     """The same requests, at another rate.
 
     Raises:
-        ConfigError: Arrivals are neither Poisson nor gamma.
+        ConfigError: Arrivals are neither Poisson nor gamma, or too many requests come.
     """
     workload = config.workload
     if not isinstance(workload.arrivals, PoissonArrivalsConfig | GammaArrivalsConfig):
@@ -33,6 +37,11 @@ def at_rate(config: SimulationConfig, rate_per_s: float) -> SimulationConfig:
         )
     arrivals = workload.arrivals.model_copy(update={"rate_per_s": rate_per_s})
     workload = workload.model_copy(update={"arrivals": arrivals, "rate_scale": 1.0})
+    if isinstance(workload, SyntheticWorkloadConfig):
+        try:
+            workload.check_number()
+        except ValueError as error:
+            raise ConfigError(f"at {rate_per_s:g} requests/s: workload.{error}") from None
     return config.model_copy(update={"workload": workload})
 
 

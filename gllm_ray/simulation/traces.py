@@ -19,6 +19,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from gllm_ray.errors import ConfigError
+from gllm_ray.simulation.length_config import MAX_LENGTH
 from gllm_ray.simulation.simulated_request import SimulatedRequest
 from gllm_ray.strict_schema import StrictModel, find_mistakes
 
@@ -35,9 +36,10 @@ class TraceRecord(StrictModel):
     """A row of a trace; see `SimulatedRequest`."""
 
     arrival_s: float = Field(ge=0)
-    num_prompt_tokens: int = Field(ge=1)
+    num_prompt_tokens: int = Field(ge=1, le=MAX_LENGTH)
     num_output_tokens: int = Field(ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
+    expected_output_tokens: int | None = Field(default=None, ge=1)
     prefix_id: int | None = Field(default=None, ge=0)
     num_prefix_tokens: int = Field(default=0, ge=0)
     tenant: str = ""

@@ -46,6 +46,7 @@ class Workload:
             ConfigError: A trace cannot be read.
         """
         config, is_drawn = self._config, _one_of_every(self._share, self._stream("share"))
+        hint_rng = self._stream("hints")
         requests = (
             self._traced(config) if isinstance(config, TraceWorkloadConfig) else self._drawn(config)
         )
@@ -53,6 +54,8 @@ class Workload:
             arrival_s = request.arrival_s / config.rate_scale
             if config.duration_s is not None and arrival_s > config.duration_s:
                 return
+            if config.hint_sigma is not None:
+                request = _with_hint(request, config.hint_sigma, hint_rng)
             if next(is_drawn):
                 max_tokens = request.max_tokens if config.max_tokens is None else config.max_tokens
                 yield replace(request, arrival_s=arrival_s, max_tokens=max_tokens)
@@ -101,6 +104,12 @@ def _one_of_every(count: int, rng: Random) -> Iterator[bool]:
     while True:
         yield from (index == drawn for index in range(count))
         drawn = rng.randrange(count)
+
+
+def _with_hint(request: SimulatedRequest, sigma: float, rng: Random) -> SimulatedRequest:
+    """The same from a client that says how long its output will be."""
+    hint = request.num_output_tokens * rng.lognormvariate(0, sigma)
+    return replace(request, expected_output_tokens=max(1, round(hint)))
 
 
 def _prefixes(config: SharedPrefixesConfig | None, rng: Random) -> Iterator[tuple[int | None, int]]:

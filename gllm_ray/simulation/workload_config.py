@@ -4,30 +4,55 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from gllm_ray.simulation.length_config import LengthsConfig
+from gllm_ray.simulation.length_config import MAX_LENGTH, LengthsConfig
 from gllm_ray.strict_schema import StrictModel
+
+# What takes hours to simulate, and gigabytes.
+_MAX_REQUESTS = 10_000_000
+_MAX_PREFIXES = 1_000_000
+# One request in eleven days, and more than a thousand replicas serve.
+_MIN_RATE_PER_S = 1e-6
+_MAX_RATE_PER_S = 1e6
+_MIN_REQUESTS_OF_ROUND = 0.001  # or drawing a request takes thousands of rounds
+
+_Rate = Annotated[float, Field(ge=_MIN_RATE_PER_S, le=_MAX_RATE_PER_S)]
 
 
 class PoissonArrivalsConfig(StrictModel):
     """Requests that know nothing of each other."""
 
     model_config = ConfigDict(
-        json_schema_extra={"allowed": "a rate > 0 in requests a second, or a mapping"}
+        json_schema_extra={
+            "allowed": f"a rate from {_MIN_RATE_PER_S:g} to {_MAX_RATE_PER_S:g} requests a second, "
+            "or a mapping"
+        }
     )
 
     name: Literal["poisson"] = Field(
         default="poisson", description="When requests come; a number is a poisson rate_per_s."
     )
-    rate_per_s: float = Field(gt=0, description="Requests a second on average.")
+    rate_per_s: _Rate = Field(description="Requests a second on average.")
+
+    @property
+    def mean_rate_per_s(self) -> float:
+        """Requests a second on average."""
+        return self.rate_per_s
 
 
 class GammaArrivalsConfig(StrictModel):
     """Gaps drawn from a gamma distribution."""
 
     name: Literal["gamma"] = Field(default="gamma", description="When requests come.")
-    rate_per_s: float = Field(gt=0, description="Requests a second on average.")
+    rate_per_s: _Rate = Field(description="Requests a second on average.")
+
+    @property
+    def mean_rate_per_s(self) -> float:
+        """Requests a second on average."""
+        return self.rate_per_s
+
     shape: float = Field(
-        gt=0,
+        ge=0.001,
+        le=1000,
         description="Below 1 they come in bursts, 1 is poisson, above 1 they come evenly; the "
         "coefficient of variation of the gaps is shape ** -0.5.",
     )
@@ -37,7 +62,9 @@ class ArrivalStage(StrictModel):
     """A time with a rate of its own."""
 
     duration_s: float = Field(gt=0, description="Seconds the stage lasts.")
-    rate_per_s: float = Field(ge=0, description="Requests a second on average; may be 0.")
+    rate_per_s: float = Field(
+        ge=0, le=_MAX_RATE_PER_S, description="Requests a second on average; may be 0."
+    )
 
 
 class StagedArrivalsConfig(StrictModel):
@@ -52,7 +79,21 @@ class StagedArrivalsConfig(StrictModel):
     def _check(self) -> Self:
         if not any(stage.rate_per_s for stage in self.stages):
             raise ValueError("stages=[...]: must have a rate_per_s > 0 in one of them")
+        if self._num_requests_of_round < _MIN_REQUESTS_OF_ROUND:
+            raise ValueError(
+                f"stages=[...]: bring {self._num_requests_of_round:g} requests a round; must bring "
+                f"{_MIN_REQUESTS_OF_ROUND:g} or more, by longer stages or higher rates"
+            )
         return self
+
+    @property
+    def _num_requests_of_round(self) -> float:
+        return sum(stage.duration_s * stage.rate_per_s for stage in self.stages)
+
+    @property
+    def mean_rate_per_s(self) -> float:
+        """Requests a second on average."""
+        return self._num_requests_of_round / sum(stage.duration_s for stage in self.stages)
 
     def at_rate(self, factor: float) -> Self:
         """The same stages, each with `factor` times its rate."""
@@ -101,8 +142,8 @@ TraceArrivalsConfig = Annotated[
 class SharedPrefixesConfig(StrictModel):
     """Prompts that begin like others, such as with one of several system prompts."""
 
-    count: int = Field(ge=1, description="Different prefixes.")
-    tokens: int = Field(ge=1, description="Length of each, put before the prompt.")
+    count: int = Field(ge=1, le=_MAX_PREFIXES, description="Different prefixes.")
+    tokens: int = Field(ge=1, le=MAX_LENGTH, description="Length of each, put before the prompt.")
     zipf_exponent: float = Field(
         default=1.0,
         ge=0,
@@ -122,13 +163,16 @@ class TenantConfig(StrictModel):
 class _AnyWorkloadConfig(StrictModel):
     """What every workload has."""
 
-    num_requests: int | None = Field(default=None, ge=1, description="Stop after this many.")
+    num_requests: int | None = Field(
+        default=None, ge=1, le=_MAX_REQUESTS, description="Stop after this many."
+    )
     duration_s: float | None = Field(
         default=None, gt=0, description="Leave out what comes later, in seconds of the simulation."
     )
     rate_scale: float = Field(
         default=1.0,
-        gt=0,
+        ge=_MIN_RATE_PER_S,
+        le=_MAX_RATE_PER_S,
         description="How many times as fast requests come: all arrival times are divided by it.",
     )
     max_tokens: int | None = Field(
@@ -136,6 +180,13 @@ class _AnyWorkloadConfig(StrictModel):
         ge=1,
         description="Output tokens that clients allow, at which longer outputs are cut; null: "
         "exactly the length of the output, so that the scheduler knows it.",
+    )
+    hint_sigma: float | None = Field(
+        default=None,
+        ge=0,
+        le=3,
+        description="Standard deviation of the natural logarithm of what clients say beforehand of "
+        "the length of an output, over its length; 0: they know it, null: they say nothing.",
     )
 
 
@@ -162,7 +213,25 @@ class SyntheticWorkloadConfig(_AnyWorkloadConfig):
             raise ValueError("num_requests=null: must be given when arrivals is at_once")
         if self.num_requests is None and self.duration_s is None:
             raise ValueError("num_requests=null: must be given when duration_s is not")
+        self.check_number()
         return self
+
+    def check_number(self) -> None:
+        """Refuse a duration in which too many requests come.
+
+        Raises:
+            ValueError: They are too many.
+        """
+        arrivals, duration_s = self.arrivals, self.duration_s
+        if self.num_requests is not None or isinstance(arrivals, AtOnceArrivalsConfig):
+            return
+        assert duration_s is not None
+        expected = duration_s * arrivals.mean_rate_per_s * self.rate_scale
+        if expected > _MAX_REQUESTS:
+            raise ValueError(
+                f"duration_s={duration_s:g}: about {expected:.3g} requests come in it; must be at "
+                f"most {_MAX_REQUESTS}: shorten it, lower the rate, or give num_requests"
+            )
 
 
 class TraceWorkloadConfig(_AnyWorkloadConfig):

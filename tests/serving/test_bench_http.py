@@ -197,6 +197,8 @@ def test_an_output_that_ends_early_fails_unless_it_may(tokenizer):
     assert list(early.errors) == [f"got {len(script)} output tokens; asked for 6"]
 
 
-def test_a_refusal_is_told_with_its_status(tokenizer):
-    (reason,) = measure_own(tokenizer, [5], [request((1,), priority=2**40)]).errors
+@pytest.mark.parametrize("key", ["priority", "expected_output_tokens"])
+def test_what_a_client_says_is_sent_and_a_refusal_is_told_with_its_status(tokenizer, key):
+    (reason,) = measure_own(tokenizer, [5], [request((1,), **{key: 2**40})]).errors
     assert reason.startswith("status 400: ")
+    assert key in reason

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gllm_ray.bench.engine_load import to_generation_request
 from gllm_ray.bench.load_generator import send_load
 from gllm_ray.bench.prompts import LoadRequest, make_requests, spell
 from gllm_ray.errors import ConfigError, OverloadedError
@@ -57,6 +58,11 @@ def test_prompts_share_their_prefix_and_nothing_else():
 def test_token_ids_are_below_the_vocabulary():
     (request,) = make_requests([simulated(500)], "seed", vocab_size=7)
     assert set(request.prompt) == set(range(7))
+
+
+def test_what_a_client_says_of_an_output_reaches_an_engine():
+    (asked,) = make_requests([simulated(expected_output_tokens=3)], "a")
+    assert to_generation_request(asked).expected_output_tokens == 3
 
 
 def test_an_output_that_is_to_end_by_itself_is_refused():

@@ -74,7 +74,7 @@ def test_goodput_is_given_in_milliseconds():
         (["--goodput", "itl:5"], "goodput='itl:5': must be KEY:MS"),
         (["--goodput", "ttft:fast"], "goodput='ttft:fast': must be KEY:MS"),
         (["--request-rate", "many"], "request_rate='many': must be a number > 0, or inf"),
-        (["--request-rate", "-1"], "workload.arrivals=-1.0: must be a rate > 0"),
+        (["--request-rate", "-1"], "workload.arrivals=-1.0: must be a rate from 1e-06"),
         (["--output-len", "long"], "lengths.output='long': must be a number of tokens"),
         (["--workload", "missing.yaml"], "missing.yaml: No such file"),
     ],

@@ -1,6 +1,7 @@
 """The `gllm-ray` command."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from gllm_ray.cli import main
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
+SIMULATION = "configs/simulation/stage-loss.yaml"
+PLAN = "configs/plans/llama70b.yaml"
 
 
 @pytest.fixture
@@ -101,11 +104,15 @@ def test_ctrl_c_ends_a_command_with_a_word_and_the_status_of_the_signal():
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
-def test_output_that_nobody_reads_any_more_is_no_error():
+@pytest.mark.parametrize(
+    "arguments",
+    [["keys"], ["simulate", SIMULATION, "--sweep", "9"], ["plan", PLAN, "--memory-only"]],
+)
+def test_output_that_nobody_reads_any_more_is_no_error(arguments):
     reader, writer = os.pipe()
     os.close(reader)
     result = subprocess.run(
-        [sys.executable, "-m", "gllm_ray.cli", "keys"],
+        [sys.executable, "-u", "-m", "gllm_ray.cli", *arguments],
         cwd=ROOT,
         stdout=writer,
         stderr=subprocess.PIPE,
@@ -118,23 +125,29 @@ def test_output_that_nobody_reads_any_more_is_no_error():
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "option"),
     [
-        ["profile", str(DEMO)],
-        ["train-lengths", "lengths.jsonl"],
-        ["bench", "scheduler"],
-        ["bench", "policies"],
+        (["profile", str(DEMO)], "--output"),
+        (["train-lengths", "lengths.jsonl"], "--output"),
+        (["plan", "plan.yaml"], "--output"),
+        (["simulate", "simulation.yaml"], "--json"),
+        (["simulate", "simulation.yaml"], "--trace"),
+        (["simulate", "simulation.yaml"], "--plot-gantt"),
+        (["bench", "scheduler"], "--output"),
+        (["bench", "policies"], "--output"),
     ],
 )
-def test_a_result_that_could_not_be_written_is_told_before_the_work(arguments, tmp_path, capsys):
+def test_a_result_that_could_not_be_written_is_told_before_the_work(
+    arguments, option, tmp_path, capsys
+):
     for path, reason in (
         (tmp_path / "none" / "a.json", "its directory must be there"),
         (tmp_path, "is a directory; must be a file"),
     ):
         with pytest.raises(SystemExit) as caught:
-            main([*arguments, "--output", str(path)])
+            main([*arguments, option, str(path)])
         assert caught.value.code == 2
-        assert f"argument --output: {path}: {reason}" in capsys.readouterr().err
+        assert f"argument {option}: {path}: {reason}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -147,14 +160,57 @@ def test_a_result_that_could_not_be_written_is_told_before_the_work(arguments, t
         (["bench", "simulator"], "--stages"),
         (["bench", "simulator"], "--running"),
         (["bench", "simulator"], "--requests"),
+        (["bench", "serve", "http://localhost"], "--timeout-s"),
+        (["bench", "serve", "http://localhost"], "--pid"),
     ],
 )
-@pytest.mark.parametrize("number", ["0", "-1"])
+@pytest.mark.parametrize("number", ["0", "-1", "many"])
 def test_a_number_that_must_be_positive_is_refused_by_its_option(arguments, option, number, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*arguments, option, number])
     assert caught.value.code == 2
     assert f"argument {option}: {number}: must be " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["simulate", "simulation.yaml"], "--gantt-start-s"),
+        (["bench", "scheduler"], "--waiting"),
+        (["bench", "engine", str(DEMO)], "--num-warmups"),
+        (["bench", "recovery", str(DEMO)], "--calm"),
+    ],
+)
+@pytest.mark.parametrize("number", ["-1", "many"])
+def test_a_number_that_may_be_0_but_not_less_is_refused_by_its_option(
+    arguments, option, number, capsys
+):
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, option, number])
+    assert caught.value.code == 2
+    assert re.search(f"argument {option}: {number}: must be .* >= 0", capsys.readouterr().err)
+
+
+def test_the_help_tells_the_default_of_what_has_one_alone(capsys):
+    for benchmark, default in (("scheduler", "10000"), ("policies", "0 1 2"), ("front", "64 256")):
+        with pytest.raises(SystemExit):
+            main(["bench", benchmark, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"(default: {default})" in text
+        assert not re.search(r"default: (None|False|\)|\[)", text)
+
+
+def test_the_id_of_no_process_is_refused(capsys):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with pytest.raises(SystemExit):
+        main(["bench", "serve", "http://localhost", "--pid", str(ended.pid)])
+    assert f"--pid: {ended.pid}: must be the id of a process" in capsys.readouterr().err
+
+
+def test_the_id_of_a_process_goes_with_a_service_that_runs_already(capsys):
+    assert main(["bench", "serve", "serve --port {port}", "--pid", str(os.getpid())]) == 1
+    assert "must be given without the id of a process" in capsys.readouterr().err
 
 
 def test_a_benchmark_that_is_too_small_for_its_requests_says_so(capsys):

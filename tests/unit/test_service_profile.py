@@ -89,7 +89,7 @@ def test_a_grid_prices_what_differs_within_micro_batches_of_service():
         for point in grid(**limits, num_blocks=4096, block_size=16)
     ]
     profile = StageProfile(
-        format="gllm_ray.stage_profile.v1", provenance="a formula", samples=samples
+        format="gllm_ray.stage_profile.v1", provenance="a formula", layers=[16], samples=samples
     )
     cost = MeasuredCost.from_profile(PipelineLayout.split(SHAPE, 1), profile)
     rng = Random(0)
@@ -123,7 +123,7 @@ def profile(service):
 
 def test_a_profile_survives_its_file_and_says_what_was_measured(profile):
     assert parse_stage_profile(profile.model_dump_json()) == profile
-    assert profile.num_stages == 2
+    assert profile.layers == [2, 2]
     for word in ("layers 0-1 | 2-3", "threads a stage: 1", "torch 2", "median of up to 3"):
         assert word in profile.provenance
 
@@ -182,7 +182,7 @@ def test_the_command_writes_profile_and_calibration(tmp_path, tiny_llama, capsys
     arguments += ["--seconds", "3", "--repeats", "2"]
     assert main(["profile", str(serve_file(tmp_path, tiny_llama)), *arguments]) == 0
     profile = parse_stage_profile(output.read_text(encoding="utf-8"))
-    assert profile.num_stages == 2
+    assert profile.layers == [2, 2]
     CalibratedCostModel.from_calibration(json.loads(calibration.read_text(encoding="utf-8")))
     captured = capsys.readouterr()
     assert f"wrote {output}" in captured.out

@@ -44,4 +44,12 @@ def small_run(slo: Slo | None = None) -> Report:
     batches = BatchMetrics()
     for load in 2 * (StepLoad(2, 0, 10), StepLoad(4)):
         batches.add(load)
-    return make_report(requests, batches, pipelines, wall_s=10.0, ideal_ratio=0.5)
+    return make_report(
+        requests,
+        batches,
+        pipelines,
+        wall_s=10.0,
+        ideal_ratio=0.5,
+        prefix_hit_ratio=0.25,
+        replica_counts=[(0.0, 1), (5.0, 2)],
+    )

@@ -36,7 +36,7 @@ def test_requests_are_held_until_the_first_replica_has_started():
     result = simulate(deployed, [request(0.5), request(0.75)])
     # Looked for at 1 s, started at 11 s, and two micro-batches of 1 s.
     assert result.report.wall_s == 13.0
-    assert result.num_replicas == 1
+    assert result.report.replicas.max == 1
     assert result.report.num_ended[FinishReason.LENGTH] == 2
     assert result.report.pipeline.utilization == pytest.approx(1.0)
 
@@ -51,7 +51,7 @@ def test_new_replicas_serve_after_delay_and_startup():
     arrivals = [request(0.0, output=100)] * 8 + [request(13.5)] + [request(14.0)] * 3
     deployed = deployment(scaling=RULE, routing="least_outstanding")
     result = simulate(deployed, arrivals, keep_decisions=True)
-    assert result.num_replicas == 4
+    assert result.report.replicas.max == 4
     assert [len(batches) for batches in result.decisions[1:]] == [1, 1, 1]
     assert result.report.num_ended[FinishReason.LENGTH] == 12
 
@@ -60,7 +60,7 @@ def test_the_number_of_replicas_is_told_whenever_it_changes():
     deployed = deployment(scaling=RULE, routing="least_outstanding")
     result = simulate(deployed, [request(0.0, output=100)] * 8 + [request(200.0)])
     # More since 1 s. Of the 8, each has ended by 107 s, and the last 4 since 102 s.
-    assert result.replica_counts == [(0.0, 1), (4.0, 4), (107.0, 3), (113.0, 1)]
+    assert result.report.replicas.changes == ((0.0, 1), (4.0, 4), (107.0, 3), (113.0, 1))
 
 
 def test_the_stages_are_busy_for_the_share_of_the_time_that_their_replicas_ran():
@@ -95,7 +95,7 @@ def test_100_replicas_may_come_for_a_tide_within_seconds_and_go_after_it():
     )
     assert result.report.num_ended[FinishReason.LENGTH] == len(requests)
     # 60 a second at 70 %; later 2 are enough, and 2 stand in for those that still have a queue.
-    (_, few), (more_s, most), (fewer_s, fewer), *_, (_, last) = result.replica_counts
+    (_, few), (more_s, most), (fewer_s, fewer), *_, (_, last) = result.report.replicas.changes
     assert (few, most, fewer, last) == (2, 86, 4, 2)
     assert more_s < 10
     assert 61 + rule.downscale_delay_s <= fewer_s < 90

@@ -1,5 +1,6 @@
 """Simulations whose numbers can be worked out by hand; a stage takes one second."""
 
+from itertools import accumulate
 from random import Random
 
 import pytest
@@ -31,19 +32,25 @@ POLICIES = [
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
-@pytest.mark.parametrize("num_stages", [1, 2, 4])
-def test_uniform_micro_batches_leave_the_bubble_of_filling_and_draining(num_stages, policy):
-    num_batches = 12
+@pytest.mark.parametrize("num_stages", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_batches", [1, 3, 20])
+def test_uniform_micro_batches_leave_the_bubble_of_filling_and_draining(
+    num_stages, num_batches, policy
+):
     deployed = deployment(num_stages, make=serial_scheduler(num_stages, policy=policy))
-    report = simulate(deployed, [request() for _ in range(num_batches)]).report
-    assert report.wall_s == num_batches + num_stages - 1
-    bubble_ratio = sum(report.pipeline.bubble_ratio.values())
-    assert bubble_ratio == pytest.approx((num_stages - 1) / (num_batches + num_stages - 1))
+    report = simulate(deployed, [request()] * num_batches).report
+    num_steps = num_batches + num_stages - 1
+    assert report.wall_s == num_steps
+    assert report.pipeline.utilization == pytest.approx(num_batches / num_steps)
+    bubble = sum(report.pipeline.bubble_ratio.values())
+    assert bubble == pytest.approx((num_stages - 1) / num_steps)
+    assert report.pipeline.bubble_ratio[IdleCause.UPSTREAM] == pytest.approx(bubble)
 
 
-def test_a_lone_prompt_of_k_chunks_takes_k_and_the_depth_less_one():
-    report = simulate(deployment(4), [request(prompt=16 * 10)]).report
-    assert report.ttft_s.mean == 10 + 4 - 1
+@pytest.mark.parametrize(("num_stages", "num_chunks"), [(1, 1), (4, 1), (1, 5), (4, 9)])
+def test_a_lone_prompt_of_k_chunks_takes_k_and_the_depth_less_one(num_stages, num_chunks):
+    report = simulate(deployment(num_stages), [request(2.0, prompt=16 * num_chunks)]).report
+    assert report.ttft_s.mean == num_chunks + num_stages - 1
 
 
 def test_a_decode_waits_for_the_whole_pipeline():
@@ -52,11 +59,10 @@ def test_a_decode_waits_for_the_whole_pipeline():
     assert report.wall_s == 5 * 4
 
 
-def test_waiting_for_one_stage_is_that_of_a_queue_with_constant_service():
-    rng, now_s, requests, load = Random(1), 0.0, [], 0.7
-    for _ in range(30_000):
-        now_s += rng.expovariate(load)
-        requests.append(request(now_s))
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
+def test_waiting_for_one_stage_is_that_of_a_queue_with_constant_service(load):
+    rng = Random(0)
+    requests = map(request, accumulate(rng.expovariate(load) for _ in range(25_000)))
     report = simulate(deployment(1), requests).report
     assert report.queue_s.mean == pytest.approx(load / (2 * (1 - load)), rel=0.05)  # M/D/1
     assert report.pipeline.utilization == pytest.approx(load, rel=0.02)
@@ -82,7 +88,7 @@ def test_dispatch_and_result_add_to_each_token_and_a_slow_stage_to_its_own_time(
 
 
 def test_a_slow_scheduler_sets_the_pace():
-    timing = Timing(schedule_s=2.0)
-    report = simulate(deployment(2, timing=timing), [request() for _ in range(10)]).report
-    assert report.wall_s == pytest.approx(10 * 2.0 + 2)
-    assert report.pipeline.bubble_ratio[IdleCause.SCHEDULER] > 0.4
+    timing = Timing(schedule_s=3.0, schedule_sequence_s=1.0)
+    report = simulate(deployment(2, timing=timing), [request()] * 10).report
+    assert report.wall_s == 10 * (3.0 + 1.0) + 2
+    assert report.pipeline.bubble_ratio[IdleCause.SCHEDULER] > 0.5

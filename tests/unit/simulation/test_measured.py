@@ -1,4 +1,5 @@
 import json
+import re
 from itertools import product
 
 import pytest
@@ -117,7 +118,12 @@ def profile_text(cost, **changes):
         load._asdict() | {"stage_times_s": [cost.stage_time_s(stage, load) for stage in range(4)]}
         for load in GRID
     ]
-    profile = {"format": "gllm_ray.stage_profile.v1", "provenance": "a test", "samples": samples}
+    profile = {
+        "format": "gllm_ray.stage_profile.v1",
+        "provenance": "a test",
+        "layers": LAYOUT.num_layers,
+        "samples": samples,
+    }
     return json.dumps(profile | changes)
 
 
@@ -134,8 +140,14 @@ def test_a_profile_gives_back_the_stage_times_it_was_taken_from():
 
 def test_a_profile_of_other_stages_is_refused():
     profile = parse_stage_profile(profile_text(RooflineCost(LAYOUT, L20, find_host("graphs"))))
-    with pytest.raises(ConfigError, match="of 4 stages; must be of 2"):
-        MeasuredCost.from_profile(PipelineLayout.split(LAYOUT.model, 2), profile)
+    first, *middle, last = LAYOUT.num_layers
+    for other in (
+        PipelineLayout.split(LAYOUT.model, 2),
+        PipelineLayout.explicit(LAYOUT.model, [first + 1, *middle, last - 1]),
+    ):
+        message = re.escape(f"{LAYOUT.num_layers} layers; must be of {other.num_layers}, those")
+        with pytest.raises(ConfigError, match=message):
+            MeasuredCost.from_profile(other, profile)
 
 
 def sample(**changes):
@@ -149,12 +161,22 @@ def sample(**changes):
         ({"samples": [sample(num_decodes=-1)]}, r"^samples\[0\]\.num_decodes=-1: must be"),
         ({"samples": [sample(stage_times_s=[0])]}, r"stage_times_s\[0\]=0: must be"),
         ({"samples": [sample(stage_time_s=[1])]}, r"stage_time_s=.*did you mean stage_times_s"),
-        ({"samples": [sample(), sample(stage_times_s=[1, 2])]}, r"as many stage_times_s each"),
+        (
+            {"samples": [sample(), sample(stage_times_s=[1, 2])]},
+            r"1 stage_times_s each.*, not 1, 2",
+        ),
+        ({"layers": [8, 8]}, r"2 stage_times_s each, one for each of layers=\[8, 8\], not 1"),
+        ({"layers": [0]}, r"^layers\[0\]=0: must be"),
         ({"format": "v2"}, r"^format='v2': must be gllm_ray.stage_profile.v1"),
     ],
 )
 def test_a_file_that_is_no_profile_is_refused_with_the_key(changes, message):
-    whole = {"format": "gllm_ray.stage_profile.v1", "provenance": "a test", "samples": [sample()]}
+    whole = {
+        "format": "gllm_ray.stage_profile.v1",
+        "provenance": "a test",
+        "layers": [16],
+        "samples": [sample()],
+    }
     parse_stage_profile(json.dumps(whole))
     with pytest.raises(ConfigError, match=message):
         parse_stage_profile(json.dumps(whole | changes))

@@ -56,6 +56,18 @@ def test_ranks_that_outnumber_the_kv_heads_cache_the_same_head_and_every_rank_th
     assert [deepseek.kv_bytes_per_token(0, n) for n in (1, 4)] == [1152, 1152]
 
 
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_a_decode_expands_the_latents_of_its_context_as_the_engine_does(num_shards):
+    attention = parse_model_shape(DEEPSEEK_V2_LITE).layers[0].attention
+    heads = 16 // num_shards
+    expand_flops = 2 * 512 * heads * (128 + 128)
+    assert attention.decode_pair_flops(num_shards) == expand_flops + 2 * heads * (192 + 128)
+    assert attention.decode_values(num_shards) == 512 + 64 + 2 * heads * (192 + 128)
+    plain = parse_model_shape(LLAMA_2_70B).layers[0].attention
+    assert plain.decode_pair_flops() == plain.prefill_pair_flops()
+    assert plain.decode_values() == plain.cached_values()
+
+
 @given(st.sampled_from([LLAMA_2_70B, MIXTRAL_8X7B, QWEN2_5_32B]), st.sampled_from([1, 2, 4, 8]))
 def test_the_ranks_of_a_layer_hold_its_weights_once(config, num_shards):
     layer = parse_model_shape(config).layers[0]
@@ -110,6 +122,7 @@ def test_values_have_the_bytes_of_the_data_type(dtype, num_bytes):
     [
         ({"model_type": "mamba"}, r"model_type='mamba': .* must be one of apertus, arcee"),
         ({"hidden_size": None}, r"hidden_size: required, but not given"),
+        ({"num_hidden_layers": 10**8}, r"num_hidden_layers=100000000: must be <= 10000"),
         ({"num_hidden_layers": "32"}, r"num_hidden_layers='32': must be an integer"),
         ({"intermediate_size": -1}, r"intermediate_size=-1: must be an integer >= 0"),
         ({"torch_dtype": "int8"}, r"dtype='int8': must be one of float32, float16, bfloat16"),

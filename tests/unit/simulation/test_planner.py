@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gllm_ray.errors import ConfigError
@@ -22,6 +22,7 @@ from gllm_ray.simulation.planner import (
     Choice,
     Cut,
     enumerate_choices,
+    stage_activations,
     stage_infos,
     stages_per_node,
 )
@@ -71,26 +72,28 @@ def test_layers_for_a_depth_that_is_not_searched_are_refused(stages, searched):
 
 
 @given(st.integers(1000, 400_000))
-def test_a_stage_fits_exactly_when_weights_and_one_sequence_are_within_its_memory(max_model_len):
+def test_a_stage_fits_exactly_when_all_that_it_holds_is_within_its_memory(max_model_len):
     attention = 4096 * (4096 + 2 * 1024 + 4096)
     weights = 2 * (32 * (attention + 3 * 4096 * 14336) + 2 * 128256 * 4096)
     kv = -(-max_model_len // 16) * 16 * 2 * 32 * 2 * 1024
     usable = int(0.9 * find_device("L4").memory_bytes)
     config = plan(model=model(LLAMA_3_8B, max_model_len), search={"stages": [1], "replicas": [1]})
+    cut = Cut(device="L4", tensor_parallel=1, layers=(32,))
+    (activations,) = stage_activations(config, config.model.shape(), cut)
+    needed = weights + activations + kv
     choices, rejections = enumerate_choices(config)
-    assert bool(choices) == (weights + kv <= usable)
+    assert bool(choices) == (needed <= usable)
     if rejections:
         (rejection,) = rejections
-        assert rejection.what == "L4, 1 stages x 1 GPU, layers [32]"
-        assert f"stage 0 needs {(weights + kv) / 2**30:.2f} GiB on each L4" in rejection.reason
-        assert (
-            f"{weights / 2**30:.2f} GiB of weights and {kv / 2**30:.2f} GiB of KV"
-            in rejection.reason
-        )
+        assert rejection.what == "L4, 1 stage x 1 GPU, layers [32]"
+        assert f"stage 0 needs {needed / 2**30:.2f} GiB on each L4" in rejection.reason
+        for part in (f"{weights / 2**30:.2f} GiB of weights", f"{kv / 2**30:.2f} GiB of KV"):
+            assert part in rejection.reason
         assert f"available are {usable / 2**30:.2f} GiB, " in rejection.reason
 
 
 @given(st.sampled_from([LLAMA_3_8B, LLAMA_2_70B]), st.integers(1, 16), st.integers(16, 100_000))
+@example(LLAMA_2_70B, 4, 100_000)  # too little by what activations take
 def test_what_fits_is_what_the_engine_would_start(config, num_stages, max_model_len):
     gpus = [{"device": "L20", "count": 16, "per_node": 16, "link": "pcie-4-x16"}]
     search = {"stages": [num_stages], "replicas": [1]}
@@ -250,3 +253,9 @@ def test_the_shape_is_read_from_a_config_json_beside_the_plan(tmp_path):
     (tmp_path / "plan.yaml").write_text(json.dumps(values), encoding="utf-8")
     config = load_plan_config(tmp_path / "plan.yaml")
     assert config.model.shape() == parse_model_shape(LLAMA_3_8B)
+
+
+def test_more_choices_than_can_be_screened_are_refused():
+    gpus = [{"device": "L4", "count": 10_000, "price_per_hour": 0.5, "link": "pcie-4-x16"}]
+    with pytest.raises(ConfigError, match=r"^15000 choices .* at most 10000 .*search\.replicas"):
+        enumerate_choices(plan(gpus=gpus, search={"stages": [1, 2]}))

@@ -54,16 +54,21 @@ GOLDEN = {
     "kv_utilization_mean": 0.125,
     "kv_utilization_peak": 0.75,
     "ideal_ratio": 0.5,
+    "prefix_hit_ratio": 0.25,
+    "replicas": {"mean": 1.5, "min": 1, "max": 2, "changes": [[0.0, 1], [5.0, 2]]},
+    "nominal_constants": [],
 }
 TABLE = """\
-wall time        10.000 s
-requests         2 stop, 1 length, 1 expired
+simulated time   10.000 s
+requests         3 finished (2 stop, 1 length), 1 expired
 throughput       0.300 requests/s, 30.0 input and 0.9 output tokens/s
 goodput          0.200 requests/s, 50.0% of all (TTFT <= 1 s, E2E <= 2 s)
 KV cache in use  12.5% on average, 75.0% at most
+prefix caches    25.0% of the prompt tokens found
 preemptions      3
 micro-batches    4
-of the ideal     50.0%
+of the ideal     50.0% (stages never idle, micro-batches of the best size)
+replicas         1.5 on average, 1 to 2: 1 from 0 s, 2 from 5 s
 
                             mean     p50     p90     p99
 TTFT (ms)                 1000.0  1000.0  1000.0  1000.0
@@ -99,8 +104,18 @@ def test_what_nobody_asked_for_is_not_in_the_table():
     )
     assert "goodput" not in text
     assert "ideal" not in text
+    assert "prefix" not in text
+    assert "replicas" not in text
     assert "repair" not in text
     assert "requests         none" in text
+
+
+def test_replicas_that_change_often_are_counted_alone():
+    counts = [(0.1 * index, 1 + index % 3) for index in range(60)]
+    report = make_report(
+        RequestMetrics(), BatchMetrics(), [PipelineMetrics(1)], wall_s=6.0, replica_counts=counts
+    )
+    assert "replicas         2.0 on average, 1 to 3, 59 changes\n" in format_report(report)
 
 
 def test_the_table_tells_of_repairs():

@@ -10,7 +10,7 @@ import yaml
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.scheduling.load import StepLoad
-from gllm_ray.simulation import simulate
+from gllm_ray.simulation import simulate, simulator
 from gllm_ray.simulation.hardware import build_hardware, uncalibrated
 from gllm_ray.simulation.simulation_config import load_simulation_config, parse_simulation_config
 from tests.unit.simulation.simulations import SMALL, changed
@@ -155,7 +155,7 @@ OVERLOADED = changed(
         ({"scheduler.max_waiting_tokens": 100}, changed({"workload": BURST})),
         ({"scheduler.prefix_caching": False}, PREFIXES),
         ({"scheduler.fair_share": True}, TENANTS),
-        ({"scheduler.length_predictor": "hint"}, UNKNOWN_LENGTHS),
+        ({"workload.hint_sigma": 0}, UNKNOWN_LENGTHS),
         ({"cost_model": "learnt"}, changed({"scheduler": {"policy": "balanced"}})),
         ({"timing.schedule_s": 0.01}, SMALL),
         ({"timing.schedule_sequence_s": 0.01}, SMALL),
@@ -262,7 +262,12 @@ def test_a_stage_profile_gives_the_stage_times(tmp_path):
     path = tmp_path / "stages.json"
     load = {"num_decodes": 0, "num_context_tokens": 0, "num_attention_pairs": 0}
     sample = load | {"num_prefill_tokens": 1, "stage_times_s": [0.01, 0.03]}
-    profile = {"format": "gllm_ray.stage_profile.v1", "provenance": "a test", "samples": [sample]}
+    profile = {
+        "format": "gllm_ray.stage_profile.v1",
+        "provenance": "a test",
+        "layers": [9, 7],
+        "samples": [sample],
+    }
     path.write_text(json.dumps(profile))
     one_token = {
         "hardware": {"profile": str(path)},
@@ -271,6 +276,9 @@ def test_a_stage_profile_gives_the_stage_times(tmp_path):
         "workload.num_requests": 1,
     }
     assert report_of(one_token).ttft_s.mean == pytest.approx(0.04)
+    other = {"pipeline.layers": [8, 8]}
+    with pytest.raises(ConfigError, match=r"json': .* \[9, 7\] layers; must be of \[8, 8\]"):
+        report_of(one_token | other)
 
 
 def test_prefill_times_are_shared_by_the_layers_of_the_stages(tmp_path):
@@ -302,6 +310,29 @@ def test_the_scheduler_may_read_its_cost_model(tmp_path):
     )
 
 
+def test_the_better_clients_know_the_lengths_of_outputs_the_more_of_them_temporal_runs_at_once():
+    lengths = {"prompt": 32, "output": {"name": "uniform", "min_tokens": 1, "max_tokens": 400}}
+    hidden = {
+        "pipeline.num_stages": 1,
+        "hardware.stage_link": ...,
+        "kv_cache.num_blocks": 256,
+        "scheduler": {"policy": "temporal", "length_predictor": "hint"},
+        "workload": {"arrivals": "at_once", "lengths": lengths, "num_requests": 200},
+        "workload.max_tokens": 1000,
+    }
+    wall_s = [report_of(hidden | {"workload.hint_sigma": sigma}).wall_s for sigma in (0, 0.5, 2)]
+    assert wall_s == sorted(wall_s)
+    assert wall_s[2] > 1.2 * wall_s[0]
+
+
+def test_a_simulation_that_an_autoscaler_would_keep_up_for_ever_ends(monkeypatch):
+    monkeypatch.setattr(simulator, "_MAX_LOOKS", 500)
+    rare = {"workload.arrivals": 1e-3, "workload.num_requests": 10}
+    assert report_of(rare).wall_s > 500 * 5
+    with pytest.raises(ConfigError, match=r"interval_s=5: has passed 500 times by 2505 s, and"):
+        report_of(rare | {"autoscaling": {"max_replicas": 2}})
+
+
 def test_a_workload_without_a_request_is_a_mistake():
     with pytest.raises(ConfigError, match="no time passed: "):
         simulate(changed({"workload.num_requests": ..., "workload.duration_s": 1e-9}))
@@ -309,9 +340,9 @@ def test_a_workload_without_a_request_is_a_mistake():
 
 def test_parts_with_nominal_constants_are_named():
     hardware = parse_simulation_config(changed({"hardware.device": "L40S"})).hardware
-    assert uncalibrated(hardware) == ["pcie-4-x16", "L40S", "graphs"]
+    assert uncalibrated(hardware) == ["link pcie-4-x16", "device L40S", "host graphs"]
     hardware = parse_simulation_config(changed({"hardware.stage_link": SLOW_LINK})).hardware
-    assert uncalibrated(hardware) == ["graphs"]
+    assert uncalibrated(hardware) == ["host graphs"]
 
 
 def test_the_package_loads_the_simulator_only_when_asked():

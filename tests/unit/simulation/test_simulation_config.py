@@ -131,6 +131,21 @@ def test_the_scheduler_is_that_of_the_service():
         ),
         ({"scheduler.length_log": "x"}, "scheduler.length_log='x': must be null in a simulation"),
         (
+            {"scheduler.length_predictor": {"name": "classifier", "path": "x"}},
+            "scheduler.length_predictor.name='classifier': must be statistics or hint in a sim",
+        ),
+        (
+            {"scheduler.length_predictor": "hint"},
+            "workload.hint_sigma=null: must be given when scheduler.length_predictor is hint",
+        ),
+        (
+            {
+                "scheduler.length_predictor": "hint",
+                "workload": {"name": "trace", "path": "without hints.csv"},
+            },
+            "workload.hint_sigma=null: must be given when scheduler.length_predictor is hint",
+        ),
+        (
             {"scheduler.cost_calibration": "x", "cost_model": "learnt"},
             "cost_model='learnt': must be left out when scheduler.cost_calibration is given",
         ),
@@ -158,7 +173,12 @@ def test_the_scheduler_is_that_of_the_service():
             {"routing": "sticky"},
             "routing='sticky': must be round_robin, random, least_outstanding, power_of_two or ",
         ),
-        ({"workload.arrivals": 0}, "workload.arrivals=0: must be a rate > 0"),
+        ({"workload.arrivals": 0}, "workload.arrivals=0: must be a rate from 1e-06"),
+        ({"num_replicas": 10**6}, "num_replicas=1000000: must be an integer from 1 to 10000"),
+        (
+            {"autoscaling": {"max_replicas": 10**6}},
+            "autoscaling.max_replicas=1000000: must be an integer from 1 to 10000",
+        ),
         ({"workload": ...}, "workload: required, but not given"),
         ({"slo": {"ttft": 1}}, "slo.ttft=1: unknown key; did you mean ttft_s?"),
         ({"scheduler.polcy": "x"}, "scheduler.polcy='x': unknown key; did you mean policy?"),
@@ -204,7 +224,6 @@ def test_paths_are_relative_to_the_file_that_names_them(tmp_path):
             "model": "model",
             "hardware.profile": "times.csv",
             "scheduler.cost_calibration": "cost.json",
-            "scheduler.length_predictor": {"name": "classifier", "path": "lengths.json"},
             "workload": {"name": "trace", "path": "/traces/a.csv"},
         }
     )
@@ -213,7 +232,6 @@ def test_paths_are_relative_to_the_file_that_names_them(tmp_path):
     assert loaded.model.path == str(tmp_path / "model")
     assert loaded.hardware.profile == str(tmp_path / "times.csv")
     assert loaded.scheduler.cost_calibration == str(tmp_path / "cost.json")
-    assert loaded.scheduler.length_predictor.path == str(tmp_path / "lengths.json")
     assert loaded.workload.path == "/traces/a.csv"
 
 

@@ -1,7 +1,6 @@
-"""Laws of whole simulations: closed forms, conservation, determinism, losses."""
+"""Laws of whole simulations: conservation, determinism, losses."""
 
-from itertools import accumulate, pairwise
-from random import Random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.messages import FinishReason
-from gllm_ray.policy_config import POLICY_CONFIGS, BalancedConfig, ChunkedPrefillConfig
+from gllm_ray.policy_config import POLICY_CONFIGS, BalancedConfig
 from gllm_ray.scheduling import QueueLimits
 from gllm_ray.simulation.deployment import StageLoss
 from gllm_ray.simulation.events import EventQueue
@@ -17,42 +16,6 @@ from gllm_ray.simulation.metrics import IdleCause
 from gllm_ray.simulation.simulator import Simulation
 from gllm_ray.simulation.virtual_pipeline import Timing
 from tests.unit.simulation.tiny import deployment, linear_cost, request, serial_scheduler, simulate
-
-
-@pytest.mark.parametrize("num_stages", [1, 2, 4, 8])
-@pytest.mark.parametrize("num_batches", [1, 3, 20])
-def test_the_bubble_of_a_fixed_batch_is_that_of_the_closed_form(num_stages, num_batches):
-    report = simulate(deployment(num_stages), [request()] * num_batches).report
-    num_steps = num_batches + num_stages - 1
-    assert report.wall_s == num_steps
-    assert report.pipeline.utilization == pytest.approx(num_batches / num_steps)
-    bubble = sum(report.pipeline.bubble_ratio.values())
-    assert bubble == pytest.approx((num_stages - 1) / num_steps)
-    assert report.pipeline.bubble_ratio[IdleCause.UPSTREAM] == pytest.approx(bubble)
-
-
-@pytest.mark.parametrize(("num_stages", "num_chunks"), [(1, 1), (4, 1), (1, 5), (4, 9)])
-def test_chunks_of_a_lone_prompt_fill_the_pipeline(num_stages, num_chunks):
-    prompt = request(2.0, prompt=16 * num_chunks)
-    report = simulate(deployment(num_stages), [prompt]).report
-    assert report.ttft_s.mean == num_chunks + num_stages - 1
-
-
-@pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
-def test_the_mean_wait_of_one_stage_is_that_of_an_m_d_1_queue(load):
-    rng = Random(0)
-    requests = map(request, accumulate(rng.expovariate(load) for _ in range(25_000)))
-    make = serial_scheduler(1, policy=ChunkedPrefillConfig(token_budget=16), max_in_flight=1)
-    report = simulate(deployment(1, make=make), requests).report
-    assert report.queue_s.mean == pytest.approx(load / (2 * (1 - load)), rel=0.05)
-    assert report.pipeline.utilization == pytest.approx(load, rel=0.02)
-
-
-def test_the_time_of_the_scheduler_caps_the_rate():
-    deployed = deployment(2, timing=Timing(schedule_s=3.0, schedule_sequence_s=1.0))
-    report = simulate(deployed, [request()] * 10).report
-    assert report.wall_s == 10 * 4.0 + 2
-    assert report.pipeline.bubble_ratio[IdleCause.SCHEDULER] > 0.5
 
 
 def test_a_scheduler_that_is_never_idle_still_takes_new_requests():

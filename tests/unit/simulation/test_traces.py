@@ -70,7 +70,7 @@ def test_seconds_since_1970_are_counted_from_the_first_request_and_others_are_as
 def test_jsonl_holds_every_attribute_of_a_request(write):
     requests = [
         request(0.5, 30, 4, prefix_id=7, num_prefix_tokens=20, tenant="a", priority=-1),
-        request(1, 3, 4, max_tokens=9),
+        request(1, 3, 4, max_tokens=9, expected_output_tokens=5),
     ]
     rows = [{key: getattr(each, key) for key in each.__slots__} for each in requests]
     path = write("a.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
@@ -91,9 +91,13 @@ def test_arrivals_that_are_not_wanted_need_not_ascend(write):
 
 JSON = '{"arrival_s": 0, "num_prompt_tokens": 3, "num_output_tokens": 4'
 MALFORMED = [
-    ("a.csv", VIDUR + "0,1,2\n0,x,2\n", r":3: num_prompt_tokens='x': must be an integer >= 1"),
+    (
+        "a.csv",
+        VIDUR + "0,1,2\n0,x,2\n",
+        r":3: num_prompt_tokens='x': must be an integer from 1 to 16777216",
+    ),
     ("a.csv", VIDUR + "0,1,2\n0,1.5,2\n", r":3: num_prompt_tokens='1.5': must be an integer"),
-    ("a.csv", VIDUR + "0,0,2\n", r":2: num_prompt_tokens=0: must be an integer >= 1"),
+    ("a.csv", VIDUR + "0,0,2\n", r":2: num_prompt_tokens=0: must be an integer from 1 to 16777216"),
     ("a.csv", VIDUR + "0,1,\n", r":2: num_output_tokens='': must be an integer >= 1"),
     ("a.csv", VIDUR + "0,1\n", r":2: has 2 cells, not 3"),
     ("a.csv", VIDUR + "0,1,2,3\n", r":2: has 4 cells, not 3"),

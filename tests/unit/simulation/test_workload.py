@@ -1,8 +1,10 @@
 """Workloads: lazy, in order, the same for the same seed, and what their configuration says."""
 
+import math
 import tracemalloc
 from collections import Counter
 from itertools import islice, pairwise
+from statistics import fmean, stdev
 
 import pytest
 from hypothesis import given
@@ -60,7 +62,7 @@ def test_requests_come_in_order():
 
 def test_a_workload_of_many_requests_takes_no_memory():
     config = CONFIG.validate_python(
-        {"arrivals": 8, "lengths": "azure_conversation", "num_requests": 10**9}
+        {"arrivals": 8, "lengths": "azure_conversation", "num_requests": 10**7}
     )
     tracemalloc.start()
     count = sum(1 for _ in islice(Workload(config, 0), 20_000))
@@ -132,7 +134,7 @@ def test_a_trace_may_give_the_lengths_alone(tmp_path):
 
 MISTAKES = [
     ({"arrivals": "soon"}, "arrivals='soon': must be poisson, gamma, staged or at_once"),
-    ({"arrivals": -1}, "arrivals=-1: must be a rate > 0 in requests a second, or a mapping"),
+    ({"arrivals": -1}, "arrivals=-1: must be a rate from 1e-06 to 1e+06 requests a second"),
     ({"arrivals": True}, "arrivals=true: must be poisson"),
     ({"arrivals": {"name": "gamma", "rate_per_s": 1}}, "arrivals.shape: required"),
     (
@@ -143,7 +145,40 @@ MISTAKES = [
     ({"arrivals": "at_once", "num_requests": None}, "num_requests=null: must be given when arr"),
     ({"num_requests": None}, "num_requests=null: must be given when duration_s is not"),
     ({"lengths": "sharegtp"}, "lengths='sharegtp': must be a dataset (sharegpt, sharegpt_8k"),
-    ({"lengths": {"prompt": 0, "output": 1}}, "lengths.prompt=0: must be a number of tokens >= 1"),
+    ({"lengths": {"prompt": 0, "output": 1}}, "lengths.prompt=0: must be a number of tokens from"),
+    (
+        {"lengths": {"prompt": 10**9, "output": 1}},
+        "lengths.prompt=1000000000: must be a number of tokens from 1 to 16777216",
+    ),
+    ({"arrivals": 1e9}, "arrivals=1000000000.0: must be a rate from 1e-06 to 1e+06"),
+    ({"num_requests": 10**12}, "num_requests=1000000000000: must be an integer from 1 to 10000000"),
+    (
+        {"arrivals": 1000, "num_requests": None, "duration_s": 1e6},
+        "duration_s=1e+06: about 1e+09 requests come in it; must be at most 10000000: shorten it",
+    ),
+    (
+        {
+            "arrivals": {
+                "name": "staged",
+                "stages": [
+                    {"duration_s": 10, "rate_per_s": 6},
+                    {"duration_s": 10, "rate_per_s": 0},
+                ],
+            },
+            "num_requests": None,
+            "duration_s": 1e5,
+            "rate_scale": 100,
+        },
+        "duration_s=100000: about 3e+07 requests come in it; must be at most 10000000",
+    ),
+    (
+        {"arrivals": {"name": "staged", "stages": [{"duration_s": 1e-4, "rate_per_s": 1e-2}]}},
+        "arrivals.stages=[...]: bring 1e-06 requests a round; must bring 0.001 or more",
+    ),
+    (
+        {"shared_prefixes": {"count": 10**9, "tokens": 1}},
+        "shared_prefixes.count=1000000000: must be an integer from 1 to 1000000",
+    ),
     (
         {"lengths": {"prompt": 1, "output": {"name": "uniform", "min_tokens": 3, "max_tokens": 2}}},
         "lengths.output.min_tokens=3: must be <= max_tokens=2",
@@ -157,7 +192,7 @@ MISTAKES = [
         },
         "lengths.output.median_tokens=9: must be <= max_tokens=8",
     ),
-    ({"rate_scale": 0}, "rate_scale=0: must be a number > 0"),
+    ({"rate_scale": 0}, "rate_scale=0: must be a number from 1e-06 to 1000000.0"),
     ({"name": "trace", "path": "a.txt"}, "path='a.txt': must end in .csv or .jsonl"),
     ({"name": "trace", "path": "a.csv", "start_s": 3, "end_s": 2}, "end_s=2: must be > start_s=3"),
     (
@@ -221,9 +256,11 @@ def test_prompts_have_exactly_their_prefix_in_common(requests):
         assert min(num_common, len(first_ids), len(second_ids)) == shared
 
 
-def test_who_and_how_urgent_is_handed_on():
-    generation = to_generation_request(request(4, tenant="a", priority=-2), 17)
-    assert (generation.request_id, generation.tenant, generation.priority) == ("17", "a", -2)
+def test_what_a_client_says_of_itself_is_handed_on():
+    said = {"tenant": "a", "priority": -2, "expected_output_tokens": 9}
+    generation = to_generation_request(request(4, **said), 17)
+    assert generation.request_id == "17"
+    assert {key: getattr(generation, key) for key in said} == said
 
 
 def test_the_scheduler_knows_a_length_that_the_client_asks_for():
@@ -242,3 +279,22 @@ def test_the_scheduler_learns_of_the_end_from_the_stop_token_alone():
 def test_a_workload_may_hide_all_lengths():
     assert {each.max_tokens for each in requests_of(max_tokens=4096)} == {4096}
     assert {each.max_tokens for each in requests_of()} == {None}
+
+
+def test_clients_say_how_long_outputs_will_be_as_well_as_they_know():
+    silent, knowing = requests_of(), requests_of(hint_sigma=0)
+    assert {each.expected_output_tokens for each in silent} == {None}
+    assert [each.expected_output_tokens for each in knowing] == [
+        each.num_output_tokens for each in silent
+    ]
+    guessing = requests_of(hint_sigma=0.5, lengths={"prompt": 9, "output": 1000})
+    errors = [math.log(each.expected_output_tokens / each.num_output_tokens) for each in guessing]
+    assert fmean(errors) == pytest.approx(0, abs=0.05)
+    assert stdev(errors) == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_share_of_the_requests_says_the_same_as_it_does_among_all():
+    config = CONFIG.validate_python(
+        {"arrivals": 8, "lengths": "sharegpt", "num_requests": 100, "hint_sigma": 1}
+    )
+    assert set(Workload(config, 0, share=4)) < set(Workload(config, 0))
