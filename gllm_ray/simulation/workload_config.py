@@ -45,17 +45,17 @@ class GammaArrivalsConfig(StrictModel):
     name: Literal["gamma"] = Field(default="gamma", description="When requests come.")
     rate_per_s: _Rate = Field(description="Requests a second on average.")
 
-    @property
-    def mean_rate_per_s(self) -> float:
-        """Requests a second on average."""
-        return self.rate_per_s
-
     shape: float = Field(
         ge=0.001,
         le=1000,
         description="Below 1 they come in bursts, 1 is poisson, above 1 they come evenly; the "
         "coefficient of variation of the gaps is shape ** -0.5.",
     )
+
+    @property
+    def mean_rate_per_s(self) -> float:
+        """Requests a second on average."""
+        return self.rate_per_s
 
 
 class ArrivalStage(StrictModel):
