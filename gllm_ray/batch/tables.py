@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TABLE_SUFFIXES = (".parquet", ".csv")
+# What a template may raise because of a row's values, with which it may compute.
+_TEMPLATE_FAULTS = (TemplateError, ValueError, TypeError, LookupError, ArithmeticError)
 ADDED_COLUMNS = (
     "custom_id",
     "generated_text",
@@ -66,7 +68,7 @@ class RowTemplate:
             custom_id = f"row-{number}" if self.id_column is None else columns[self.id_column]
             try:
                 text = template.render({**columns, **prompt})
-            except TemplateError as error:
+            except _TEMPLATE_FAULTS as error:
                 return Mistake(number=number, message=f"--template: {error}")
             return BatchRow(
                 number=number, custom_id=str(custom_id), url=self.url, body=self._body(text)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import csv
 import json
 import os
 import signal
@@ -20,7 +19,6 @@ import yaml
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from gllm_ray.batch.command import main, run_to_status
-from gllm_ray.batch.tables import RowTemplate, read_table, write_table
 from gllm_ray.scheduling import QueueLimits
 from gllm_ray.serving.openai_api import build_api
 from tests.batch.local_job import make_line, read_lines, write_lines
@@ -105,33 +103,6 @@ def test_a_table_comes_back_with_columns_of_answers(
     assert all(1 <= number <= 4 for number in read["num_generated_tokens"].to_pylist())
     assert main(options(config, source, output, *asked, '{"max_tokens": 5}')) == 1
     assert "requests changed" in capsys.readouterr().err
-
-
-def test_the_cells_of_a_csv_are_taken_and_given_back_as_they_are_spelled(tmp_path):
-    pytest.importorskip("pyarrow", reason="the data extra is not installed")
-    source, output = tmp_path / "in.csv", tmp_path / "out.csv"
-    source.write_text("id,zip,price,flag\n001,01234,1.10,true\n002,00501,,false\n")
-    template = RowTemplate(
-        model="m",
-        url="/v1/completions",
-        prompt_column="zip",
-        template="{{ prompt }} {{ price }} {{ flag }}\n",
-        id_column="id",
-        params={},
-    )
-    rows = list(read_table(source, template))
-    assert [row.custom_id for row in rows] == ["001", "002"]
-    assert [row.body["prompt"] for row in rows] == ["01234 1.10 true\n", "00501  false\n"]
-    body = {
-        "choices": [{"text": "a", "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 1, "completion_tokens": 1},
-    }
-    record = {"response": {"status_code": 200, "body": body}, "error": None}
-    answers = {row.custom_id: {"custom_id": row.custom_id, **record} for row in rows}
-    write_table(output, source, ".csv", iter(rows), answers.get)
-    with output.open(newline="") as file:
-        given_back = [line[:4] for line in csv.reader(file)][1:]
-    assert given_back == [["001", "01234", "1.10", "true"], ["002", "00501", "", "false"]]
 
 
 @pytest.mark.parametrize(

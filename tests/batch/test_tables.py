@@ -1,0 +1,55 @@
+"""Tables of rows: what of a cell reaches a prompt, and what comes back."""
+
+import csv
+
+import pytest
+
+from gllm_ray.batch.records import Mistake
+from gllm_ray.batch.tables import RowTemplate, read_table, write_table
+
+pa = pytest.importorskip("pyarrow", reason="the data extra is not installed")
+parquet = pytest.importorskip("pyarrow.parquet", reason="the data extra is not installed")
+
+
+def row_template(**options):
+    said = {"prompt_column": None, "template": None, "id_column": None, **options}
+    return RowTemplate(model="m", url="/v1/completions", params={}, **said)
+
+
+def test_the_cells_of_a_csv_are_taken_and_given_back_as_they_are_spelled(tmp_path):
+    source, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("id,zip,price,flag\n001,01234,1.10,true\n002,00501,,false\n")
+    template = "{{ prompt }} {{ price }} {{ flag }}\n"
+    rows = list(
+        read_table(source, row_template(prompt_column="zip", template=template, id_column="id"))
+    )
+    assert [row.custom_id for row in rows] == ["001", "002"]
+    assert [row.body["prompt"] for row in rows] == ["01234 1.10 true\n", "00501  false\n"]
+    body = {
+        "choices": [{"text": "a", "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+    }
+    record = {"response": {"status_code": 200, "body": body}, "error": None}
+    answers = {row.custom_id: {"custom_id": row.custom_id, **record} for row in rows}
+    write_table(output, source, ".csv", iter(rows), answers.get)
+    with output.open(newline="") as file:
+        given_back = [line[:4] for line in csv.reader(file)][1:]
+    assert given_back == [["001", "01234", "1.10", "true"], ["002", "00501", "", "false"]]
+
+
+@pytest.mark.parametrize(
+    ("template", "wrong"),
+    [
+        ("{{ missing }}", [1, 2]),
+        ("{{ 6 // n }}", [1]),
+        ("{{ n + 'a' }}", [1, 2]),
+        ("{{ 'abc'[n:].index('c') }}", [2]),
+        ("{{ [7].pop(n) }}", [2]),
+    ],
+)
+def test_a_row_whose_values_the_template_cannot_take_is_a_mistake(tmp_path, template, wrong):
+    parquet.write_table(pa.table({"n": [0, 9]}), tmp_path / "in.parquet")
+    rows = read_table(tmp_path / "in.parquet", row_template(template=template))
+    mistakes = [row for row in rows if isinstance(row, Mistake)]
+    assert [mistake.number for mistake in mistakes] == wrong
+    assert all(mistake.message.startswith("--template: ") for mistake in mistakes)
