@@ -97,6 +97,27 @@ def read_table(path: Path, template: RowTemplate) -> Iterator[BatchRow | Mistake
             yield make(number, columns)
 
 
+def check_output(path: Path, suffix: str) -> None:
+    """Return if the rows of a table can be given back in a format.
+
+    Args:
+        path: The table.
+        suffix: Of the format to write.
+
+    Raises:
+        ConfigError: CSV has no place for one of its columns.
+    """
+    if suffix != ".csv":
+        return
+    fields = next((batch.schema for batch in _read_batches(path)), ())
+    # Of lists, structs and maps, which have fields of their own.
+    if nested := [field.name for field in fields if field.type.num_fields]:
+        raise ConfigError(
+            f"--output: must be Parquet or JSONL, for CSV has no place for {', '.join(nested)} of "
+            f"{path}"
+        )
+
+
 def write_table(
     path: Path,
     source: Path,

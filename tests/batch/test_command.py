@@ -128,6 +128,19 @@ def test_a_mistake_in_the_options_ends_with_1(
     assert word in capsys.readouterr().err
 
 
+def test_a_column_that_the_output_has_no_place_for_is_refused_before_a_row_is_run(
+    config, tmp_path, capsys
+):
+    pa = pytest.importorskip("pyarrow", reason="the data extra is not installed")
+    from pyarrow import parquet
+
+    source, output = tmp_path / "in.parquet", tmp_path / "out.csv"
+    parquet.write_table(pa.table({"text": ["a"], "list": [[1]]}), source)
+    assert main(options(config, source, output, "--prompt-column", "text")) == 1
+    assert "CSV has no place for list of" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == [source]
+
+
 def test_a_relative_output_is_refused_in_a_ray_job(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     source = write_lines(tmp_path / "in.jsonl", [make_line("a")])

@@ -5,7 +5,8 @@ import csv
 import pytest
 
 from gllm_ray.batch.records import Mistake
-from gllm_ray.batch.tables import RowTemplate, read_table, write_table
+from gllm_ray.batch.tables import RowTemplate, check_output, read_table, write_table
+from gllm_ray.errors import ConfigError
 
 pa = pytest.importorskip("pyarrow", reason="the data extra is not installed")
 parquet = pytest.importorskip("pyarrow.parquet", reason="the data extra is not installed")
@@ -53,3 +54,16 @@ def test_a_row_whose_values_the_template_cannot_take_is_a_mistake(tmp_path, temp
     mistakes = [row for row in rows if isinstance(row, Mistake)]
     assert [mistake.number for mistake in mistakes] == wrong
     assert all(mistake.message.startswith("--template: ") for mistake in mistakes)
+
+
+def test_a_table_that_csv_has_no_place_for_is_refused_before_any_row_is_run(tmp_path):
+    source = tmp_path / "in.parquet"
+    kinds = [pa.dictionary(pa.int8(), pa.string()), pa.binary(), pa.timestamp("us"), pa.null()]
+    flat = {f"flat {kind}": pa.array([None], kind) for kind in kinds}
+    parquet.write_table(pa.table(flat), source)
+    check_output(source, ".csv")
+    parquet.write_table(pa.table({**flat, "list": [[1]], "struct": [{"a": 1}]}), source)
+    for suffix in (".parquet", ".jsonl"):
+        check_output(source, suffix)
+    with pytest.raises(ConfigError, match=r"^--output: must be .* no place for list, struct of "):
+        check_output(source, ".csv")
