@@ -32,7 +32,7 @@ def test_the_cells_of_a_csv_are_taken_and_given_back_as_they_are_spelled(tmp_pat
     }
     record = {"response": {"status_code": 200, "body": body}, "error": None}
     answers = {row.custom_id: {"custom_id": row.custom_id, **record} for row in rows}
-    write_table(output, source, ".csv", iter(rows), answers.get)
+    write_table(output, source, ".csv", iter(rows), answers.__getitem__)
     with output.open(newline="") as file:
         given_back = [line[:4] for line in csv.reader(file)][1:]
     assert given_back == [["001", "01234", "1.10", "true"], ["002", "00501", "", "false"]]
