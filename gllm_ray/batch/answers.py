@@ -156,13 +156,13 @@ async def look_up_model(base_url: str, headers: Mapping[str, str]) -> dict[str, 
                 raise ConfigError(f"{url}: {fault}; --api-key-env names the variable that has it")
             response.raise_for_status()
             (card,) = (await response.json())["data"]
+            return {"id": card["id"], "max_model_len": card.get("max_model_len")}
     except aiohttp.InvalidURL as error:
         raise ConfigError(f"--url={base_url}: must be an address as http://host:port") from error
-    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
+    except (aiohttp.ClientError, TimeoutError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{url}: tells of no one model: {type(error).__name__}: {error}"
         ) from error
-    return {"id": card["id"], "max_model_len": card.get("max_model_len")}
 
 
 def _retry_after_s(response: aiohttp.ClientResponse) -> float:

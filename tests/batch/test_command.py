@@ -222,6 +222,16 @@ def test_a_running_service_answers_and_a_row_it_refuses_ends_with_2(tokenizer, t
     assert "--url=here: must be an address as http://host:port" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("told", [[], {"data": None}, {"data": ["a"]}, {"data": [{}]}])
+def test_a_service_that_tells_of_no_model_as_openai_does_is_refused(
+    told, tokenizer, tmp_path, capsys
+):
+    source = write_lines(tmp_path / "in.jsonl", [make_line("a")])
+    with http_service(tokenizer, wrap=lambda _: JSONResponse(told)) as url:
+        assert main(["--url", url, "--input", str(source), "--output", "out.jsonl"]) == 1
+    assert f"{url}/v1/models: tells of no one model" in capsys.readouterr().err
+
+
 class PageGateway:
     """Stands before the routes, and answers the first row with a page."""
 
