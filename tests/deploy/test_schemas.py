@@ -3,7 +3,6 @@
 import pytest
 
 from gllm_ray.manifests import ray_cluster, ray_kinds
-from gllm_ray.manifests.ray_kinds import API_VERSION
 from tests.deploy.manifests import crd_dir
 
 SPEC = ("properties", "spec", "properties")
@@ -45,7 +44,7 @@ def definitions():
 
 @pytest.mark.parametrize(("model", "kind", "place"), PLACES)
 def test_the_keys_are_those_of_the_definition(model, kind, place, definitions):
-    node = definitions.schema(API_VERSION, kind)
+    node = definitions.schema("ray.io/v1", kind)
     for key in place:
         node = node[key]
     assert {field.alias for field in model.model_fields.values()} == set(node)
