@@ -117,6 +117,12 @@ def test_a_table_comes_back_with_columns_of_answers(
         ("here.jsonl", "out.jsonl", ["--api-key-env", "KEY"], "--api-key-env: must be left out"),
         ("here.jsonl", "nothing://a/out.jsonl", [], "cannot be opened"),
         ("here.jsonl", "here.jsonl", [], "must be another file than --input"),
+        (
+            "here.csv",
+            "out.csv",
+            ["--prompt-column", "text", "--params", '{"prompt": "b"}'],
+            "--params: prompt must be left out, for the command sets it",
+        ),
     ],
 )
 def test_a_mistake_in_the_options_ends_with_1(
@@ -124,6 +130,7 @@ def test_a_mistake_in_the_options_ends_with_1(
 ):
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "here.jsonl", [make_line("a")])
+    (tmp_path / "here.csv").write_text("text\na\n")
     assert main(options(config, source, output, *more)) == 1
     assert word in capsys.readouterr().err
 
