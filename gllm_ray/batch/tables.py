@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TABLE_SUFFIXES = (".parquet", ".csv")
 # What a template may raise because of a row's values, with which it may compute.
 _TEMPLATE_FAULTS = (TemplateError, ValueError, TypeError, LookupError, ArithmeticError)
-# And their types, as Arrow names them.
+# What the output has of its own, and the types, as Arrow names them.
 ADDED_COLUMNS = {
     "custom_id": "string",
     "generated_text": "string",
