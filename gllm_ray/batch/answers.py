@@ -131,11 +131,15 @@ class HttpAnswers:
                     wait_s = max(wait_s, _retry_after_s(response))
             except (aiohttp.ClientError, TimeoutError) as error:
                 if is_last:
-                    raise PipelineError(
-                        f"{self._base_url} cannot be reached: {type(error).__name__}: {error}"
-                    ) from error
+                    raise PipelineError(f"{self._base_url} {self._fault(error)}") from error
             await asyncio.sleep(wait_s)
             delay_s *= 2
+
+    def _fault(self, error: Exception) -> str:
+        if isinstance(error, TimeoutError):
+            timeout_s = self._session.timeout.total
+            return f"took longer than {timeout_s} s (--timeout-s) for a row, again and again"
+        return f"cannot be reached: {type(error).__name__}: {error}"
 
 
 async def look_up_model(base_url: str, headers: Mapping[str, str]) -> dict[str, Any]:

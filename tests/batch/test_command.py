@@ -296,6 +296,33 @@ def test_a_service_that_stays_full_ends_the_job_and_no_row_fails_for_it(
     assert [record["custom_id"] for record in read_lines(output)] == ["a"]
 
 
+class Sleeper:
+    """Stands before the routes, and lets no row through."""
+
+    def __init__(self, api):
+        self._api = api
+
+    async def __call__(self, scope, receive, send):
+        if scope.get("method") == "POST":
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        else:
+            await self._api(scope, receive, send)
+
+
+def test_a_service_that_takes_too_long_ends_the_job_and_names_the_limit(
+    tokenizer, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("gllm_ray.batch.answers._FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("gllm_ray.batch.answers._MAX_DELAY_S", 0.01)
+    source = write_lines(tmp_path / "in.jsonl", [make_line("a", model=LocalService.model_name)])
+    output = tmp_path / "out.jsonl"
+    with http_service(tokenizer, wrap=Sleeper) as url:
+        asked = ["--url", url, "--input", str(source), "--output", str(output)]
+        assert main([*asked, "--timeout-s", "1"]) == 1
+    assert f"{url} took longer than 1 s (--timeout-s) for a row" in capsys.readouterr().err
+
+
 def test_a_service_with_keys_gets_the_one_of_the_environment(
     tokenizer, tmp_path, capfd, monkeypatch
 ):
