@@ -56,6 +56,27 @@ def test_a_row_whose_values_the_template_cannot_take_is_a_mistake(tmp_path, temp
     assert all(mistake.message.startswith("--template: ") for mistake in mistakes)
 
 
+@pytest.mark.parametrize(
+    ("columns", "options", "mistake"),
+    [
+        (["text"], {"prompt_column": "txt"}, "--prompt-column=txt: .* has the columns text$"),
+        (["text"], {"id_column": "id"}, "--id-column=id: .* has the columns text$"),
+        (["text", "finish_reason"], {}, "has a column finish_reason, .* rename it$"),
+        (["text", "custom_id"], {"id_column": "text"}, "has a column custom_id, .* rename it$"),
+        (["text", "custom_id"], {"id_column": "custom_id"}, None),
+    ],
+)
+def test_columns_that_are_missing_or_are_the_outputs_are_told(tmp_path, columns, options, mistake):
+    source = tmp_path / "in.csv"
+    source.write_text(",".join(columns) + "\n" + ",".join("ab"[: len(columns)]) + "\n")
+    template = row_template(**{"prompt_column": "text", **options})
+    if mistake is None:
+        assert [row.custom_id for row in read_table(source, template)] == ["b"]
+        return
+    with pytest.raises(ConfigError, match=mistake):
+        list(read_table(source, template))
+
+
 def test_a_table_that_csv_has_no_place_for_is_refused_before_any_row_is_run(tmp_path):
     source = tmp_path / "in.parquet"
     kinds = [pa.dictionary(pa.int8(), pa.string()), pa.binary(), pa.timestamp("us"), pa.null()]
