@@ -213,8 +213,10 @@ def _check_columns(path: Path, names: list[str], template: RowTemplate) -> None:
         if column is not None and column not in names:
             raise ConfigError(f"{option}={column}: {path} has the columns {', '.join(names)}")
     # An id column of that name holds what the output says there.
-    added = [name for name in ADDED_COLUMNS if (name, template.id_column) != ("custom_id",) * 2]
-    if taken := [name for name in added if name in names]:
+    taken = [name for name in ADDED_COLUMNS if name in names]
+    if template.id_column == "custom_id":
+        taken.remove("custom_id")
+    if taken:
         raise ConfigError(f"{path}: has a column {taken[0]}, which is the output's; rename it")
 
 
