@@ -115,6 +115,15 @@ THINKING = r"""
 {%- if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}
 {%- endif %}
 """
+# Where a user may have a name.
+NAMED = r"""
+{%- for message in messages %}
+{{- "<|" + message.role + "|>" }}
+{%- if message.role == "user" and message.name %}{{ message.name + ": " }}{% endif %}
+{{- message.content + "<|end|>" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|assistant|>" }}{% endif %}
+"""
 
 
 def copy_demo(directory: Path, template: str, special_tokens: tuple[str, ...] = ()) -> str:

@@ -72,9 +72,9 @@ class EngineAnswers:
         """See `Answers.answer`."""
         try:
             body = self._checks.parse_body(row)
-            is_chat = row.url == "/v1/chat/completions"
+            is_chat, model = row.url == "/v1/chat/completions", self._checks.model_name
             token_bytes = self.tokenizer.vocabulary.token_bytes
-            head = ResponseHead.new(model=body.model, is_chat=is_chat, token_bytes=token_bytes)
+            head = ResponseHead.new(model=model, is_chat=is_chat, token_bytes=token_bytes)
             requests = await build_requests(self._builder, body, head.id)
             return Answer(status=200, body=await whole_response(self, body, head, requests))
         except (InvalidRequestError, OverloadedError, RequestValidationError) as error:

@@ -1,11 +1,22 @@
-"""What the text of a chat template tells, before anything is rendered."""
+"""What a chat template tells, before a conversation is rendered."""
 
-from jinja2 import Environment, nodes
+from collections.abc import Callable, Mapping, Sequence
+
+from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 
 from gllm_ray.config import ToolParserName
+
+# What rendering a chat template may raise because of the messages or the tools.
+TEMPLATE_REFUSALS = (TemplateError, ValueError, TypeError, RecursionError)
+# Conversations that most templates take.
+_CONVERSATIONS = {
+    "system": ("system", "user"),
+    "user": ("user",),
+    "assistant": ("user", "assistant", "user"),
+}
 
 
 class _Generation(Extension):
@@ -34,3 +45,25 @@ def guess_tool_parser(template: str) -> ToolParserName:
     if '{"name": ' in text and '"parameters": ' in text and "ipython" in text:
         return "llama3_json"
     return "none"
+
+
+def find_named_roles(render: Callable[[Sequence[Mapping[str, str]]], str]) -> frozenset[str]:
+    """The roles whose messages a template shows to the model with the name of who wrote them.
+
+    Args:
+        render: The text that the template makes of messages.
+    """
+
+    def shows_names(role: str) -> bool:
+        messages = [{"role": each, "content": "x"} for each in _CONVERSATIONS[role]]
+        index = _CONVERSATIONS[role].index(role)
+        texts = set()
+        for name in ("Ada", "Eve"):
+            messages[index]["name"] = name
+            try:
+                texts.add(render(messages))
+            except TEMPLATE_REFUSALS:
+                return False
+        return len(texts) > 1
+
+    return frozenset(filter(shows_names, _CONVERSATIONS))

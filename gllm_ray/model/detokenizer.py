@@ -5,7 +5,7 @@ the text while it may be the beginning of a stop string.
 """
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
 _REPLACEMENT = "\ufffd"
@@ -111,22 +111,27 @@ class StopRule(NamedTuple):
         strings: Any of them ends it; none is empty.
         is_included: The text ends after the stop string or stop token, and not before it.
         min_tokens: A stop string that is complete with so many tokens or fewer does not count.
+        token_ids: Tokens that are told of where they end the text.
     """
 
     strings: Sequence[str] = ()
     is_included: bool = False
     min_tokens: int = 0
+    token_ids: Collection[int] = ()
 
 
 class StopMatcher:
     """Ends a text at the stop string that is complete first, the longest of several.
 
     Args:
-        rule: All of it but `min_tokens`.
+        rule: All of it but `min_tokens` and `token_ids`.
+
+    Attributes:
+        matched: The stop string that ended the text; None: none has.
     """
 
     def __init__(self, rule: StopRule) -> None:
-        self.is_stopped = False
+        self.matched: str | None = None
         self._stop_strings = rule.strings
         self._is_included = rule.is_included
         self._held = ""
@@ -147,9 +152,9 @@ class StopMatcher:
             if (start := text.find(stop, max(0, num_seen - len(stop) + 1))) >= 0
         ]
         if matches:
-            self.is_stopped = True
             self._held = ""
             end, start = min(matches)
+            self.matched = text[start:end]
             return text[: end if self._is_included else start]
         num_final = min((find_start(text, stop) for stop in self._stop_strings), default=len(text))
         self._held = text[num_final:]
@@ -177,9 +182,9 @@ class Detokenizer:
         self._matcher = StopMatcher(rule)
 
     @property
-    def is_stopped(self) -> bool:
-        """A stop string is complete, and the text has ended."""
-        return self._matcher.is_stopped
+    def matched(self) -> str | None:
+        """The stop string that is complete, with which the text has ended; None: none is."""
+        return self._matcher.matched
 
     def step(self, token_id: int) -> str:
         """Append a token; return the text that became final. Not to be called once stopped."""

@@ -11,11 +11,14 @@ from gllm_ray.strict_schema import StrictModel, parse_strictly
 
 logger = logging.getLogger(__name__)
 
+# Flat for any model; far below what would let a token come that is ruled out.
+MAX_TEMPERATURE = 100
+
 
 class SamplingDefaults(StrictModel):
     """The values of requests that leave a parameter out; OpenAI's, where nothing else is said."""
 
-    temperature: float = Field(default=1.0, ge=0, le=2)
+    temperature: float = Field(default=1.0, ge=0, le=MAX_TEMPERATURE)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1)
     min_p: float = Field(default=0.0, ge=0, le=1)

@@ -9,11 +9,16 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 
 from gllm_ray.config import ModelConfig, ToolParserName
 from gllm_ray.errors import ConfigError, InvalidRequestError
-from gllm_ray.model.chat_template import guess_tool_parser, variables_of
+from gllm_ray.model.chat_template import (
+    TEMPLATE_REFUSALS,
+    find_named_roles,
+    guess_tool_parser,
+    variables_of,
+)
 from gllm_ray.model.checkpoint import find_directory, read_json
 from gllm_ray.model.detokenizer import (
     ByteLevelDecoder,
@@ -31,8 +36,6 @@ if TYPE_CHECKING:
 
 # Enough for any decoder to see whether the first output token continues a text.
 _NUM_CONTEXT_TOKENS = 8
-# What rendering a chat template may raise because of the messages or the tools.
-_TEMPLATE_REFUSALS = (TemplateError, ValueError, TypeError, RecursionError)
 
 
 class Tokenizer:
@@ -162,6 +165,11 @@ class Tokenizer:
         return "tool_calls" in self._tool_template
 
     @cached_property
+    def named_roles(self) -> frozenset[str]:
+        """The roles whose messages the chat template shows to the model with a name."""
+        return find_named_roles(self._render)
+
+    @cached_property
     def template_variables(self) -> frozenset[str]:
         """What the chat template may be told beside the conversation and its tools."""
         given = {"messages", "raise_exception", "strftime_now", *self._tokenizer.special_tokens_map}
@@ -215,18 +223,27 @@ class Tokenizer:
                 "This model has no chat template; use /v1/completions instead", param="messages"
             )
         try:
-            text: Any = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=tools,
-                tokenize=False,
-                **{"add_generation_prompt": True} | options,
-            )
+            text = self._render(messages, tools, **options)
             text.encode()  # to say in Unicode's words what is wrong with half a surrogate pair
             return self.encode(text, add_special_tokens=False)
-        except _TEMPLATE_REFUSALS as error:
+        except TEMPLATE_REFUSALS as error:
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> str:
+        text: Any = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=tools,
+            tokenize=False,
+            **{"add_generation_prompt": True} | options,
+        )
+        return str(text)
 
     def new_detokenizer(
         self,
@@ -266,7 +283,7 @@ def _compile_chat_template(tokenizer: "PreTrainedTokenizerFast", path: str) -> N
         raise ConfigError(
             f"the chat template at {path!r} has a mistake in line {error.lineno}: {error.message}"
         ) from error
-    except _TEMPLATE_REFUSALS:
+    except TEMPLATE_REFUSALS:
         pass  # It compiled, and may want other messages.
 
 

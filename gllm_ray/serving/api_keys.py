@@ -11,9 +11,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.serving.errors import HttpError
+from gllm_ray.serving.service_api import OPEN_PATHS
 
-# What load balancers and probes ask, which know no key.
-_OPEN_PATH = "/health"
 _REFUSED = HttpError(
     401,
     "give an API key of this service, as in `Authorization: Bearer KEY`",
@@ -49,7 +48,7 @@ class KeyCheck:
     """ASGI middleware that answers 401, before it reads a body, unless a request shows a key.
 
     Args:
-        app: Serves those that do, and whoever asks for `/health`.
+        app: Serves those that do, and whoever asks for one of `OPEN_PATHS`.
         keys: All that are valid.
     """
 
@@ -69,7 +68,7 @@ class KeyCheck:
 
     def _is_open(self, scope: Scope) -> bool:
         path: str = scope["path"]
-        return path.removeprefix(scope.get("root_path", "")) == _OPEN_PATH
+        return path.removeprefix(scope.get("root_path", "")) in OPEN_PATHS
 
     def _shows_key(self, scope: Scope) -> bool:
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from gllm_ray.serving.request_schema import RequestSchema, check_text, only, refuse_unless
+from gllm_ray.serving.request_schema import RequestSchema, check_text, only
 from gllm_ray.serving.tool_schema import CallId, ToolCall
 
 _MAX_NAME_CHARS = 1024
@@ -58,11 +58,6 @@ def _check_tool_call_id(value: str | None, info: ValidationInfo) -> str | None:
     return value
 
 
-def _check_name(value: str | None, info: ValidationInfo) -> object:
-    """Of participants, chat templates know only tools by their names."""
-    return value if info.data.get("role") == "tool" else refuse_unless(value, ())
-
-
 class TextPart(RequestSchema):
     """A part of a message."""
 
@@ -83,14 +78,13 @@ class ChatMessage(RequestSchema):
     content: Annotated[list[TextPart], FailFast(), BeforeValidator(_parse_content)] = Field(
         default=None, validate_default=True
     )
-    name: Annotated[str | None, Field(max_length=_MAX_NAME_CHARS), AfterValidator(_check_name)] = (
-        None
-    )
+    name: str | None = Field(default=None, max_length=_MAX_NAME_CHARS)
 
     # Clients send the empty fields of an earlier answer back.
     annotations: Annotated[object, only([])] = None
     audio: Annotated[object, only()] = None
     function_call: Annotated[object, only()] = None
+    reasoning: Annotated[object, only()] = None
     reasoning_content: Annotated[object, only()] = None
     refusal: Annotated[object, only()] = None
     parsed: object = Field(default=None, description="OpenAI's client adds it: the content.")
@@ -101,11 +95,15 @@ class ChatMessage(RequestSchema):
         arguments = (call.function.arguments for call in self.tool_calls or ())
         return sum(map(len, arguments)) + sum(len(part.text) for part in self.content)
 
+    @property
+    def template_role(self) -> str:
+        """The role as chat templates know it; the developer is their system."""
+        return "system" if self.role == "developer" else self.role
+
     def as_template_input(self) -> dict[str, Any]:
-        """The message as chat templates know it; the developer is their system."""
-        role = "system" if self.role == "developer" else self.role
+        """The message as chat templates know it."""
         message: dict[str, Any] = {
-            "role": role,
+            "role": self.template_role,
             "content": "".join(part.text for part in self.content),
         }
         # Templates ask whether a message has a key.
@@ -113,6 +111,6 @@ class ChatMessage(RequestSchema):
             message["tool_calls"] = [call.as_template_input() for call in self.tool_calls]
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
-        if self.name is not None:
+        if self.name:
             message["name"] = self.name
         return message

@@ -1,5 +1,6 @@
 """A conversation, and what the model's chat template is to make of it."""
 
+import math
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationInfo
@@ -8,13 +9,28 @@ from pydantic_core import PydanticCustomError
 from gllm_ray.errors import InvalidRequestError
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.chat_messages import ChatMessage, check_num_texts
-from gllm_ray.serving.request_schema import RequestSchema, at_most, check_text
+from gllm_ray.serving.request_schema import RequestSchema, at_most, check_text, is_text
 from gllm_ray.serving.tool_schema import Tools
 
 _MAX_VARIABLES = 16
 _MAX_VARIABLE_CHARS = 1024
 
 Text = Annotated[str, Field(max_length=_MAX_VARIABLE_CHARS), AfterValidator(check_text)]
+
+
+def _check_variable(value: object) -> object:
+    match value:
+        case str() if is_text(value) and len(value) <= _MAX_VARIABLE_CHARS:
+            return value
+        case float() if math.isfinite(value):
+            return value
+        case None | int():
+            return value
+    raise PydanticCustomError(
+        "variable",
+        "must be a number, true, false, null, or a text of at most {limit} characters",
+        {"limit": _MAX_VARIABLE_CHARS},
+    )
 
 
 def _check_variables(value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
@@ -52,7 +68,7 @@ class Conversation(RequestSchema):
     continue_final_message: Annotated[bool | None, AfterValidator(_check_continuation)] = None
     reasoning_effort: Text | None = None
     chat_template_kwargs: Annotated[
-        dict[Text, bool | int | float | Text | None] | None,
+        dict[Text, Annotated[object, AfterValidator(_check_variable)]] | None,
         at_most(_MAX_VARIABLES),
         AfterValidator(_check_variables),
     ] = None
@@ -70,6 +86,7 @@ class Conversation(RequestSchema):
                 "out, or put the calls into their content",
                 param="messages",
             )
+        self._check_names(tokenizer)
         known = tokenizer.template_variables
         if unread := [name for name in self._variables if name not in known]:
             is_ours = unread[0] in (self.chat_template_kwargs or ())
@@ -78,6 +95,17 @@ class Conversation(RequestSchema):
                 + (", ".join(sorted(known)) or "nothing of the kind"),
                 param="chat_template_kwargs" if is_ours else unread[0],
             )
+
+    def _check_names(self, tokenizer: Tokenizer) -> None:
+        """A tool is known by the call that it answers; of others the template has to tell."""
+        for index, message in enumerate(self.messages):
+            role = message.template_role
+            if message.name and role != "tool" and role not in tokenizer.named_roles:
+                raise InvalidRequestError(
+                    f"the model's chat template shows no name of a {role} message to the model; "
+                    "leave it out, or write it into the content",
+                    param=f"messages[{index}].name",
+                )
 
     def apply_template(self, tokenizer: Tokenizer) -> list[int]:
         """The tokens of the prompt.

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gllm_ray.errors import GllmRayError, InvalidRequestError, OverloadedError, PipelineError
+from gllm_ray.strict_schema import spell_value
 
 _MAX_MISTAKES = 10
 _MAX_CHARS = 200
@@ -27,12 +28,46 @@ _NOT_AN_OBJECT = (
 )
 # What makes Python's parser give up without a word of JSON, and FastAPI answer 400.
 _UNREADABLE = "the body is not in UTF-8, is nested too deeply, or has a number of too many digits"
-# By pydantic's type of a mistake: our code, and our words where pydantic's are not the client's.
-_MISTAKES = {
-    "extra_forbidden": ("unknown_parameter", "is not a known parameter"),
-    "json_invalid": ("invalid_json", "the body is not valid JSON"),
-    "missing": ("missing_required_parameter", "is required"),
-    "unsupported_parameter": ("unsupported_parameter", None),
+# By pydantic's type of a mistake.
+_CODES = {
+    "extra_forbidden": "unknown_parameter",
+    "json_invalid": "invalid_json",
+    "missing": "missing_required_parameter",
+    "unsupported_parameter": "unsupported_parameter",
+}
+# The same in words of JSON; `given` is what the client sent, and the rest pydantic tells.
+_WORDS = {
+    "bool_type": "must be true or false, not {given}",
+    "dict_type": "must be an object, not {given}",
+    "extra_forbidden": "is not a known parameter",
+    "finite_number": "must be a finite number",
+    "float_type": "must be a number, not {given}",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_type": "must be a whole number, not {given}",
+    "json_invalid": "the body is not valid JSON",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list, not {given}",
+    "literal_error": "must be {expected}, not {given}",
+    "missing": "is required",
+    "model_attributes_type": "must be an object, not {given}",
+    "model_type": "must be an object, not {given}",
+    "string_pattern_mismatch": "must match {pattern}",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_too_short": "must have {min_length} or more characters",
+    "string_type": "must be text, not {given}",
+    "string_unicode": "must be valid Unicode",
+    "too_long": "must have at most {max_length} items, not {actual_length}",
+    "too_short": "must have {min_length} or more items, not {actual_length}",
+}
+_KINDS = {
+    bool: "a truth value",
+    dict: "an object",
+    float: "a decimal number",
+    int: "a number",
+    list: "a list",
+    str: "text",
 }
 
 
@@ -92,8 +127,8 @@ def _describe_mistakes(error: RequestValidationError) -> HttpError:
 
 def _describe_mistake(item: Mapping[str, Any]) -> tuple[str, str, str | None]:
     """The line, the code and the parameter of one mistake."""
-    code, words = _MISTAKES.get(item["type"], ("invalid_value", None))
-    words = words or item["msg"]
+    code = _CODES.get(item["type"], "invalid_value")
+    words = _words(item)
     _, *path = item["loc"]
     if item["type"] == "json_invalid":
         return words, code, None
@@ -103,8 +138,23 @@ def _describe_mistake(item: Mapping[str, Any]) -> tuple[str, str, str | None]:
         return _NOT_AN_OBJECT, "invalid_json", None
     param = path[0] + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path[1:])
     # A number is the client's own and short; text may be a prompt.
-    value = f"={item['input']}" if isinstance(item["input"], int | float) else ""
+    value = f"={spell_value(item['input'])}" if isinstance(item["input"], int | float) else ""
     return f"{param[:_MAX_CHARS]}{value}: {words}"[:_MAX_CHARS], code, param
+
+
+def _words(item: Mapping[str, Any]) -> str:
+    """What is wrong, and what would be right."""
+    if item["type"] not in _WORDS:
+        return str(item["msg"])  # our own
+    value = item["input"]
+    given = _KINDS.get(type(value), "null")
+    if item["type"] == "literal_error" and isinstance(value, str):
+        given = spell_value(value)  # where a word of a few is meant, and no prompt
+    limits = {
+        name: int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+        for name, limit in item.get("ctx", {}).items()
+    }
+    return _WORDS[item["type"]].format(given=given, **limits)
 
 
 async def handle_error(_request: Request, error: Exception) -> Response:
@@ -113,10 +163,24 @@ async def handle_error(_request: Request, error: Exception) -> Response:
     return Response(told.body(), told.status, told.headers, media_type="application/json")
 
 
+async def _handle_http_error(request: Request, error: HTTPException) -> Response:
+    """Say what is served instead of a path or method that is not."""
+    asked = f"{request.method} {request.url.path[:_MAX_CHARS]} is not served; "
+    match error:
+        case HTTPException(status_code=404, detail="Not Found"):
+            paths = request.app.openapi()["paths"]
+            served = [f"{method.upper()} {path}" for path in paths for method in paths[path]]
+            error = HTTPException(404, f"{asked}there are {', '.join(served)}")
+        case HTTPException(status_code=405, headers={"Allow": methods}):
+            error = HTTPException(405, f"{asked}use {methods}", error.headers)
+    return await handle_error(request, error)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of an application in OpenAI's shape."""
-    for kind in (GllmRayError, RequestValidationError, HTTPException, Exception):
+    for kind in (GllmRayError, RequestValidationError, Exception):
         app.add_exception_handler(kind, handle_error)
+    app.add_exception_handler(HTTPException, _handle_http_error)
 
 
 class BodyLimit:

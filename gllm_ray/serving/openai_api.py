@@ -8,7 +8,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 
-from gllm_ray.errors import InvalidRequestError, PipelineError
+from gllm_ray.errors import InvalidRequestError
 from gllm_ray.messages import GenerationRequest
 from gllm_ray.model.detokenizer import StopRule
 from gllm_ray.serving.api_keys import KeyCheck
@@ -18,9 +18,11 @@ from gllm_ray.serving.openai_protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationParams,
+    StreamOptions,
 )
 from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead, response_body
-from gllm_ray.serving.services import GenerationService, Services, TokenService, check_model
+from gllm_ray.serving.service_api import router as service_router
+from gllm_ray.serving.services import GenerationService, Services, TokenService, find_model
 from gllm_ray.serving.streaming import stream_response
 from gllm_ray.serving.text_stream import (
     TextDelta,
@@ -70,6 +72,7 @@ def build_api(
     install_error_handlers(app)
     app.include_router(router)
     app.include_router(tokenize_router)
+    app.include_router(service_router)
     return app
 
 
@@ -81,9 +84,8 @@ async def chat_completions(
     body: ChatCompletionRequest, request: Request, services: Services
 ) -> Response:
     """Answer a conversation, once or several times."""
-    check_body(body, services)
-    service = services[body.model]
-    head = _head(service, body, is_chat=True)
+    service = services[check_body(body, services)]
+    head = _head(service, is_chat=True)
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
     requests = await builder.from_chat(body, head.id)
     return await _respond(request, service, body, head, requests)
@@ -92,9 +94,8 @@ async def chat_completions(
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request, services: Services) -> Response:
     """Continue a text, or several."""
-    check_body(body, services)
-    service = services[body.model]
-    head = _head(service, body, is_chat=False)
+    service = services[check_body(body, services)]
+    head = _head(service, is_chat=False)
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
     requests = await builder.from_completion(body, head.id)
     return await _respond(request, service, body, head, requests)
@@ -110,29 +111,8 @@ async def list_models(request: Request, services: Services) -> Response:
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, request: Request, services: Services) -> Response:
     """One of the models."""
-    check_model(model, services)
+    find_model(model, services)
     return JSONResponse(_model_card(request, services[model]))
-
-
-@router.get("/health")
-async def health(services: Services) -> Response:
-    """Whether requests can be served, of one model at least."""
-    errors = []
-    for service in services.values():
-        try:
-            await service.check_ready()
-        except PipelineError as error:
-            errors.append(error)
-    if len(errors) == len(services):
-        raise errors[0]
-    return JSONResponse({"status": "ok"})
-
-
-@router.get("/server_info")
-async def server_info(services: Services) -> Response:
-    """What is served, on which stages, and how busy it is; of several models, a list of it."""
-    infos = [await service.server_info() for service in services.values()]
-    return JSONResponse(infos[0] if len(infos) == 1 else {"models": infos})
 
 
 async def whole_response(
@@ -150,18 +130,19 @@ async def whole_response(
     return response_body(head, outputs, _num_prompt_tokens(body, requests))
 
 
-def check_body(body: GenerationParams, model_names: Collection[str]) -> None:
-    """Check what its schema alone does not tell.
+def check_body(body: GenerationParams, model_names: Collection[str]) -> str:
+    """Check what its schema alone does not tell; the name of its model.
 
     Raises:
         InvalidRequestError: The model is not one of those served, or a stream's options are without
             a stream.
     """
-    check_model(body.model, model_names)
+    model = find_model(body.model, model_names)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError(
             "stream_options is only allowed when stream is true", param="stream_options"
         )
+    return model
 
 
 async def _respond(
@@ -173,15 +154,15 @@ async def _respond(
 ) -> Response:
     if not body.stream:
         return JSONResponse(await whole_response(service, body, head, requests))
-    options = body.stream_options
-    writer = ChunkWriter(head, include_usage=bool(options and options.include_usage))
-    deltas = _deltas(service, body, requests)
-    return await stream_response(
-        deltas,
-        writer,
+    options = body.stream_options or StreamOptions()
+    writer = ChunkWriter(
+        head,
         _num_prompt_tokens(body, requests),
-        http_request.app.state.stream_keep_alive_s,
+        include_usage=bool(options.include_usage),
+        is_usage_continuous=bool(options.continuous_usage_stats),
     )
+    deltas = _deltas(service, body, requests)
+    return await stream_response(deltas, writer, http_request.app.state.stream_keep_alive_s)
 
 
 def _deltas(
@@ -202,6 +183,7 @@ def _output_deltas(
         strings=body.stop or (),
         is_included=body.include_stop_str_in_output or False,
         min_tokens=body.min_tokens or 0,
+        token_ids=body.stop_token_ids or (),
     )
     detokenizer = tokenizer.new_detokenizer(
         request.prompt_token_ids, rule, parser.markers if parser else ()
@@ -210,9 +192,11 @@ def _output_deltas(
     return with_tool_calls(deltas, parser, use) if use and parser else deltas
 
 
-def _head(service: GenerationService, body: GenerationParams, *, is_chat: bool) -> ResponseHead:
+def _head(service: GenerationService, *, is_chat: bool) -> ResponseHead:
     return ResponseHead.new(
-        model=body.model, is_chat=is_chat, token_bytes=service.tokenizer.vocabulary.token_bytes
+        model=service.model_name,
+        is_chat=is_chat,
+        token_bytes=service.tokenizer.vocabulary.token_bytes,
     )
 
 

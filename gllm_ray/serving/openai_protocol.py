@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from gllm_ray.errors import InvalidRequestError
+from gllm_ray.model.generation_config import MAX_TEMPERATURE
 from gllm_ray.serving.conversation import Conversation
 from gllm_ray.serving.output_format import ResponseFormat, StructuredOutputs
 from gllm_ray.serving.request_schema import RequestSchema, at_most, is_text, only, refuse_unless
@@ -28,7 +29,7 @@ _MAX_LOGPROBS = 20
 
 def _check_best_of(value: object, info: ValidationInfo) -> object:
     """The best `n` of `n` outputs are all of them."""
-    return refuse_unless(value, (info.data.get("n") or 1,))
+    return refuse_unless(value, (info.data.get("n") or 1,), instead="n")
 
 
 def _check_top_logprobs(value: int | None, info: ValidationInfo) -> int | None:
@@ -38,6 +39,8 @@ def _check_top_logprobs(value: int | None, info: ValidationInfo) -> int | None:
 
 
 def _parse_stop(value: object) -> object:
+    if value is not None and not isinstance(value, str | list):
+        raise PydanticCustomError("stop_type", "must be text or a list of texts")
     return [value] if isinstance(value, str) else value
 
 
@@ -62,10 +65,17 @@ def _is_token_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
+def _check_continuous_usage(value: bool | None, info: ValidationInfo) -> bool | None:
+    if value and not info.data.get("include_usage"):
+        raise PydanticCustomError("needs_usage", "is only allowed when include_usage is true")
+    return value
+
+
 class StreamOptions(RequestSchema):
-    """What a stream tells beside its text."""
+    """What a stream tells beside its text; `continuous_usage_stats` is not OpenAI's."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: Annotated[bool | None, AfterValidator(_check_continuous_usage)] = None
     include_obfuscation: Annotated[object, only(False)] = None
 
 
@@ -78,9 +88,9 @@ class GenerationParams(RequestSchema):
     OpenAI's.
     """
 
-    model: str
+    model: str | None = None
     max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
+    temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, description="0 or -1: no limit.")
     min_p: float | None = Field(default=None, ge=0, le=1)
@@ -119,10 +129,10 @@ class GenerationParams(RequestSchema):
     # vLLM's, whose clients send their defaults, too.
     allowed_token_ids: Annotated[object, only()] = None
     bad_words: Annotated[object, only([])] = None
-    guided_choice: Annotated[object, only()] = None
-    guided_grammar: Annotated[object, only()] = None
-    guided_json: Annotated[object, only()] = None
-    guided_regex: Annotated[object, only()] = None
+    guided_choice: Annotated[object, only(instead="structured_outputs.choice")] = None
+    guided_grammar: Annotated[object, only(instead="structured_outputs.grammar")] = None
+    guided_json: Annotated[object, only(instead="structured_outputs.json")] = None
+    guided_regex: Annotated[object, only(instead="structured_outputs.regex")] = None
     kv_transfer_params: Annotated[object, only()] = None
     length_penalty: Annotated[object, only(1)] = None
     logits_processors: Annotated[object, only([])] = None
@@ -196,8 +206,8 @@ class ChatCompletionRequest(GenerationParams, Conversation):
     audio: Annotated[object, only()] = None
     chat_template: Annotated[object, only()] = None
     documents: Annotated[object, only([])] = None
-    function_call: Annotated[object, only("none", "auto")] = None
-    functions: Annotated[object, only([])] = None
+    function_call: Annotated[object, only("none", "auto", instead="tool_choice")] = None
+    functions: Annotated[object, only([], instead="tools")] = None
     include_reasoning: Annotated[object, only(True)] = None
     logprobs: bool | None = None
     media_io_kwargs: Annotated[object, only({})] = None

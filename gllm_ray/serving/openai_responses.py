@@ -70,6 +70,7 @@ def response_body(
             **({"message": _message(output)} if head.is_chat else {"text": output.text}),
             "logprobs": head.logprobs(output.scored),
             "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
         }
         for output in outputs
     ]
@@ -102,24 +103,37 @@ class ChunkWriter:
 
     Args:
         head: What every chunk repeats.
+        num_prompt_tokens: For the usage.
         include_usage: Chunks carry `usage`, which is null but in the last.
+        is_usage_continuous: It is that of all outputs so far.
     """
 
-    def __init__(self, head: ResponseHead, *, include_usage: bool) -> None:
+    def __init__(
+        self,
+        head: ResponseHead,
+        num_prompt_tokens: int,
+        *,
+        include_usage: bool = False,
+        is_usage_continuous: bool = False,
+    ) -> None:
         self._is_chat = head.is_chat
         self._logprobs = head.logprobs
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_output_tokens = 0
         self._include_usage = include_usage
+        self._is_usage_continuous = include_usage and is_usage_continuous
         self._head = _dumps(head.fields("chat.completion.chunk"))[:-1] + ',"choices":['
         self._tail = '],"usage":null}' if include_usage else "]}"
         self._begun: set[int] = set()
         self._num_calls: Counter[int] = Counter()  # of each output
 
     def write(self, delta: TextDelta) -> str:
-        """The events for a delta: role, new text, tokens or calls, finish reason, as there are."""
+        """The events for a delta: role, new text, tokens or calls, how it ended, as there are."""
         events = ""
         if self._is_chat and delta.index not in self._begun:
             self._begun.add(delta.index)
             events += self._chunk(delta.index, '"delta":{"role":"assistant","content":""}')
+        self._num_output_tokens += delta.num_tokens
         if delta.text or delta.scored or delta.calls:
             text = _dumps(delta.text)
             content = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
@@ -129,7 +143,8 @@ class ChunkWriter:
             events += self._chunk(delta.index, content, logprobs=logprobs)
         if delta.finish_reason is not None:
             content = '"delta":{}' if self._is_chat else '"text":""'
-            events += self._chunk(delta.index, content, finish_reason=f'"{delta.finish_reason}"')
+            reasons = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+            events += self._chunk(delta.index, content, reasons=_dumps(reasons)[1:-1])
         return events
 
     def _spell_calls(self, delta: TextDelta) -> list[dict[str, Any]]:
@@ -142,19 +157,28 @@ class ChunkWriter:
             spelled.append({"index": self._num_calls[delta.index] - 1, **grown})
         return spelled
 
-    def write_end(self, num_prompt_tokens: int, num_output_tokens: int) -> str:
+    def write_end(self) -> str:
         """The events after the last delta."""
         done = _event("[DONE]")
         if not self._include_usage:
             return done
-        cost = _dumps(usage(num_prompt_tokens, num_output_tokens))
-        return _event(f'{self._head}],"usage":{cost}}}') + done
+        return _event(f"{self._head}{self._usage_tail()}") + done
+
+    def _usage_tail(self) -> str:
+        cost = _dumps(usage(self._num_prompt_tokens, self._num_output_tokens))
+        return f'],"usage":{cost}}}'
 
     def _chunk(
-        self, index: int, content: str, *, logprobs: str = "null", finish_reason: str = "null"
+        self,
+        index: int,
+        content: str,
+        *,
+        logprobs: str = "null",
+        reasons: str = '"finish_reason":null',
     ) -> str:
-        ends = f'"logprobs":{logprobs},"finish_reason":{finish_reason}}}'
-        return _event(f'{self._head}{{"index":{index},{content},{ends}{self._tail}')
+        ends = f'"logprobs":{logprobs},{reasons}}}'
+        tail = self._usage_tail() if self._is_usage_continuous else self._tail
+        return _event(f'{self._head}{{"index":{index},{content},{ends}{tail}')
 
 
 def _event(data: str) -> str:

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from llguidance import LLMatcher, grammar_from
 from llguidance.gbnf_to_lark import gbnf_to_lark
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gllm_ray.errors import InvalidRequestError
-from gllm_ray.serving.request_schema import RequestSchema
+from gllm_ray.serving.request_schema import RequestSchema, only
 
 _MAX_NAME_CHARS = 1024
 MAX_GRAMMAR_CHARS = 2**18
@@ -64,22 +64,34 @@ class ResponseFormat(RequestSchema):
         return json_grammar(self.json_schema.schema_ if self.json_schema else _ANY_OBJECT)
 
 
+def _check_schema_type(value: object) -> object:
+    if not isinstance(value, dict | str | None):
+        raise PydanticCustomError("schema_type", "must be a JSON schema: an object, or its text")
+    return value
+
+
 class StructuredOutputs(RequestSchema):
     """vLLM's way to ask for JSON and more; exactly one of its fields."""
 
-    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    json_: Annotated[Any, AfterValidator(_check_schema_type)] = Field(default=None, alias="json")
     regex: str | None = None
     choice: (
         Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES, fail_fast=True)] | None
     ) = None
     grammar: str | None = Field(default=None, description="In Lark's syntax, or GBNF.")
+    json_object: bool | None = None
+
+    disable_additional_properties: Annotated[object, only(False)] = None
+    disable_any_whitespace: Annotated[object, only(False)] = None
+    structural_tag: Annotated[object, only()] = None
+    whitespace_pattern: Annotated[object, only()] = None
 
     @model_validator(mode="after")
     def _check_is_one(self) -> Self:
-        fields = (self.json_, self.regex, self.choice, self.grammar)
+        fields = (self.json_, self.regex, self.choice, self.grammar, self.json_object or None)
         if sum(field is not None for field in fields) != 1:
             raise PydanticCustomError(
-                "not_one", "must have exactly one of json, regex, choice and grammar"
+                "not_one", "must have exactly one of json, regex, choice, grammar and json_object"
             )
         return self
 
@@ -92,6 +104,8 @@ class StructuredOutputs(RequestSchema):
         """
         if self.json_ is not None:
             return json_grammar(self.json_)
+        if self.json_object:
+            return json_grammar(_ANY_OBJECT)
         if self.regex is not None:
             _check_length(len(self.regex))
             return grammar_from("regex", self.regex)
@@ -192,7 +206,11 @@ def json_grammar(schema: dict[str, Any] | str) -> str:
     """
     text = schema if isinstance(schema, str) else spell(schema)
     _check_length(len(text))
-    return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITE_SPACE})
+    options = {"whitespace_pattern": _WHITE_SPACE}
+    try:
+        return LLMatcher.grammar_from_json_schema(text, defaults=options)
+    except ValueError as error:
+        raise ValueError(f"json must be a JSON schema, the text of an object: {error}") from error
 
 
 def spell(schema: object) -> str:

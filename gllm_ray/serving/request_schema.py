@@ -48,19 +48,22 @@ def _refuse_more_keys(value: object, limit: int) -> object:
     return value
 
 
-def only(*neutral: object) -> AfterValidator:
-    """Accept null and the values that ask for nothing."""
-    return AfterValidator(lambda value: refuse_unless(value, neutral))
+def only(*neutral: object, instead: str = "") -> AfterValidator:
+    """Accept null and the values that ask for nothing; `instead` is what asks for the same."""
+    return AfterValidator(lambda value: refuse_unless(value, neutral, instead))
 
 
-def refuse_unless(value: object, neutral: Iterable[object]) -> object:
+def refuse_unless(value: object, neutral: Iterable[object], instead: str = "") -> object:
     """See `only`."""
     # `True == 1`, so the types are compared, too.
     is_neutral = any(
         value == item and isinstance(value, bool) is isinstance(item, bool) for item in neutral
     )
     if value is not None and not is_neutral:
-        raise PydanticCustomError("unsupported_parameter", "is not supported yet; leave it out")
+        what_to_do = f"use {instead}" if instead else "leave it out"
+        raise PydanticCustomError(
+            "unsupported_parameter", "is not supported; {what_to_do}", {"what_to_do": what_to_do}
+        )
     return value
 
 

@@ -53,16 +53,21 @@ async def _services(request: Request) -> Mapping[str, GenerationService]:
 Services = Annotated[Mapping[str, GenerationService], Depends(_services)]
 
 
-def check_model(model: str, known: Collection[str]) -> None:
-    """Check that a model is one of those served.
+def find_model(model: str | None, known: Collection[str]) -> str:
+    """The name of the model that a request is for; one model alone need not be named.
 
     Raises:
-        InvalidRequestError: It is not.
+        InvalidRequestError: It is not one of those served, or none of several is named.
     """
+    names = ", ".join(map(repr, known))
+    if model is None:
+        if len(known) > 1:
+            raise InvalidRequestError(f"model: is required; this server has {names}", param="model")
+        return next(iter(known))
     if model not in known:
-        names = ", ".join(map(repr, known))
         raise InvalidRequestError(
             f"The model {model[:200]!r} does not exist; this server has {names}",
             param="model",
             code="model_not_found",
         )
+    return model

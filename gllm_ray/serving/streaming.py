@@ -26,7 +26,6 @@ _COMMENT: Message = {"type": "http.response.body", "body": b": keep-alive\n\n", 
 async def stream_response(
     deltas: AsyncGenerator[TextDelta, None],
     writer: ChunkWriter,
-    num_prompt_tokens: int,
     keep_alive_s: float | None,
 ) -> "SseResponse":
     """Wait for the first delta, so that an error before it gets its own status code.
@@ -34,7 +33,6 @@ async def stream_response(
     Args:
         deltas: What the outputs say, at least one.
         writer: Makes events of it.
-        num_prompt_tokens: For the usage.
         keep_alive_s: How long the stream may be silent, and so the longest wait; None: for ever.
     """
     first = asyncio.ensure_future(anext(deltas))
@@ -45,7 +43,7 @@ async def stream_response(
         raise
     if first.done():
         first.result()
-    events = sse_events(first, deltas, writer, num_prompt_tokens)
+    events = sse_events(first, deltas, writer)
     return SseResponse(events, first, deltas, keep_alive_s)
 
 
@@ -53,17 +51,14 @@ async def sse_events(
     first: Awaitable[TextDelta],
     rest: AsyncGenerator[TextDelta, None],
     writer: ChunkWriter,
-    num_prompt_tokens: int,
 ) -> AsyncGenerator[str, None]:
     """The events of a stream: one piece for each delta, then usage and `[DONE]`.
 
     An error becomes the last event.
     """
-    num_output_tokens = 0
     try:
         delta: TextDelta | None = await first
         while delta is not None:
-            num_output_tokens += delta.num_tokens
             if piece := writer.write(delta):
                 yield piece
             if delta.num_tokens > 1:  # The client lags, and more may be there to be taken at once.
@@ -74,7 +69,7 @@ async def sse_events(
             logger.exception("a stream failed")
         yield f"data: {HttpError.of(error).body()}\n\n"
         return
-    yield writer.write_end(num_prompt_tokens, num_output_tokens)
+    yield writer.write_end()
 
 
 class SseResponse(StreamingResponse):

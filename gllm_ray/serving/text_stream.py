@@ -47,6 +47,8 @@ class TextDelta:
         scored: Each of the new tokens, whether its text is here, held back or never to come; empty
             unless the request asks for log probabilities.
         calls: What tool calls grew by; in a stream, then there is no text.
+        stop_reason: Beside the finish reason, the client's own stop string or stop token that ended
+            the output, if one did.
     """
 
     index: int
@@ -55,6 +57,7 @@ class TextDelta:
     finish_reason: FinishReason | Literal["tool_calls"] | None = None
     scored: tuple[ScoredToken, ...] = ()
     calls: tuple[CallDelta, ...] = ()
+    stop_reason: str | int | None = None
 
 
 async def text_deltas(
@@ -93,11 +96,24 @@ def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokeniz
             # A token that ends the output has no text, unless that is asked for.
             if event.finish_reason is not FinishReason.STOP or detokenizer.rule.is_included:
                 text += detokenizer.step(event.token_id)
-        if event.finish_reason is not None and not detokenizer.is_stopped:
+        if event.finish_reason is not None and detokenizer.matched is None:
             text += detokenizer.flush()
-        if detokenizer.is_stopped:
-            return TextDelta(index, text, num_tokens, FinishReason.STOP, tuple(scored))
-    return TextDelta(index, text, num_tokens, events[-1].finish_reason, tuple(scored))
+        if detokenizer.matched is not None:
+            break
+    reason, stop_reason = _reasons(events[-1], detokenizer)
+    return TextDelta(index, text, num_tokens, reason, tuple(scored), stop_reason=stop_reason)
+
+
+def _reasons(
+    last: TokenEvent, detokenizer: Detokenizer
+) -> tuple[FinishReason | None, str | int | None]:
+    """The finish reason and the stop reason, if the output ends here."""
+    if detokenizer.matched is not None:
+        return FinishReason.STOP, detokenizer.matched
+    is_told = (
+        last.finish_reason is FinishReason.STOP and last.token_id in detokenizer.rule.token_ids
+    )
+    return last.finish_reason, last.token_id if is_told else None
 
 
 async def with_tool_calls(
@@ -123,7 +139,9 @@ async def with_tool_calls(
             if num_calls and use.finishes_with_calls and reason is FinishReason.STOP:
                 reason = "tool_calls"
             if num_tokens or scored or reason is not None:
-                yield TextDelta(delta.index, "", num_tokens, reason, scored)
+                yield TextDelta(
+                    delta.index, "", num_tokens, reason, scored, stop_reason=delta.stop_reason
+                )
 
 
 def _failure(event: TokenEvent) -> GllmRayError:
@@ -181,6 +199,7 @@ async def collect_outputs(
             output[-1].finish_reason,
             tuple(chain.from_iterable(delta.scored for delta in output)),
             tuple(merge_calls(chain.from_iterable(delta.calls for delta in output))),
+            output[-1].stop_reason,
         )
         for index, output in enumerate(grown)
     ]

@@ -11,7 +11,7 @@ from gllm_ray.errors import InvalidRequestError
 from gllm_ray.serving.conversation import Conversation
 from gllm_ray.serving.generation_requests import RequestBuilder
 from gllm_ray.serving.request_schema import RequestSchema, check_text, only, parse_schema
-from gllm_ray.serving.services import GenerationService, Services, check_model
+from gllm_ray.serving.services import Services, find_model
 from gllm_ray.serving.token_ids import check_token_ids
 from gllm_ray.serving.tool_use import check_shows_tools
 
@@ -55,7 +55,7 @@ async def tokenize(body: Annotated[dict[str, Any], Body()], services: Services) 
         raise InvalidRequestError("the body must have either prompt or messages", param="prompt")
     schema = TokenizeChatRequest if "messages" in body else TokenizeTextRequest
     question: TokenizeChatRequest | TokenizeTextRequest = parse_schema(schema, body)
-    service = _service(services, question.model)
+    service = services[find_model(question.model, services)]
     tokens = await _tokens(RequestBuilder(service.tokenizer, service.max_model_len), question)
     if len(tokens) > _MAX_TOKENS:
         raise InvalidRequestError(
@@ -77,7 +77,7 @@ async def tokenize(body: Annotated[dict[str, Any], Body()], services: Services) 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, services: Services) -> Response:
     """The text of tokens."""
-    tokenizer = _service(services, body.model).tokenizer
+    tokenizer = services[find_model(body.model, services)].tokenizer
     check_token_ids("tokens", body.tokens, tokenizer.vocab_size)
     return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
 
@@ -92,14 +92,3 @@ async def _tokens(
     if question.tools:
         check_shows_tools(builder.tokenizer)
     return await builder.chat_prompt(question)
-
-
-def _service(services: Services, model: str | None) -> GenerationService:
-    """The model's; of one model alone, that need not be named."""
-    if model is None:
-        if len(services) > 1:
-            names = ", ".join(map(repr, services))
-            raise InvalidRequestError(f"model: is required; this server has {names}", param="model")
-        return next(iter(services.values()))
-    check_model(model, services)
-    return services[model]

@@ -106,7 +106,7 @@ def check_tools(tools: list[Tool] | None) -> list[Tool] | None:
         raise PydanticCustomError("schema", "{error}", {"error": str(error)}) from error
     if num_chars > MAX_GRAMMAR_CHARS:
         raise PydanticCustomError(
-            "too_long", "must have at most {limit} characters", {"limit": MAX_GRAMMAR_CHARS}
+            "too_many_chars", "must have at most {limit} characters", {"limit": MAX_GRAMMAR_CHARS}
         )
     return tools
 

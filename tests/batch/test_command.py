@@ -86,7 +86,7 @@ def test_a_table_comes_back_with_columns_of_answers(
     asked = ["--prompt-column", "text", "--template", template, "--id-column", id_column]
     asked += ["--params"]
     assert main(options(config, source, output, *asked, '{"max_tokens": "4"}')) == 1
-    assert f"{source}:3: max_tokens: Input should be a valid integer" in capsys.readouterr().err
+    assert f"{source}:3: max_tokens: must be a whole number, not text" in capsys.readouterr().err
     assert main(options(config, source, output, *asked, '{"max_tokens": 4, "seed": 1}')) == 0
     read = arrow_csv.read_csv(output) if suffix == "csv" else parquet.read_table(output)
     assert read.column_names == [

@@ -53,11 +53,11 @@ def test_every_mistake_of_a_file_is_listed_and_no_row_is_run(tmp_path, tokenizer
     *mistakes, summary = str(caught.value).splitlines()
     words = {
         2: "custom_id='good'",
-        3: "method: Input should be 'POST'",
-        4: "url: Input should be",
+        3: "method: must be 'POST', not 'GET'",
+        4: "url: must be",
         5: "The model 'gpt' does not exist",
         6: "max_token=3: is not a known parameter",
-        7: "length_penalty=2: is not supported yet",
+        7: "length_penalty=2: is not supported; leave it out",
         8: "maximum context length is 256",
         9: "stream=True",
         10: "prompt: is required",

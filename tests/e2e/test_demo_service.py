@@ -156,7 +156,7 @@ def test_a_client_that_leaves_frees_its_blocks(service, stream):
     ("options", "status", "param", "code"),
     [
         ({"model": "another"}, 404, "model", "model_not_found"),
-        ({"temperature": 3}, 400, "temperature", "invalid_value"),
+        ({"temperature": 101}, 400, "temperature", "invalid_value"),
         ({"functions": [{"name": "f"}]}, 400, "functions", "unsupported_parameter"),
         ({"max_tokens": 5000}, 400, "messages", "context_length_exceeded"),
         ({"extra_body": {"beam_width": 4}}, 400, "beam_width", "unknown_parameter"),
@@ -174,3 +174,15 @@ def test_what_cannot_be_served_is_refused_by_name(client, service, options, stat
 def test_the_request_id_of_the_client_comes_back_once(service):
     response = httpx.get(f"{service.base_url}/health", headers={"X-Request-Id": "my-id"})
     assert response.headers.get_list("x-request-id") == ["my-id"]
+
+
+def test_a_request_without_an_id_gets_one_that_the_official_client_tells(client, service):
+    answers = [chat(client, service, max_tokens=1) for _ in range(2)]
+    assert all(answer._request_id for answer in answers)
+    assert answers[0]._request_id != answers[1]._request_id
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping"])
+def test_load_balancers_may_ask_for_the_head_alone(service, path):
+    response = httpx.head(f"{service.base_url}{path}")
+    assert (response.status_code, response.content) == (200, b"")

@@ -30,7 +30,7 @@ def statuses(tokenizer, path, *authorizations, api_keys=KEYS):
     return asyncio.run(main())
 
 
-@pytest.mark.parametrize("path", [*BODIES, "/v1/models", "/server_info"])
+@pytest.mark.parametrize("path", [*BODIES, "/v1/models", "/server_info", "/version"])
 def test_each_key_opens_every_route_and_nothing_else_does(tokenizer, path):
     wrong = [None, "", "Bearer", "Bearer ", "Bearer first", "Bearer first-keyx", "first-key"]
     wrong += ["Basic first-key", "Bearer first-key second-key", "Bearer f\u00efrst"]
@@ -43,8 +43,9 @@ def test_a_path_that_does_not_exist_tells_strangers_no_more_than_one_that_does(t
     assert statuses(tokenizer, "/v1/nothing", None, "Bearer first-key") == [401, 404]
 
 
-def test_health_needs_no_key(tokenizer):
-    assert statuses(tokenizer, "/health", None) == [200]
+@pytest.mark.parametrize("path", ["/health", "/ping"])
+def test_health_needs_no_key(tokenizer, path):
+    assert statuses(tokenizer, path, None) == [200]
 
 
 def test_without_keys_none_is_asked_for(tokenizer):

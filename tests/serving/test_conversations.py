@@ -4,9 +4,11 @@ import asyncio
 
 import openai
 import pytest
+from jinja2 import TemplateError
 
+from gllm_ray.model.chat_template import find_named_roles
 from gllm_ray.model.tokenizer import Tokenizer
-from tests.chat_templates import LLAMA, THINKING, copy_demo
+from tests.chat_templates import LLAMA, NAMED, QWEN, THINKING, copy_demo
 from tests.serving.local_api import CHAT, openai_client
 
 BEGUN = [*CHAT, {"role": "assistant", "content": "def f("}]
@@ -15,6 +17,11 @@ BEGUN = [*CHAT, {"role": "assistant", "content": "def f("}]
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory):
     return Tokenizer.load(copy_demo(tmp_path_factory.mktemp("models") / "thinker", THINKING))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return Tokenizer.load(copy_demo(tmp_path_factory.mktemp("models") / "qwen", QWEN))
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +153,53 @@ def test_calls_cannot_be_continued(llama):
     messages = [*CHAT, {"role": "assistant", "tool_calls": [call]}]
     error = ask_more(llama, messages, continue_final_message=True)
     assert error.param == "continue_final_message"
+
+
+@pytest.fixture(scope="module")
+def namer(tmp_path_factory):
+    return Tokenizer.load(copy_demo(tmp_path_factory.mktemp("models") / "namer", NAMED))
+
+
+def named(role, name="Ada"):
+    return {"role": role, "content": "Hi.", "name": name}
+
+
+def test_the_model_sees_the_names_that_its_chat_template_shows(namer):
+    prompt = ask(
+        namer, [named("user"), {"role": "assistant", "content": "No."}, named("user", "B")]
+    )
+    assert prompt == (
+        "<|user|>Ada: Hi.<|end|><|assistant|>No.<|end|><|user|>B: Hi.<|end|><|assistant|>"
+    )
+    assert ask(namer, [named("user", "")]) == "<|user|>Hi.<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("is_namer", "role", "told"),
+    [
+        (True, "assistant", "assistant"),
+        (True, "system", "system"),
+        (True, "developer", "system"),
+        (False, "user", "user"),
+    ],
+)
+def test_a_name_that_the_model_would_not_see_is_refused(tokenizer, namer, is_namer, role, told):
+    refusal = ask(namer if is_namer else tokenizer, [*CHAT, named(role)])
+    assert refusal.param == "messages[1].name"
+    assert f"shows no name of a {told} message" in refusal.message
+
+
+def test_the_name_of_a_tool_goes_with_its_call(qwen):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = {"role": "assistant", "tool_calls": [call]}
+    answer = {"role": "tool", "tool_call_id": "1", "content": "4", "name": "f"}
+    assert "4" in ask(qwen, [*CHAT, said, answer])
+
+
+def test_a_template_that_refuses_a_role_shows_no_names_of_it():
+    def render(messages):
+        if messages[0]["role"] == "system":
+            raise TemplateError("no system here")
+        return str(messages)
+
+    assert find_named_roles(render) == {"user", "assistant"}

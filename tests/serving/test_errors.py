@@ -22,7 +22,7 @@ from gllm_ray.errors import (
 )
 from gllm_ray.serving.errors import install_error_handlers
 from gllm_ray.serving.openai_protocol import ChatCompletionRequest
-from tests.serving.local_api import BODIES, local_api, wait_until
+from tests.serving.local_api import BODIES, local_api
 
 CHAT_PATH, COMPLETION_PATH = BODIES
 JSON = {"Content-Type": "application/json"}
@@ -110,8 +110,19 @@ def test_a_path_or_method_that_is_not_served_says_so_in_the_same_shape(
 ):
     response = call(tokenizer, method, path)
     assert response.status_code == status
-    assert error_of(response)["type"] == "invalid_request_error"
+    error = error_of(response)
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].startswith(f"{method} {path} is not served; ")
     assert ("allow" in response.headers) == (status == 405)
+
+
+def test_a_path_that_is_not_served_is_told_which_are(tokenizer):
+    message = error_of(call(tokenizer, "POST", "/v1/responses"))["message"]
+    for route in ("POST /v1/chat/completions", "GET /v1/models", "POST /tokenize", "GET /health"):
+        assert route in message
+    message = error_of(call(tokenizer, "GET", COMPLETION_PATH))["message"]
+    assert message.endswith("; use POST")
+    assert len(call(tokenizer, "GET", "/" + "a" * 50_000).content) < 3000
 
 
 @pytest.mark.parametrize(
@@ -201,13 +212,84 @@ def test_a_message_that_quotes_a_client_is_bounded():
 
 
 def test_the_first_mistakes_are_all_told(tokenizer):
-    body = BODIES[CHAT_PATH] | {"temperature": 7, "top_p": -1, "typo": 1}
+    body = BODIES[CHAT_PATH] | {"temperature": 101, "top_p": -1, "typo": 1}
     message = error_of(call(tokenizer, "POST", CHAT_PATH, json=body))["message"]
     assert message == (
-        "temperature=7: Input should be less than or equal to 2; "
-        "top_p=-1: Input should be greater than 0; "
+        "temperature=101: must be at most 100; "
+        "top_p=-1: must be above 0; "
         "typo=1: is not a known parameter"
     )
+
+
+SCHEMA_WORDS = "must be a JSON schema: an object, or its text"
+VARIABLE_WORDS = "must be a number, true, false, null, or a text of at most 1024 characters"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stream": 1}, "stream=1: must be true or false, not a number"),
+        ({"max_tokens": "5"}, "max_tokens: must be a whole number, not text"),
+        ({"max_tokens": 5.0}, "max_tokens=5.0: must be a whole number, not a decimal number"),
+        ({"n": 0}, "n=0: must be at least 1"),
+        ({"seed": 2**63}, f"seed={2**63}: must be below {2**63}"),
+        ({"model": 5}, "model=5: must be text, not a number"),
+        ({"logit_bias": {"5": True}}, "logit_bias.5=true: must be a number, not a truth value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5=101: must be at most 100"),
+        ({"stop": 5}, "stop=5: must be text or a list of texts"),
+        ({"stop": ["a"] * 17}, "stop: must have at most 16 items, not 17"),
+        ({"stop": ["a", ""]}, "stop[1]: must have 1 or more characters"),
+        ({"stop": ["a" * 1025]}, "stop[0]: must have at most 1024 characters"),
+        ({"stop": ["\ud800"]}, "stop[0]: must be valid Unicode"),
+        ({"stream_options": []}, "stream_options: must be an object, not a list"),
+        ({"messages": []}, "messages: must have 1 or more items, not 0"),
+        ({"messages": {}}, "messages: must be a list, not an object"),
+        (
+            {"response_format": {"type": "json"}},
+            "response_format.type: must be 'text', 'json_object' or 'json_schema', not 'json'",
+        ),
+        (
+            {"response_format": {"type": ["text"]}},
+            "response_format.type: must be 'text', 'json_object' or 'json_schema', not a list",
+        ),
+        ({"structured_outputs": {"json": 5}}, f"structured_outputs.json=5: {SCHEMA_WORDS}"),
+        ({"structured_outputs": {"json": [{}]}}, f"structured_outputs.json: {SCHEMA_WORDS}"),
+        (
+            {"structured_outputs": {"choice": "a"}},
+            "structured_outputs.choice: must be a list, not text",
+        ),
+        ({"chat_template_kwargs": {"a": []}}, f"chat_template_kwargs.a: {VARIABLE_WORDS}"),
+        ({"chat_template_kwargs": {"a": "x" * 1025}}, f"chat_template_kwargs.a: {VARIABLE_WORDS}"),
+        ({"tool_choice": 5}, "tool_choice=5: must be an object, not a number"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "tools[0].function.name: must match ^[a-zA-Z0-9_-]{1,64}$",
+        ),
+        ({"guided_json": {}}, "guided_json: is not supported; use structured_outputs.json"),
+        ({"functions": [{}]}, "functions: is not supported; use tools"),
+        ({"metadata": {"a": "b"}}, "metadata: is not supported; leave it out"),
+    ],
+)
+def test_a_mistake_says_what_was_given_and_what_would_be_right(tokenizer, change, message):
+    content = json.dumps(BODIES[CHAT_PATH] | change)  # ASCII, for half of a surrogate pair
+    response = call(tokenizer, "POST", CHAT_PATH, content=content, headers=JSON)
+    assert (response.status_code, error_of(response)["message"]) == (400, message)
+
+
+@pytest.mark.parametrize("schema", ["no JSON", "[1]", "5"])
+def test_the_text_of_a_schema_has_to_be_an_object(tokenizer, schema):
+    body = BODIES[COMPLETION_PATH] | {"structured_outputs": {"json": schema}}
+    error = error_of(call(tokenizer, "POST", COMPLETION_PATH, json=body))
+    assert error["param"] == "structured_outputs"
+    assert "json must be a JSON schema, the text of an object: " in error["message"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity"])
+def test_a_template_is_told_no_number_that_is_none(tokenizer, number):
+    content = json.dumps(BODIES[CHAT_PATH])[:-1] + f', "chat_template_kwargs": {{"a": {number}}}}}'
+    response = call(tokenizer, "POST", CHAT_PATH, content=content, headers=JSON)
+    error = error_of(response)
+    assert (error["param"], error["code"]) == ("chat_template_kwargs.a", "invalid_value")
 
 
 @pytest.mark.parametrize("is_chunked", [True, False])
@@ -240,35 +322,13 @@ def test_a_body_of_just_the_limit_is_read(tokenizer):
         assert response.status_code == status
 
 
-def test_health_is_that_of_the_engine(tokenizer):
-    async def main():
-        async with local_api(tokenizer, "x", hold_after=0) as (service, http):
-            healthy = await http.get("/health")
-            request = asyncio.create_task(http.post(CHAT_PATH, json=BODIES[CHAT_PATH]))
-            await wait_until(lambda: service.requests)
-            service.pipeline.failure = StageLostError("stage 0 died")
-            service.pipeline.release()
-            return healthy, await request, await http.get("/health"), await http.get("/v1/models")
-
-    healthy, failed, unhealthy, models = asyncio.run(main())
-    assert (healthy.status_code, models.status_code) == (200, 200)
-    for response in (failed, unhealthy):
-        assert response.status_code == 503
-        assert error_of(response)["message"] == StageLostError.public_message
-
-
-def test_the_service_tells_about_itself(tokenizer):
-    info = call(tokenizer, "GET", "/server_info").json()
-    assert info == {"model": "demo/model", "kv_utilization": 0}
-
-
 def test_no_prompt_or_answer_is_logged(tokenizer, caplog):
     caplog.set_level(logging.DEBUG)
 
     async def main():
         chat = BODIES[CHAT_PATH] | {"messages": [{"role": "user", "content": "secret question"}]}
         async with local_api(tokenizer, "secret answer") as (service, http):
-            for change in ({}, {"stream": True}, {"temperature": 9}, {"max_tokens": 10**6}):
+            for change in ({}, {"stream": True}, {"temperature": 101}, {"max_tokens": 10**6}):
                 response = await http.post(CHAT_PATH, json=chat | change)
                 assert "secret question" not in response.text
             service.tokenizer = None

@@ -131,6 +131,10 @@ def test_each_request_goes_to_its_model_and_an_unknown_one_is_told_which_there_a
                     error = refused.json()["error"]
                     assert error["code"] == "model_not_found"
                     assert "'one', 'org/two'" in error["message"]
+                    refused = await http.post(path, json=body | {"model": None})
+                    assert refused.status_code == 400
+                    message = refused.json()["error"]["message"]
+                    assert message == "model: is required; this server has 'one', 'org/two'"
 
     asyncio.run(main())
 

@@ -261,8 +261,8 @@ def test_penalties_act_on_what_a_grammar_leaves(tokenizer, pipeline):
             "at most 1024 keys, not 1500",
         ),
         ({"stop_token_ids": [1] * 200}, "stop_token_ids", "at most 128"),
-        ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"presence_penalty": 3}, "presence_penalty", "at most 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
     ],
 )
 @pytest.mark.parametrize("path", BODIES)

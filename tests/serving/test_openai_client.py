@@ -202,7 +202,7 @@ def test_many_answers_at_once_do_not_mix(tokenizer):
     ("change", "error", "code"),
     [
         ({"model": "other"}, openai.NotFoundError, "model_not_found"),
-        ({"temperature": 3}, openai.BadRequestError, "invalid_value"),
+        ({"temperature": 101}, openai.BadRequestError, "invalid_value"),
         ({"functions": [{"name": "f"}]}, openai.BadRequestError, "unsupported_parameter"),
         ({"extra_body": {"topk": 3}}, openai.BadRequestError, "unknown_parameter"),
         ({"max_tokens": 10_000}, openai.BadRequestError, "context_length_exceeded"),

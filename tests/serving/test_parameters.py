@@ -18,6 +18,7 @@ from gllm_ray.model.generation_config import SamplingDefaults
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.openai_protocol import ChatCompletionRequest, CompletionRequest
 from gllm_ray.stages.metadata import MetadataDecoder, MetadataEncoder
+from tests.fakes import LocalService
 from tests.serving.local_api import BODIES, CHAT, local_api
 
 CHAT_PATH, COMPLETION_PATH = BODIES
@@ -171,12 +172,13 @@ def test_vllms_parameters_are_accepted_where_they_ask_for_nothing(tokenizer, pat
     assert (status, body["error"]["code"]) == (400, "unsupported_parameter")
     schema = ChatCompletionRequest if path == CHAT_PATH else CompletionRequest
     for name, (_, more) in VLLMS[path].items():
-        with pytest.raises(ValidationError, match="is not supported yet"):
+        with pytest.raises(ValidationError, match="is not supported"):
             schema.model_validate(BODIES[path] | {name: more})
 
 
 def test_an_answer_is_taken_back_with_its_empty_fields(tokenizer):
-    answer = {"role": "assistant", "content": "x", "reasoning_content": None, "tool_calls": []}
+    empty = {"reasoning_content": None, "reasoning": None, "tool_calls": [], "annotations": []}
+    answer = {"role": "assistant", "content": "x"} | empty
     request_for(tokenizer, CHAT_PATH, {"messages": [*CHAT, answer, *CHAT]})
 
 
@@ -222,7 +224,7 @@ def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
     ("change", "param"),
     [
         ({"temperature": -0.1}, "temperature"),
-        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": 100.1}, "temperature"),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -297,6 +299,10 @@ def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
         ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"usage": 1}}, "stream_options.usage"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
         (
             {"stream": True, "stream_options": {"include_obfuscation": True}},
             "stream_options.include_obfuscation",
@@ -393,6 +399,8 @@ def test_sampling_parameters_reach_the_engine(tokenizer):
     sampling = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": -3}
     for path in BODIES:
         assert request_for(tokenizer, path, sampling).sampling == SamplingParams(**sampling)
+        hot = request_for(tokenizer, path, {"temperature": 100}).sampling
+        assert hot.temperature == 100
 
 
 def test_a_top_k_of_any_size_becomes_one_that_a_message_can_carry(tokenizer):
@@ -465,6 +473,12 @@ def test_the_end_tokens_stop_unless_they_are_ignored(tokenizer):
         assert request_for(tokenizer, path, {}).stop_token_ids == tokenizer.stop_token_ids != set()
         ignoring = {"ignore_eos": True, "max_tokens": 4}
         assert request_for(tokenizer, path, ignoring).stop_token_ids == set()
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_model_that_is_alone_need_not_be_named(tokenizer, path):
+    status, body, _ = post(tokenizer, path, {"model": None})
+    assert (status, body["model"]) == (200, LocalService.model_name)
 
 
 def test_the_cache_salt_reaches_the_engine(tokenizer):

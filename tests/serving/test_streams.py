@@ -56,7 +56,7 @@ def test_a_chat_stream_byte_for_byte(tokenizer):
         + CHAT_HEAD
         + '{"index":0,"delta":{"content":"a"},"logprobs":null,"finish_reason":null}]}\n\n'
         + CHAT_HEAD
-        + '{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}\n\n'
+        + '{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null}]}\n\n'
         + "data: [DONE]\n\n"
     )
 
@@ -68,11 +68,29 @@ def test_a_completion_stream_with_usage_byte_for_byte(tokenizer):
         COMPLETION_HEAD
         + '{"index":0,"text":"\\"","logprobs":null,"finish_reason":null}],"usage":null}\n\n'
         + COMPLETION_HEAD
-        + '{"index":0,"text":"","logprobs":null,"finish_reason":"length"}],"usage":null}\n\n'
+        + '{"index":0,"text":"","logprobs":null,"finish_reason":"length","stop_reason":null}],'
+        '"usage":null}\n\n'
         + COMPLETION_HEAD
         + '],"usage":{"prompt_tokens":2,"completion_tokens":1,"total_tokens":3}}\n\n'
         + "data: [DONE]\n\n"
     )
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("n", [1, 2])
+def test_with_continuous_usage_each_chunk_tells_the_tokens_so_far(tokenizer, path, n):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    change = {"stream_options": options, "n": n, "max_tokens": 5}
+    *chunks, last, done = sse_chunks(stream(tokenizer, path, change, "one two three " * 9).text)
+    so_far = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert so_far == sorted(so_far)
+    # The first chunk of a chat tells a role, and has no token.
+    assert {int(path == COMPLETION_PATH), 1, 5 * n} <= {*so_far}
+    for chunk in chunks:
+        usage = chunk["usage"]
+        assert usage["prompt_tokens"] == last["usage"]["prompt_tokens"] > 0
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert (last["choices"], last["usage"], done) == ([], chunks[-1]["usage"], "[DONE]")
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -227,9 +245,7 @@ def test_others_get_their_turn_between_the_pieces_of_a_stream_that_had_lagged(
         head = ResponseHead.new(
             model="m", is_chat=False, token_bytes=tokenizer.vocabulary.token_bytes
         )
-        events = sse_events(
-            anext(merged), merged, ChunkWriter(head, include_usage=False), num_prompt_tokens=1
-        )
+        events = sse_events(anext(merged), merged, ChunkWriter(head, num_prompt_tokens=1))
         num_turns, turns = 0, []
 
         async def another():

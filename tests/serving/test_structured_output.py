@@ -117,7 +117,14 @@ def test_every_output_matches_what_was_asked_for_and_ends(tokenizer, pipeline, n
             assert reason == "stop"
 
 
-def test_any_json_object_is_one(tokenizer, pipeline):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"extra_body": {"structured_outputs": {"json_object": True}}},
+    ],
+)
+def test_any_json_object_is_one(tokenizer, pipeline, options):
     async def scenario(_, client):
         return await texts_of(
             client,
@@ -125,12 +132,21 @@ def test_any_json_object_is_one(tokenizer, pipeline):
             is_streamed=False,
             n=8,
             seed=1,
-            response_format={"type": "json_object"},
+            **options,
         )
 
     ended = [text for text, reason in ask_demo(tokenizer, pipeline, scenario) if reason == "stop"]
     assert ended
     assert all(isinstance(json.loads(text), dict) for text in ended)
+
+
+def test_what_vllm_leaves_to_its_defaults_is_accepted():
+    schema = {"type": "object"}
+    neutral = dict.fromkeys(("regex", "choice", "structural_tag", "whitespace_pattern"))
+    neutral |= {"json_object": False, "disable_any_whitespace": False}
+    neutral |= {"disable_additional_properties": False}
+    said = StructuredOutputs.model_validate({"json": schema} | neutral)
+    assert output_grammar(None, said) == output_grammar(None, StructuredOutputs(json=schema))
 
 
 def test_openais_client_parses_an_answer_into_a_model(tokenizer, pipeline):
@@ -235,7 +251,14 @@ def test_nothing_is_kept_of_outputs_that_ended_or_were_given_up(tokenizer, pipel
         ({"structured_outputs": {"regex": "a" * 2**18}}, "structured_outputs", "limit is 262144"),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "one"),
-        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
+        ({"structured_outputs": {"regex": "a", "json_object": True}}, "structured_outputs", "one"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs", "exactly one"),
+        (
+            {"structured_outputs": {"json": {}, "whitespace_pattern": " "}},
+            "structured_outputs.whitespace_pattern",
+            "is not supported",
+        ),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "1 or more"),
         ({"structured_outputs": {"backend": "x"}}, "structured_outputs.backend", "not a known"),
         ({"response_format": json_schema({"type": "no"})}, "response_format", "Invalid type: no"),
         ({"response_format": json_schema({"$ref": "#"})}, "response_format", "no output can match"),

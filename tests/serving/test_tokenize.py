@@ -111,9 +111,9 @@ def test_tools_are_tokens_too(qwen):
     ("path", "body", "param", "words"),
     [
         ("/tokenize", {}, "prompt", "either prompt or messages"),
-        ("/tokenize", {"prompt": 5}, "prompt", "valid string"),
+        ("/tokenize", {"prompt": 5}, "prompt", "must be text, not a number"),
         ("/tokenize", {"prompt": "x", "messages": CHAT}, "prompt", "either prompt or messages"),
-        ("/tokenize", {"messages": []}, "messages", "at least 1"),
+        ("/tokenize", {"messages": []}, "messages", "1 or more"),
         ("/tokenize", {"messages": [{"role": "user"}]}, "messages[0].content", "content"),
         ("/tokenize", {"messages": CHAT, "tools": [TOOL]}, "tools", "shows no tools"),
         (
@@ -126,8 +126,8 @@ def test_tools_are_tokens_too(qwen):
         ("/tokenize", {"prompt": "x", "model": "other"}, "model", "does not exist"),
         ("/tokenize", {"prompt": "a" * 10**5}, "prompt", "100000 characters"),
         ("/detokenize", {}, "tokens", "is required"),
-        ("/detokenize", {"tokens": "x"}, "tokens", "valid list"),
-        ("/detokenize", {"tokens": ["x"]}, "tokens[0]", "valid integer"),
+        ("/detokenize", {"tokens": "x"}, "tokens", "must be a list"),
+        ("/detokenize", {"tokens": ["x"]}, "tokens[0]", "must be a whole number"),
         ("/detokenize", {"tokens": [0, -1]}, "tokens", "has -1, which is no token"),
         ("/detokenize", {"tokens": [10**30]}, "tokens", "; use 0 to 4095"),
         ("/detokenize", {"tokens": [1], "model": "other"}, "model", "does not exist"),

@@ -64,7 +64,7 @@ def detokenize(tokenizer, ids, stop_strings=(), prompt_ids=(), shown_tokens=(), 
     pieces = []
     for token_id in ids:
         pieces.append(detokenizer.step(token_id))
-        if detokenizer.is_stopped:
+        if detokenizer.matched is not None:
             return pieces
     return [*pieces, detokenizer.flush()]
 
@@ -230,7 +230,7 @@ def test_a_stop_string_is_found_across_pieces_and_never_shown(pieces, stop_strin
 def test_text_held_for_a_stop_string_is_handed_over_at_the_end():
     matcher = StopMatcher(StopRule(["stop"]))
     assert (matcher.step("do not st"), matcher.flush()) == ("do not ", "st")
-    assert not matcher.is_stopped
+    assert matcher.matched is None
 
 
 @pytest.mark.parametrize("backend", [byte_level_backend(), byte_fallback_backend()])

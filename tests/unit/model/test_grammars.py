@@ -16,6 +16,7 @@ from llguidance import LLMatcher, grammar_from
 from gllm_ray.errors import ConfigError, InvalidRequestError
 from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
 from gllm_ray.model.constraints import RunningGrammars
+from gllm_ray.model.generation_config import MAX_TEMPERATURE
 from gllm_ray.model.grammar import GrammarCompiler
 from gllm_ray.model.next_tokens import draw_tokens
 from gllm_ray.model.token_counts import RunningCounts
@@ -132,7 +133,10 @@ def test_an_end_token_that_is_a_text_too_ends_only_what_is_complete(complete):
     assert len(allowed(grammars, sequence(0, GRAMMARS[2]))) == VOCAB_SIZE
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 2.0, "top_k": 50}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.0}, {"temperature": 2.0, "top_k": 50}, {"temperature": MAX_TEMPERATURE}],
+)
 def test_rows_without_a_grammar_draw_as_if_they_were_alone(options):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, VOCAB_SIZE, generator=generator) * 3

@@ -17,6 +17,7 @@ from transformers import (
 from gllm_ray.messages import LogitRules, MicroBatch, SamplingParams, ScheduledSequence
 from gllm_ray.model import sampler
 from gllm_ray.model.constraints import RunningGrammars
+from gllm_ray.model.generation_config import MAX_TEMPERATURE
 from gllm_ray.model.logit_changes import LogitChanges
 from gllm_ray.model.next_tokens import draw_tokens
 from gllm_ray.model.token_counts import RunningCounts, TokenCounts
@@ -250,7 +251,7 @@ def test_however_extreme_a_penalty_is_a_token_is_drawn(penalty, temperature):
 
 
 @pytest.mark.parametrize("penalty", [1e-300, 1e-46, 1e39, 1e300])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, MAX_TEMPERATURE])
 def test_what_may_not_come_does_not_however_extreme_a_penalty_is(penalty, temperature):
     rule = LogitRules(end_token_ids=(7,), min_end=100, repetition_penalty=penalty)
     item = sequence(0, rule, [1, 2, 3], [7], temperature=temperature)
