@@ -258,12 +258,14 @@ class PipelineReplica:
                 scheduler = RemoteScheduler.launch(self._config, self._placement_group)
                 await scheduler.start(self.group)
                 self._scheduler = scheduler
+                restarted_s = time.monotonic()
+                await self._endpoint.resume(scheduler)
         except TimeoutError:
-            raise PipelineError(
-                f"the scheduler did not come up in {limit_s:.0f} s (recovery.restart_timeout_s)"
-            ) from None
-        restarted_s = time.monotonic()
-        await self._endpoint.resume(self._scheduler)
+            error = SchedulerLostError(
+                f"the scheduler did not take over in {limit_s:.0f} s (recovery.restart_timeout_s)"
+            )
+            self._endpoint.note_loss(self._scheduler, error)  # it may have begun to resume
+            raise error from None
         logger.info(
             "recovered, with a new scheduler: reconnect %.2f s, restart %.2f s, resume %.2f s",
             reconnected_s - start_s,

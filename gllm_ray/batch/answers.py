@@ -131,11 +131,15 @@ class HttpAnswers:
                     wait_s = max(wait_s, _retry_after_s(response))
             except (aiohttp.ClientError, TimeoutError) as error:
                 if is_last:
-                    raise PipelineError(
-                        f"{self._base_url} cannot be reached: {type(error).__name__}: {error}"
-                    ) from error
+                    raise PipelineError(f"{self._base_url} {self._fault(error)}") from error
             await asyncio.sleep(wait_s)
             delay_s *= 2
+
+    def _fault(self, error: Exception) -> str:
+        if isinstance(error, TimeoutError):
+            timeout_s = self._session.timeout.total
+            return f"took longer than {timeout_s} s (--timeout-s) for a row, again and again"
+        return f"cannot be reached: {type(error).__name__}: {error}"
 
 
 async def look_up_model(base_url: str, headers: Mapping[str, str]) -> dict[str, Any]:
@@ -156,13 +160,13 @@ async def look_up_model(base_url: str, headers: Mapping[str, str]) -> dict[str, 
                 raise ConfigError(f"{url}: {fault}; --api-key-env names the variable that has it")
             response.raise_for_status()
             (card,) = (await response.json())["data"]
+            return {"id": card["id"], "max_model_len": card.get("max_model_len")}
     except aiohttp.InvalidURL as error:
         raise ConfigError(f"--url={base_url}: must be an address as http://host:port") from error
-    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
+    except (aiohttp.ClientError, TimeoutError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{url}: tells of no one model: {type(error).__name__}: {error}"
         ) from error
-    return {"id": card["id"], "max_model_len": card.get("max_model_len")}
 
 
 def _retry_after_s(response: aiohttp.ClientResponse) -> float:

@@ -28,7 +28,7 @@ from gllm_ray.batch.options import (
 )
 from gllm_ray.batch.records import BatchRow, Mistake, read_jsonl
 from gllm_ray.batch.requests import RequestChecks
-from gllm_ray.batch.tables import TABLE_SUFFIXES, read_table
+from gllm_ray.batch.tables import TABLE_SUFFIXES, check_output, read_table
 from gllm_ray.batch.workspace import errors_name, open_workspace
 from gllm_ray.config import ModelConfig, ServiceConfig
 from gllm_ray.errors import ConfigError, GllmRayError
@@ -170,6 +170,7 @@ def _make_job(
         return read_jsonl(source) if template is None else read_table(source, template)
 
     if template is not None:
+        check_output(source, suffix_of(options.output))
         settings = {
             "endpoint": template.url,
             "prompt_column": template.prompt_column,

@@ -18,7 +18,8 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gllm_ray.batch.pipeline import reserve, run_pipeline, wait_for_room
-from gllm_ray.batch.records import Answer, BatchRow
+from gllm_ray.batch.records import Answer, BatchRow, text_and_usage
+from gllm_ray.batch.tables import add_columns
 from gllm_ray.bundles import REPLICA_CPUS
 from gllm_ray.config import ServiceConfig
 from gllm_ray.errors import InvalidRequestError
@@ -33,7 +34,12 @@ Row = dict[str, Any]
 RowFunction = Callable[[Row], Row]
 
 ERROR_COLUMN = "__inference_error__"
-ADDED_COLUMNS = ("generated_text", "num_input_tokens", "num_generated_tokens", ERROR_COLUMN)
+ADDED_COLUMNS = {
+    "generated_text": "string",
+    "num_input_tokens": "int64",
+    "num_generated_tokens": "int64",
+    ERROR_COLUMN: "string",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +157,7 @@ class _PoolActor:
         model = self._config.model.name
         rows = [_to_request(model, row) for row in batch.to_pylist()]
         answers = await self._pipeline.answer.remote(rows)
-        yield _add_columns(batch, [self._columns_of(answer) for answer in answers])
+        yield add_columns(batch, ADDED_COLUMNS, [self._columns_of(answer) for answer in answers])
 
     def __del__(self) -> None:
         """Called by Ray Data at the end; Ray itself keeps the group as long as the job."""
@@ -163,9 +169,7 @@ class _PoolActor:
             if not self._continues_on_error:
                 raise InvalidRequestError(message)
             return "", 0, 0, message
-        choice, usage = answer.body["choices"][0], answer.body["usage"]
-        text = choice["message"]["content"] if "message" in choice else choice["text"]
-        return text, usage["prompt_tokens"], usage["completion_tokens"], ""
+        return (*text_and_usage(answer.body), "")
 
 
 async def _start(pipeline: ActorHandle, config: ServiceConfig, group: PlacementGroup) -> None:
@@ -183,14 +187,3 @@ def _to_request(model: str, row: Mapping[str, Any]) -> BatchRow:
     if row.get(key) is not None:
         body[key] = row[key]
     return BatchRow(number=0, custom_id="", url=url, body={"model": model, **body})
-
-
-def _add_columns(batch: "pa.Table", answers: list[tuple[str, int, int, str]]) -> "pa.Table":
-    import pyarrow as pa
-
-    kinds = (pa.string(), pa.int64(), pa.int64(), pa.string())
-    for i, (name, kind) in enumerate(zip(ADDED_COLUMNS, kinds, strict=True)):
-        column = pa.array([answer[i] for answer in answers], kind)
-        batch = batch.drop_columns([name]) if name in batch.column_names else batch
-        batch = batch.append_column(name, column)
-    return batch

@@ -16,6 +16,7 @@ MAX_IN_FLIGHT = 8192
 URL_MAX_IN_FLIGHT = 128
 URL_TIMEOUT_S = 3600
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_OURS = ("model", "messages", "prompt")  # of the body of a table's row
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -113,7 +114,7 @@ def row_template(options: argparse.Namespace, model_name: str) -> RowTemplate | 
         prompt_column=options.prompt_column,
         template=options.template,
         id_column=options.id_column,
-        params=parse_params(options.params or "{}"),
+        params=parse_params(options.params or "{}", ours=_OURS),
     )
 
 

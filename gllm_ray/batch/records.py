@@ -119,6 +119,13 @@ def is_success(record: Mapping[str, Any]) -> bool:
     return record["error"] is None
 
 
+def text_and_usage(body: Mapping[str, Any]) -> tuple[str, int, int]:
+    """Of a response with one output its text, and the tokens of its prompt and of its output."""
+    (choice,), usage = body["choices"], body["usage"]
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    return text, usage["prompt_tokens"], usage["completion_tokens"]
+
+
 def encode_record(record: Mapping[str, Any]) -> bytes:
     """A record as a line; half a surrogate pair, which UTF-8 cannot spell, is escaped."""
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

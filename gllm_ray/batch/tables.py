@@ -1,28 +1,34 @@
 """Parquet and CSV: a column of prompts in, the same rows with columns of answers out."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
-from gllm_ray.batch.records import BatchRow, Mistake, is_success
+from gllm_ray.batch.records import BatchRow, Mistake, is_success, text_and_usage
 from gllm_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    Columns = TypeVar("Columns", pa.Table, pa.RecordBatch)
+
 TABLE_SUFFIXES = (".parquet", ".csv")
-ADDED_COLUMNS = (
-    "custom_id",
-    "generated_text",
-    "num_input_tokens",
-    "num_generated_tokens",
-    "finish_reason",
-)
+# What a template may raise because of a row's values, with which it may compute.
+_TEMPLATE_FAULTS = (TemplateError, ValueError, TypeError, LookupError, ArithmeticError)
+# What the output has of its own, and the types, as Arrow names them.
+ADDED_COLUMNS = {
+    "custom_id": "string",
+    "generated_text": "string",
+    "num_input_tokens": "int64",
+    "num_generated_tokens": "int64",
+    "finish_reason": "string",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +72,7 @@ class RowTemplate:
             custom_id = f"row-{number}" if self.id_column is None else columns[self.id_column]
             try:
                 text = template.render({**columns, **prompt})
-            except TemplateError as error:
+            except _TEMPLATE_FAULTS as error:
                 return Mistake(number=number, message=f"--template: {error}")
             return BatchRow(
                 number=number, custom_id=str(custom_id), url=self.url, body=self._body(text)
@@ -95,12 +101,33 @@ def read_table(path: Path, template: RowTemplate) -> Iterator[BatchRow | Mistake
             yield make(number, columns)
 
 
+def check_output(path: Path, suffix: str) -> None:
+    """Return if the rows of a table can be given back in a format.
+
+    Args:
+        path: The table.
+        suffix: Of the format to write.
+
+    Raises:
+        ConfigError: CSV has no place for one of its columns.
+    """
+    if suffix != ".csv":
+        return
+    fields = next((batch.schema for batch in _read_batches(path)), ())
+    # Of lists, structs and maps, which have fields of their own.
+    if nested := [field.name for field in fields if field.type.num_fields]:
+        raise ConfigError(
+            f"--output: must be Parquet or JSONL, for CSV has no place for {', '.join(nested)} of "
+            f"{path}"
+        )
+
+
 def write_table(
     path: Path,
     source: Path,
     suffix: str,
     rows: Iterator[BatchRow],
-    read: Callable[[str], Mapping[str, Any] | None],
+    read: Callable[[str], Mapping[str, Any]],
 ) -> None:
     """Write the rows of a table that succeeded, with what was generated.
 
@@ -109,12 +136,12 @@ def write_table(
         source: The table.
         suffix: Of the format to write.
         rows: Those of the table, in its order.
-        read: The record of a custom id; None: it has none.
+        read: The record of a custom id.
     """
     with ExitStack() as stack:
         writer = None
         for batch in _read_batches(source):
-            answered = _with_answers(batch, [next(rows).custom_id for _ in range(len(batch))], read)
+            answered = _with_answers(batch, [read(next(rows).custom_id) for _ in range(len(batch))])
             if writer is None:
                 writer = stack.enter_context(_open_writer(path, suffix, answered.schema))
             writer.write_batch(answered)
@@ -122,40 +149,37 @@ def write_table(
         path.touch()
 
 
+def add_columns(
+    table: "Columns", types: Mapping[str, str], rows: Sequence[Sequence[object]]
+) -> "Columns":
+    """Add columns to a table, or to a batch of one; those that have their names go.
+
+    Args:
+        table: What to add them to.
+        types: Of each column, by its name.
+        rows: A value for each column, row by row.
+    """
+    import pyarrow as pa
+
+    for i, (name, kind) in enumerate(types.items()):
+        table = table.drop_columns([name]) if name in table.schema.names else table
+        table = table.append_column(name, pa.array([row[i] for row in rows], kind))
+    return table
+
+
 def _with_answers(
-    batch: "pa.RecordBatch",
-    custom_ids: list[str],
-    read: Callable[[str], Mapping[str, Any] | None],
+    batch: "pa.RecordBatch", records: Sequence[Mapping[str, Any]]
 ) -> "pa.RecordBatch":
     import pyarrow as pa
 
-    records = [read(custom_id) for custom_id in custom_ids]
-    is_kept = [record is not None and is_success(record) for record in records]
-    answers = [
-        _answer_columns(record)
-        for record, kept in zip(records, is_kept, strict=True)
-        if kept and record is not None
-    ]
-    batch = batch.filter(pa.array(is_kept, pa.bool_()))
-    types = [pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string()]
-    for i, (name, kind) in enumerate(zip(ADDED_COLUMNS, types, strict=True)):
-        batch = batch.drop_columns([name]) if name in batch.schema.names else batch
-        batch = batch.append_column(name, pa.array([answer[i] for answer in answers], kind))
-    return batch
+    is_kept = [is_success(record) for record in records]
+    answers = [_answer_columns(record) for record in compress(records, is_kept)]
+    return add_columns(batch.filter(pa.array(is_kept, pa.bool_())), ADDED_COLUMNS, answers)
 
 
 def _answer_columns(record: Mapping[str, Any]) -> tuple[str, str, int, int, str]:
     body = record["response"]["body"]
-    (choice,) = body["choices"]
-    text = choice["message"]["content"] if "message" in choice else choice["text"]
-    usage = body["usage"]
-    return (
-        record["custom_id"],
-        text,
-        usage["prompt_tokens"],
-        usage["completion_tokens"],
-        choice["finish_reason"],
-    )
+    return record["custom_id"], *text_and_usage(body), body["choices"][0]["finish_reason"]
 
 
 def _read_batches(path: Path) -> "Iterator[pa.RecordBatch]":
@@ -189,8 +213,10 @@ def _check_columns(path: Path, names: list[str], template: RowTemplate) -> None:
         if column is not None and column not in names:
             raise ConfigError(f"{option}={column}: {path} has the columns {', '.join(names)}")
     # An id column of that name holds what the output says there.
-    added = [name for name in ADDED_COLUMNS if (name, template.id_column) != ("custom_id",) * 2]
-    if taken := [name for name in added if name in names]:
+    taken = [name for name in ADDED_COLUMNS if name in names]
+    if template.id_column == "custom_id":
+        taken.remove("custom_id")
+    if taken:
         raise ConfigError(f"{path}: has a column {taken[0]}, which is the output's; rename it")
 
 

@@ -64,10 +64,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _begin(options: argparse.Namespace) -> "_Conversation":
-    params, headers = parse_params(options.params), key_headers(options.api_key_env)
-    for name in _OURS:
-        if name in params:
-            raise ConfigError(f"--params: {name} must be left out, for chat sets it")
+    params, headers = parse_params(options.params, ours=_OURS), key_headers(options.api_key_env)
     # As OpenAI's client is given it, or as other commands are.
     url = options.url.rstrip("/").removesuffix("/v1")
     try:

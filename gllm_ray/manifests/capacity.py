@@ -94,7 +94,7 @@ def node_resources(group: GroupSpec) -> Resources:
             node[key] = float(group.ray_start_params[option])
     custom = group.ray_start_params.get("resources", "")
     return node | {
-        key: float(value) for key, value in re.findall(r'([\w:.-]+)\\*":\s*([\d.]+)', custom)
+        key: float(value) for key, value in re.findall(r'([\w:.-]+)\\*":\s*(\d+(?:\.\d+)?)', custom)
     }
 
 

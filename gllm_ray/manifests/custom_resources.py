@@ -39,7 +39,8 @@ class CustomResources:
         """The strict schema of a kind; None if the folder does not define its group.
 
         Raises:
-            ConfigError: The folder defines the group, but not the kind or this version of it.
+            ConfigError: The folder defines the group, but not the kind or this version of it; or
+                the file of the kind is no definition.
         """
         key = (api_version, kind)
         if key not in self._schemas:
@@ -66,8 +67,11 @@ class CustomResources:
                 raise ConfigError(f"kind={kind!r}: is none of {api_version}")
             return None
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte, so the fast one
-        definition = yaml.load(path.read_bytes(), Loader=loader)
-        versions = {item["name"]: item for item in definition["spec"]["versions"]}
+        try:
+            definition = yaml.load(path.read_bytes(), Loader=loader)
+            versions = {item["name"]: item for item in definition["spec"]["versions"]}
+        except (yaml.YAMLError, LookupError, TypeError):
+            raise ConfigError(f"{path}: must be a custom resource definition") from None
         if version not in versions or versions[version].get("deprecated"):
             good = [name for name, item in versions.items() if not item.get("deprecated")]
             raise ConfigError(f"apiVersion={api_version!r}: must be {group}/{' or '.join(good)}")

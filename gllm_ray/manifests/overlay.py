@@ -100,13 +100,19 @@ class Overlay:
         )
 
     def _build(self) -> str:
-        result = subprocess.run(
-            ["kubectl", "kustomize", str(self.directory)],
-            capture_output=True,
-            text=True,
-            timeout=_BUILD_TIMEOUT_S,
-            check=False,
-        )
+        try:
+            result = subprocess.run(
+                ["kubectl", "kustomize", str(self.directory)],
+                capture_output=True,
+                text=True,
+                timeout=_BUILD_TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise ConfigError(
+                f"{self.directory}: kubectl kustomize takes longer than {_BUILD_TIMEOUT_S} s; can "
+                "it reach all that the overlay refers to?"
+            ) from None
         if result.returncode:
             reason = " ".join(result.stderr.split())
             raise ConfigError(f"{self.directory}: kubectl kustomize: {reason}")

@@ -5,8 +5,8 @@ validators are rules that the operator applies to an object that the API server 
 Pods are Kubernetes' own and are checked as such; here are the keys that rules need.
 
 Source: KubeRay, `ray-operator/controllers/ray/utils/validation.go`. Stricter than it: who may use
-the cluster has to be said, `minReplicas` is at most `maxReplicas`, and an autoscaler needs the API
-server's token.
+the cluster has to be said, `minReplicas` is at most `maxReplicas`, an autoscaler needs the API
+server's token, and `num-cpus` and `num-gpus` are numbers, and not left to a shell.
 """
 
 import re
@@ -82,6 +82,13 @@ class GroupSpec(KubeModel):
             raise ValueError(
                 f"resources={{...}}: must be left out beside rayStartParams.{min(doubled)}"
             )
+        for option in ("num-cpus", "num-gpus"):
+            value = self.ray_start_params.get(option, "0")
+            if not value.isdecimal():
+                raise ValueError(
+                    f"rayStartParams.{option}={value!r}: must be a whole number; where it is left "
+                    "out, the limits of the pod say it"
+                )
         if "labels" in self.ray_start_params:
             raise ValueError("rayStartParams.labels: must be left out; labels of the group say it")
         return self

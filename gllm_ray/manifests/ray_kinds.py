@@ -7,7 +7,6 @@ from pydantic import Field, model_validator
 
 from gllm_ray.manifests.ray_cluster import KubeModel, Mapping, NonNegative, RayClusterSpec, Text
 
-API_VERSION = "ray.io/v1"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _CLUSTER_LABEL = "ray.io/cluster"
 _FT_ANNOTATIONS = ("ray.io/ft-enabled", "ray.io/external-storage-namespace")

@@ -49,7 +49,7 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
     """
     reads_weights = model.load_format != "dummy"
     directory = find_directory(model.path, model.revision)
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     if (quantization := config.get("quantization_config")) and reads_weights:
         method = quantization.get("quant_method")
         raise ConfigError(
@@ -120,6 +120,23 @@ def local_directory(path: str) -> Path | None:
     return directory if directory.is_dir() else None
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that one of a checkpoint's files holds.
+
+    Raises:
+        ConfigError: There is no such file, or it holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"model.path: there is no {file.name} in {str(file.parent)!r}") from None
+    except ValueError as error:
+        raise ConfigError(f"model.path: {str(file)!r} is no valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"model.path: {str(file)!r} must hold a JSON object")
+    return content
+
+
 def _download(model_id: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -138,18 +155,6 @@ def _download(model_id: str, revision: str | None, files: list[str]) -> Path:
             f"model.path={model_id!r}: there is no such directory, and the Hugging Face Hub "
             f"cannot provide revision {revision or 'main'}: {str(error).splitlines()[0]}"
         ) from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"model.path: there is no {file.name} in {str(file.parent)!r}") from None
-    except ValueError as error:
-        raise ConfigError(f"model.path: {str(file)!r} is no valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"model.path: {str(file)!r} must hold a JSON object")
-    return content
 
 
 def _max_model_len(model: ModelConfig, config: dict[str, Any]) -> int:
@@ -181,7 +186,7 @@ def _num_positions(config: dict[str, Any]) -> int | None:
 def _weight_file_names(directory: Path, layers: range | None) -> list[str]:
     if not (directory / _INDEX_FILE).is_file():
         return [_SINGLE_FILE]
-    files: dict[str, str] = _read_json(directory / _INDEX_FILE).get("weight_map", {})
+    files: dict[str, str] = read_json(directory / _INDEX_FILE).get("weight_map", {})
     return sorted({file for tensor, file in files.items() if _is_of(tensor, layers)})
 
 

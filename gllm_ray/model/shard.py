@@ -19,7 +19,6 @@ from gllm_ray.model.attention.interface import PAGED, PROBE, cache_latents, prob
 from gllm_ray.model.inputs import PackedInputs
 from gllm_ray.model.kv_cache import AttentionGeometry
 from gllm_ray.model.last_layer import skip_unread_rows
-from gllm_ray.model.linear import quantize_linears
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,14 +135,6 @@ class Shard:
             names = {module: name for name, module in model.named_modules()}
             model.set_submodule(names[model.get_input_embeddings()], _NoEmbedding())
         self.model = model
-
-    def quantize(self) -> None:
-        """Keep the weights of linear layers as int8; a tied head gets weights of its own.
-
-        Raises:
-            ConfigError: Most of the weights are in no linear layer.
-        """
-        quantize_linears(self.model)
 
     def probe(self, num_tokens: int, num_samples: int) -> dict[nn.Module, AttentionGeometry]:
         """Run the shard once without attention, and note what each attention module caches.

@@ -3,7 +3,6 @@
 Only what the `tokenizers` library can read is served, and never code that came with a model.
 """
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from inspect import signature
@@ -20,7 +19,7 @@ from gllm_ray.model.chat_template import (
     guess_tool_parser,
     variables_of,
 )
-from gllm_ray.model.checkpoint import find_directory
+from gllm_ray.model.checkpoint import find_directory, read_json
 from gllm_ray.model.detokenizer import (
     ByteLevelDecoder,
     Detokenizer,
@@ -102,8 +101,8 @@ class Tokenizer:
 
         Raises:
             ConfigError: There is no tokenizer, it needs code from the model's repository, its chat
-                template is no template, or generation_config.json says to sample in a way that
-                does not exist.
+                template is no template, or generation_config.json is no JSON object or says to
+                sample in a way that does not exist.
         """
         # It imports torch, which is for those who load a tokenizer to wait for.
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -118,9 +117,9 @@ class Tokenizer:
                 f"tokenizer at {path!r} is a {type(tokenizer).__name__}: a tokenizer.json is needed"
             )
         _compile_chat_template(tokenizer, path)
-        config = _read_json((model_directory or directory) / "config.json")
+        config = _read_if_any((model_directory or directory) / "config.json")
         config |= config.get("text_config", {})
-        generation = _read_json((model_directory or directory) / "generation_config.json")
+        generation = _read_if_any((model_directory or directory) / "generation_config.json")
         said = generation if generation_config == "auto" else {}
         eos = (tokenizer.eos_token_id, config.get("eos_token_id"), generation.get("eos_token_id"))
         return cls(
@@ -288,9 +287,8 @@ def _compile_chat_template(tokenizer: "PreTrainedTokenizerFast", path: str) -> N
         pass  # It compiled, and may want other messages.
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return content
+def _read_if_any(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _token_ids(fields: Iterable[int | list[int] | None]) -> Iterator[int]:

@@ -44,7 +44,7 @@ from gllm_ray.model.kv_cache import (
     allocate_kv_cache,
     block_bytes,
 )
-from gllm_ray.model.linear import speed_up_linears
+from gllm_ray.model.linear import quantize_linears, speed_up_linears
 from gllm_ray.model.next_tokens import draw_tokens
 from gllm_ray.model.operators.build import OperatorsUnavailableError
 from gllm_ray.model.shard import Shard
@@ -203,7 +203,7 @@ class StageWorker:
 
     def _convert_weights(self, shard: Shard) -> None:
         if self._config.model.quantization == "int8":
-            shard.quantize()
+            quantize_linears(shard.model)  # a tied head gets weights of its own
         if self._device.type == "cpu":
             with suppress(OperatorsUnavailableError):  # then attention's description says why
                 speed_up_linears(shard.model)

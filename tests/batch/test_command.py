@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import csv
 import json
 import os
 import signal
@@ -20,7 +19,6 @@ import yaml
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from gllm_ray.batch.command import main, run_to_status
-from gllm_ray.batch.tables import RowTemplate, read_table, write_table
 from gllm_ray.scheduling import QueueLimits
 from gllm_ray.serving.openai_api import build_api
 from tests.batch.local_job import make_line, read_lines, write_lines
@@ -107,33 +105,6 @@ def test_a_table_comes_back_with_columns_of_answers(
     assert "requests changed" in capsys.readouterr().err
 
 
-def test_the_cells_of_a_csv_are_taken_and_given_back_as_they_are_spelled(tmp_path):
-    pytest.importorskip("pyarrow", reason="the data extra is not installed")
-    source, output = tmp_path / "in.csv", tmp_path / "out.csv"
-    source.write_text("id,zip,price,flag\n001,01234,1.10,true\n002,00501,,false\n")
-    template = RowTemplate(
-        model="m",
-        url="/v1/completions",
-        prompt_column="zip",
-        template="{{ prompt }} {{ price }} {{ flag }}\n",
-        id_column="id",
-        params={},
-    )
-    rows = list(read_table(source, template))
-    assert [row.custom_id for row in rows] == ["001", "002"]
-    assert [row.body["prompt"] for row in rows] == ["01234 1.10 true\n", "00501  false\n"]
-    body = {
-        "choices": [{"text": "a", "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 1, "completion_tokens": 1},
-    }
-    record = {"response": {"status_code": 200, "body": body}, "error": None}
-    answers = {row.custom_id: {"custom_id": row.custom_id, **record} for row in rows}
-    write_table(output, source, ".csv", iter(rows), answers.get)
-    with output.open(newline="") as file:
-        given_back = [line[:4] for line in csv.reader(file)][1:]
-    assert given_back == [["001", "01234", "1.10", "true"], ["002", "00501", "", "false"]]
-
-
 @pytest.mark.parametrize(
     ("source", "output", "more", "word"),
     [
@@ -146,6 +117,12 @@ def test_the_cells_of_a_csv_are_taken_and_given_back_as_they_are_spelled(tmp_pat
         ("here.jsonl", "out.jsonl", ["--api-key-env", "KEY"], "--api-key-env: must be left out"),
         ("here.jsonl", "nothing://a/out.jsonl", [], "cannot be opened"),
         ("here.jsonl", "here.jsonl", [], "must be another file than --input"),
+        (
+            "here.csv",
+            "out.csv",
+            ["--prompt-column", "text", "--params", '{"prompt": "b"}'],
+            "--params: prompt must be left out, for the command sets it",
+        ),
     ],
 )
 def test_a_mistake_in_the_options_ends_with_1(
@@ -153,8 +130,22 @@ def test_a_mistake_in_the_options_ends_with_1(
 ):
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "here.jsonl", [make_line("a")])
+    (tmp_path / "here.csv").write_text("text\na\n")
     assert main(options(config, source, output, *more)) == 1
     assert word in capsys.readouterr().err
+
+
+def test_a_column_that_the_output_has_no_place_for_is_refused_before_a_row_is_run(
+    config, tmp_path, capsys
+):
+    pa = pytest.importorskip("pyarrow", reason="the data extra is not installed")
+    from pyarrow import parquet
+
+    source, output = tmp_path / "in.parquet", tmp_path / "out.csv"
+    parquet.write_table(pa.table({"text": ["a"], "list": [[1]]}), source)
+    assert main(options(config, source, output, "--prompt-column", "text")) == 1
+    assert "CSV has no place for list of" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == [source]
 
 
 def test_a_relative_output_is_refused_in_a_ray_job(config, tmp_path, capsys, monkeypatch):
@@ -238,6 +229,16 @@ def test_a_running_service_answers_and_a_row_it_refuses_ends_with_2(tokenizer, t
     assert "--url=here: must be an address as http://host:port" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("told", [[], {"data": None}, {"data": ["a"]}, {"data": [{}]}])
+def test_a_service_that_tells_of_no_model_as_openai_does_is_refused(
+    told, tokenizer, tmp_path, capsys
+):
+    source = write_lines(tmp_path / "in.jsonl", [make_line("a")])
+    with http_service(tokenizer, wrap=lambda _: JSONResponse(told)) as url:
+        assert main(["--url", url, "--input", str(source), "--output", "out.jsonl"]) == 1
+    assert f"{url}/v1/models: tells of no one model" in capsys.readouterr().err
+
+
 class PageGateway:
     """Stands before the routes, and answers the first row with a page."""
 
@@ -293,6 +294,33 @@ def test_a_service_that_stays_full_ends_the_job_and_no_row_fails_for_it(
     with http_service(tokenizer) as url:
         assert main(["--url", url, "--input", str(source), "--output", str(output)]) == 0
     assert [record["custom_id"] for record in read_lines(output)] == ["a"]
+
+
+class Sleeper:
+    """Stands before the routes, and lets no row through."""
+
+    def __init__(self, api):
+        self._api = api
+
+    async def __call__(self, scope, receive, send):
+        if scope.get("method") == "POST":
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        else:
+            await self._api(scope, receive, send)
+
+
+def test_a_service_that_takes_too_long_ends_the_job_and_names_the_limit(
+    tokenizer, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("gllm_ray.batch.answers._FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("gllm_ray.batch.answers._MAX_DELAY_S", 0.01)
+    source = write_lines(tmp_path / "in.jsonl", [make_line("a", model=LocalService.model_name)])
+    output = tmp_path / "out.jsonl"
+    with http_service(tokenizer, wrap=Sleeper) as url:
+        asked = ["--url", url, "--input", str(source), "--output", str(output)]
+        assert main([*asked, "--timeout-s", "1"]) == 1
+    assert f"{url} took longer than 1 s (--timeout-s) for a row" in capsys.readouterr().err
 
 
 def test_a_service_with_keys_gets_the_one_of_the_environment(

@@ -170,9 +170,12 @@ def test_a_pipeline_that_breaks_ends_the_job_and_fails_no_row(tmp_path, tokenize
     with pytest.raises(PipelineError):
         run(source, output, tokenizer, start_answers=lambda: start(broken))
     assert (tmp_path / "out.jsonl.part").read_bytes() == b""
+    manifest = tmp_path / "out.jsonl.manifest.json"
+    assert json.loads(manifest.read_text())["is_complete"] is False
     healthy = ScriptedPipeline(script)
     result = run(source, output, tokenizer, start_answers=lambda: start(healthy))
     assert (result.num_rows, result.num_failed) == (6, 0)
+    assert json.loads(manifest.read_text())["is_complete"] is True
 
 
 def test_a_row_with_tools_is_answered_with_calls(tmp_path):

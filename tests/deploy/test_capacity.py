@@ -81,9 +81,17 @@ def test_what_does_not_fit_is_told_with_how_many_do(groups, wanted, num_placed):
 
 
 def test_what_must_lie_together_is_placed_first():
-    nodes = [worker(2, cpu="8", gpu="4")]
-    spread, together = demand(4, name="any"), demand(4, name="one", strategy="STRICT_PACK")
+    nodes = [worker(cpu="8", gpu="3"), worker(cpu="4", gpu="4", name="few-cpus")]
+    spread = demand(4, name="any")
+    together = demand(4, name="one", gpus=0.5, strategy="STRICT_PACK")
     assert find_capacity_mistakes(cluster(*nodes), [spread, together]) == []
+
+
+def test_of_what_must_lie_together_the_largest_is_placed_first():
+    nodes = [worker(cpu="8", gpu="4"), worker(cpu="8", gpu="3", name="small")]
+    pairs = demand(2, name="pairs", num_replicas=2, strategy="STRICT_PACK")
+    large = demand(3, name="large", strategy="STRICT_PACK")
+    assert find_capacity_mistakes(cluster(*nodes), [pairs, large]) == []
 
 
 def test_an_autoscaled_group_counts_with_its_most_pods_and_any_other_with_those_it_has():

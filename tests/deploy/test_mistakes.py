@@ -119,6 +119,13 @@ OURS = [
     ),
     (
         SERVE_8B,
+        '        num-cpus: "0"',
+        '        num-cpus: "$CPUS"',
+        f"{CLUSTER}.headGroupSpec.rayStartParams.num-cpus",
+        "must be a whole number",
+    ),
+    (
+        SERVE_8B,
         "  name: gllm-ray\nspec:\n  excl",
         "  name: gllm-ray\n  labels: {kueue.x-k8s.io/queue-name: q}\nspec:\n  excl",
         f"{CLUSTER}.enableInTreeAutoscaling",

@@ -1,5 +1,7 @@
 """What deploy/ ships is right, and is what its sources make."""
 
+import os
+
 import pytest
 import yaml
 
@@ -198,6 +200,16 @@ def test_a_wrong_configuration_is_not_rendered(copy_of_deploy, capsys):
     assert main(["manifests", "render", str(overlay)]) == 1
     assert "num_stage=2: unknown key; did you mean" in capsys.readouterr().err
     assert (overlay / "serve-config.yaml").read_text(encoding="utf-8") == before
+
+
+def test_a_build_that_does_not_end_is_told(tmp_path, monkeypatch, capsys):
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text("#!/bin/sh\nexec sleep 60\n")
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("gllm_ray.manifests.overlay._BUILD_TIMEOUT_S", 0.2)
+    assert main(["validate", str(OVERLAYS[0])]) == 1
+    assert "kubectl kustomize takes longer than 0.2 s" in capsys.readouterr().err
 
 
 def test_without_kubectl_the_rendered_file_is_checked_and_that_is_said(monkeypatch, capsys):

@@ -3,7 +3,6 @@
 import pytest
 
 from gllm_ray.manifests import ray_cluster, ray_kinds
-from gllm_ray.manifests.ray_kinds import API_VERSION
 from tests.deploy.manifests import crd_dir
 
 SPEC = ("properties", "spec", "properties")
@@ -36,16 +35,30 @@ PLACES = [
 
 
 @pytest.fixture(scope="module")
-def definitions():
+def make_definitions():
     module = pytest.importorskip(
         "gllm_ray.manifests.custom_resources", reason="gllm_ray[deploy] is not installed"
     )
-    return module.CustomResources(crd_dir())
+    return module.CustomResources
+
+
+@pytest.fixture(scope="module")
+def definitions(make_definitions):
+    return make_definitions(crd_dir())
 
 
 @pytest.mark.parametrize(("model", "kind", "place"), PLACES)
 def test_the_keys_are_those_of_the_definition(model, kind, place, definitions):
-    node = definitions.schema(API_VERSION, kind)
+    node = definitions.schema("ray.io/v1", kind)
     for key in place:
         node = node[key]
     assert {field.alias for field in model.model_fields.values()} == set(node)
+
+
+@pytest.mark.parametrize("text", ["", "404: Not Found", "spec: {versions: [v1]}", "a: b: c"])
+def test_a_file_that_is_no_definition_is_told(text, make_definitions, tmp_path):
+    file = tmp_path / "ray.io_rayservices.yaml"
+    file.write_text(text)
+    item = {"apiVersion": "ray.io/v1", "kind": "RayService"}
+    lines = make_definitions(tmp_path).find_mistakes(item)
+    assert lines == [f"{file}: must be a custom resource definition"]

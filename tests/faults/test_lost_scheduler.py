@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from gllm_ray.assembly.remote_scheduler import RemoteScheduler
 from gllm_ray.errors import PipelineError
 from tests.faults.replicas import (
     CAUSE,
@@ -99,6 +100,40 @@ def test_a_scheduler_that_stands_still_is_replaced_after_its_deadline(pipeline, 
     loop.run(scenario())
     (cause,) = logged(caplog, CAUSE)
     assert "the scheduler hangs: it has not answered" in cause
+
+
+def test_a_scheduler_that_stands_still_as_it_takes_over_is_replaced_after_its_deadline(
+    ray_cluster, caplog, monkeypatch
+):
+    hanging = set()
+    restore = RemoteScheduler.restore
+
+    async def restore_by_another(scheduler, requests):
+        if not hanging:
+            hanging.update(stage_processes("SchedulerActor") - known)
+            for pid in hanging:
+                os.kill(pid, signal.SIGSTOP)
+        await restore(scheduler, requests)
+
+    async def scenario():
+        others = stage_processes("SchedulerActor")
+        async with running(make_config(1, restart_timeout_s=15)) as pipeline:
+            undisturbed = await pipeline.collect_all(make_requests())
+            streams = [asyncio.create_task(pipeline.collect(r)) for r in make_requests()]
+            await pipeline.until_busy(len(streams))
+            known.update(stage_processes("SchedulerActor"))
+            monkeypatch.setattr(RemoteScheduler, "restore", restore_by_another)
+            (first,) = known - others
+            os.kill(first, signal.SIGKILL)
+            async with asyncio.timeout(60):
+                assert await asyncio.gather(*streams) == undisturbed
+            await until(lambda: not hanging & stage_processes("SchedulerActor"), 20)
+
+    known = set()
+    asyncio.run(scenario())
+    assert hanging
+    (recovered,) = logged(caplog, RECOVERED)
+    assert "new scheduler" in recovered
 
 
 @pytest.mark.parametrize("is_stage_first", [pytest.param(True, marks=pytest.mark.chaos), False])

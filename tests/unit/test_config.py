@@ -13,7 +13,6 @@ import gllm_ray
 from gllm_ray.config import (
     FrontEndConfig,
     ModelsConfig,
-    PipelineConfig,
     SchedulerConfig,
     ServiceConfig,
     args_schema,
@@ -389,22 +388,6 @@ def test_nccl_needs_a_whole_gpu_for_each_stage():
     (line,) = find_mistakes(ServiceConfig, args)
     assert line.startswith("pipeline.activation_transport='nccl': must be auto, cuda_ipc, gloo or")
     assert "gpus_per_stage=0.5" in line
-
-
-@pytest.mark.parametrize(
-    ("pipeline", "crowding"),
-    [
-        ({"device": "cpu", "num_stages": 2}, 1.2),
-        ({"device": "cpu", "num_stages": 1}, 1.0),
-        ({"num_stages": 4}, 1.0),
-        ({"num_stages": 4, "gpus_per_stage": 0.5}, 2.0),
-        ({"num_stages": 2, "gpus_per_stage": 0.25}, 2.0),
-        ({"num_stages": 2, "gpus_per_stage": 0.6}, 1.0),
-        ({"num_stages": 1, "gpus_per_stage": 0.25}, 1.0),
-    ],
-)
-def test_stages_crowd_a_processor_that_others_of_their_pipeline_have_too(pipeline, crowding):
-    assert PipelineConfig(**pipeline).crowding == crowding
 
 
 def test_cuda_ipc_needs_a_gpu_that_stages_may_share():

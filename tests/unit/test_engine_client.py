@@ -114,17 +114,37 @@ def test_a_stream_closed_early_is_aborted_once():
     run_with_client(scenario)
 
 
+async def passed_on(events):
+    async with passing_on(events) as steps:
+        async for step in steps:
+            yield step
+
+
 @pytest.mark.parametrize("has_ended", [True, False])
 def test_an_output_that_is_complete_is_aborted_as_one_unless_its_request_has_ended(has_ended):
     async def scenario(client, endpoint):
-        async with passing_on(client.generate(make_request("a"))) as stream:
-            first = asyncio.create_task(anext(stream))
-            await settle()
-            endpoint.send(token("a", 1), token("a", 2, FinishReason.LENGTH if has_ended else None))
-            await first
-            await complete(stream, OutputCompleteError(2))
+        stream = passed_on(client.generate(make_request("a")))
+        first = asyncio.create_task(anext(stream))
+        await settle()
+        endpoint.send(token("a", 1), token("a", 2, FinishReason.LENGTH if has_ended else None))
+        await first
+        await complete(stream, OutputCompleteError(2))
         assert endpoint.aborted == ([] if has_ended else ["a"])
         assert endpoint.completed == ({} if has_ended else {"a": 2})
+
+    run_with_client(scenario)
+
+
+def test_events_that_are_passed_on_are_closed_with_those_who_pass_them_on():
+    async def scenario(client, endpoint):
+        stream = passed_on(client.generate(make_request("a")))
+        first = asyncio.create_task(anext(stream))
+        await settle()
+        endpoint.send(token("a", 1))
+        await first
+        await stream.aclose()
+        assert endpoint.aborted == ["a"]
+        assert endpoint.completed == {}
 
     run_with_client(scenario)
 

@@ -74,7 +74,7 @@ def test_who_lags_gets_what_gathered_at_once():
     run(scenario)
 
 
-def test_the_failure_of_an_engine_comes_after_its_events_even_if_it_overtakes_them():
+def test_the_failure_of_an_engine_comes_right_after_its_events_even_if_it_overtakes_them():
     async def scenario():
         error = PipelineError("a stage is lost")
         stream = stream_of(Engine(*([event] for event in EVENTS), error=error))
@@ -83,7 +83,7 @@ def test_the_failure_of_an_engine_comes_after_its_events_even_if_it_overtakes_th
         assert await read(stream, len(EVENTS)) == EVENTS
         for _ in range(2):
             with pytest.raises(PipelineError, match="a stage is lost"):
-                await asyncio.wait_for(stream.next(), 10)
+                await asyncio.wait_for(stream.next(), _LAST_MESSAGES_S / 2)
 
     run(scenario)
 

@@ -301,6 +301,27 @@ def test_a_request_whose_token_overtook_the_answer_of_a_lost_engine_is_not_sent_
     asyncio.run(scenario())
 
 
+def test_what_another_replica_began_goes_on_from_its_output_also_after_a_loss_here():
+    async def scenario():
+        request = make_request("a", max_tokens=9)
+        expected = expected_events(request)
+        output = tuple(event.token_id for event in expected[:3])
+        first = MortalEngine()
+        endpoint = JournaledEndpoint(first)
+        await endpoint.restore([OpenRequest(request=request, output_token_ids=output)])
+        events = await endpoint.next_events()
+        await first.die()
+        endpoint.note_loss(first, LOST)
+        second = MortalEngine()
+        await endpoint.resume(second)
+        while len(events) < 6:
+            events += await endpoint.next_events()
+        assert events == expected[3:]
+        await second.die()
+
+    asyncio.run(scenario())
+
+
 def test_when_it_is_given_up_everybody_is_told_and_nobody_waits():
     async def scenario():
         first = MortalEngine()

@@ -288,8 +288,11 @@ def test_a_search_begins_anew_whatever_one_before_it_found():
     search.note_events([TokenEvent("a", 1)])
     assert search.note_fault({"b": 0}) == "b"
     assert search.is_solved
+    assert search.is_explained
     for _ in range(2):
         search.note_fault({"c": 0, "d": 0})
+        assert not search.is_solved
+        assert not search.is_explained
     search.note_events([TokenEvent("c", 1)])
     search.note_events([TokenEvent("d", 1)])
     assert search.held_back == set()

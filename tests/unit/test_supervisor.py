@@ -66,6 +66,19 @@ def test_every_request_gets_the_tokens_it_would_have_got_anyway(num_faults):
     assert asyncio.run(scenario()) == asyncio.run(undisturbed("abc"))
 
 
+def test_who_waits_for_events_while_nothing_is_open_learns_that_the_pipeline_is_lost():
+    async def scenario():
+        pipeline = RepairableFakePipeline()
+        async with supervised(pipeline, enabled=False) as engine:
+            reader = asyncio.create_task(engine.next_events())
+            await asyncio.sleep(0)
+            pipeline.lose(LOST)
+            with pytest.raises(StageLostError):
+                await asyncio.wait_for(reader, 5)
+
+    asyncio.run(scenario())
+
+
 def test_a_stage_that_is_lost_while_nothing_runs_is_replaced_before_the_next_request():
     async def scenario():
         pipeline = RepairableFakePipeline()

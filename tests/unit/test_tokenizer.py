@@ -102,6 +102,14 @@ def test_the_model_says_how_to_sample_unless_the_configuration_does_not_listen(t
     assert deaf.stop_token_ids == tokenizer.stop_token_ids == {1, 7}
 
 
+@pytest.mark.parametrize("content", [b"{broken", b"[1]", b"\xff"])
+def test_a_generation_config_that_is_no_json_object_is_refused(tmp_path, content):
+    save_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"generation_config\.json'.* JSON"):
+        Tokenizer.load(str(tmp_path))
+
+
 def test_a_way_to_sample_that_does_not_exist_is_refused_with_what_to_change(tmp_path):
     save_tokenizer(tmp_path)
     for name, value in {"top_p": 1.5, "repetition_penalty": 0.0}.items():
