@@ -76,9 +76,9 @@ class BalancedPolicy:
               min_prefill_tokens, which prompts under way can use however full the KV cache is
     ```
 
-    Rows are at most those at an excess of 0.6, and half their number, above what the micro-batches
-    in flight hold. A backlog of 8 rounds or more is deep: groups is then max_in_flight, S + 1 if
-    nothing else is configured, and excess is at most 0.06.
+    A backlog of 8 rounds or more is deep: excess is then at most 0.06, and groups is max_in_flight,
+    S + 1 if nothing else is configured. Rows exceed the mean of the micro-batches in flight by at
+    most half of those at an excess of 0.6, which they may always reach.
 
     A batch, which is a backlog that nobody has added to for 8 rounds, should not end with a few
     long outputs alone. Those that are expected to take more rounds than all that waits go first.
