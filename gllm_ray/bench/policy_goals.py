@@ -38,17 +38,19 @@ class FrontierGoal:
         rate_per_s: The load.
         throughput: To the highest.
         ttft: p90, to the lowest of those with comparable throughput.
-        tpot: p99, likewise.
+        tpot: p99, likewise, perhaps to another's.
+        is_on_frontier: None of these is as good in both.
     """
 
     rate_per_s: float
     throughput: float
     ttft: float
     tpot: float
+    is_on_frontier: bool
 
     @property
     def is_met(self) -> bool:
-        """Whether ours is on the frontier or beyond."""
+        """Whether ours is about the best in each measure."""
         return self.throughput >= LEAST_THROUGHPUT and max(self.ttft, self.tpot) <= MOST_LATENCY
 
 
@@ -176,16 +178,18 @@ def _frontier_goal(scenario: Results, rate_per_s: float) -> FrontierGoal:
     runs = runs_at(scenario, rate_per_s)
     ours, others = runs[OURS], [run for name, run in runs.items() if is_rival(name)]
     tokens_per_s = ours["tokens_per_s"]
-    near = [run for run in others if run["tokens_per_s"] >= COMPARABLE * tokens_per_s]
-
-    def latency_ratio(measure: str) -> float:
-        return max((ours[measure] / run[measure] for run in near), default=0.0)
-
+    ratios = [
+        tuple(ours[measure] / run[measure] for measure in ("ttft_p90_s", "tpot_p99_s"))
+        for run in others
+        if run["tokens_per_s"] >= COMPARABLE * tokens_per_s
+    ]
+    ttft, tpot = map(max, zip(*ratios, strict=True)) if ratios else (0.0, 0.0)
     return FrontierGoal(
         rate_per_s=rate_per_s,
         throughput=tokens_per_s / max(run["tokens_per_s"] for run in others),
-        ttft=latency_ratio("ttft_p90_s"),
-        tpot=latency_ratio("tpot_p99_s"),
+        ttft=ttft,
+        tpot=tpot,
+        is_on_frontier=all(min(pair) < 1 for pair in ratios),
     )
 
 

@@ -67,7 +67,8 @@ def _summary(scenarios: Sequence[Results]) -> str:
         "no bubble and the best tile: no schedule keeps up with more for long, so none counts for "
         "more.\n"
         f"- (b) Loads with at least {LEAST_THROUGHPUT} x the throughput and at most {MOST_LATENCY} "
-        "x the p90 TTFT and p99 TPOT of the best; the worst ratios.\n"
+        "x the p90 TTFT and p99 TPOT of the best in each, which may be two settings; those on the "
+        "frontier, where no setting is as good in both; the worst ratios.\n"
         f"- (c) Utilization (goal {LEAST_UTILIZATION}) and share of the ideal (goal {LEAST_IDEAL}) "
         "of the offline batch. Its fill and its longest request allow no more than the bound.\n"
         f"- (d) Its throughput to that of the best other (goal {LEAST_OFFLINE}), and the bound.\n"
@@ -79,14 +80,20 @@ def _summary(scenarios: Sequence[Results]) -> str:
 def _summary_row(scenario: Results) -> list[str]:
     capacity, loads = capacity_goal(scenario), frontier_goals(scenario)
     offline, one_stage = offline_goal(scenario), one_stage_comparison(scenario)
-    num_met = sum(load.is_met for load in loads)
+    num_met, num_on_frontier = (
+        sum(load.is_met for load in loads),
+        sum(load.is_on_frontier for load in loads),
+    )
     throughput, ttft, tpot = (
         min(load.throughput for load in loads),
         max(load.ttft for load in loads),
         max(load.tpot for load in loads),
     )
     goal_a = f"{capacity.ratio:.2f} of {capacity.best}, bound {capacity.bound_ratio:.2f}"
-    goal_b = f"{num_met} of {len(loads)}; {throughput:.3f}, TTFT {ttft:.2f}, TPOT {tpot:.2f}"
+    goal_b = (
+        f"{num_met} of {len(loads)}, on the frontier {num_on_frontier}; {throughput:.3f}, "
+        f"TTFT {ttft:.2f}, TPOT {tpot:.2f}"
+    )
     goal_c = (
         f"{offline.utilization:.3f}; {offline.ideal_ratio:.3f}, bound {offline.ideal_bound:.3f}"
     )

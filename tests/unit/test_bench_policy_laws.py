@@ -209,6 +209,24 @@ def test_latencies_are_compared_with_those_of_comparable_throughput():
     assert not goal.is_met
 
 
+@pytest.mark.parametrize(
+    ("others", "is_on_frontier"),
+    [
+        ([(99.0, 0.8, 0.2), (99.0, 2.0, 0.05)], True),  # each is better in one measure
+        ([(99.0, 0.8, 0.1)], False),
+        ([(90.0, 0.8, 0.05)], True),  # but slower
+        ([], True),
+    ],
+)
+def test_a_setting_is_on_the_frontier_unless_another_is_as_good_in_both_latencies(
+    others, is_on_frontier
+):
+    runs = [(OURS, 100.0, 1.0, 0.1), ("slow", 50.0, 9.0, 9.0)]
+    runs += [(str(index), *measures) for index, measures in enumerate(others)]
+    (goal,) = frontier_goals(scenario_of({}, {}, runs))
+    assert goal.is_on_frontier is is_on_frontier
+
+
 def test_one_stage_counts_at_its_better_setting():
     other = "tensor parallel, chunked_prefill 2048"
     compared = one_stage_comparison(
