@@ -17,6 +17,8 @@ _MAX_FALL = 0.9
 # By how much a row may cost more, as a share, than one more row of a large micro-batch, where
 # token_budget lets it; the rows are two tiles or more.
 _MAX_EXCESS, _MAX_DEEP_EXCESS, _MIN_EXCESS = 0.6, 0.06, 0.03
+# Where stages share processors, a micro-batch costs these more than the stages' time.
+_MAX_CROWDED_EXCESS = 0.2
 _NEARLY = 1.1  # micro-batches nine tenths full count as full
 _UNCALIBRATED_ROWS = 512  # where that is not known
 # What a micro-batch costs processors that stages share with each other and with whom they serve,
@@ -85,9 +87,10 @@ class BalancedPolicy:
     That takes 1.4 times the rounds of its prefill, or those in which it fills the KV cache,
     whichever are more. `overtaking: 0` keeps the order here, too.
 
-    Where stages share processors, few decodes go together, for each micro-batch reads all weights
-    and slows the others: one holds them all, and those that are ready wait for those in flight, if
-    time(decodes) <= crowding * time(share) + 1 ms and the backlog is not deep.
+    Where stages share processors, each micro-batch reads all weights and slows the others. Excess
+    is then at most 0.2, and few decodes go together: one micro-batch holds them all, and those that
+    are ready wait for those in flight, if time(decodes) <= crowding * time(share) + 1 ms and the
+    backlog is not deep.
 
     It also holds before the cost model is calibrated; time is then a token count, and rows are 512.
     """
@@ -173,12 +176,13 @@ class BalancedPolicy:
         One micro-batch more than stages waits at the first stage, so that the time from a result to
         the next micro-batch is no bubble. The decodes wait for it, too: it takes a backlog to pay.
         """
-        least_rows = self._efficient_rows(view.cost, _MAX_EXCESS)
+        most = _MAX_EXCESS if view.crowding == 1 else _MAX_CROWDED_EXCESS
+        least_rows = self._efficient_rows(view.cost, most)
         share = view.num_decoding / view.num_stages
         prefill_rows = max(least_rows - share, least_rows * _MIN_PREFILL_SHARE)
         num_rounds = view.num_waiting_tokens / (prefill_rows * view.num_stages)
         self._is_deep = num_rounds > (_DEEP_ROUNDS / 2 if self._is_deep else _DEEP_ROUNDS)
-        most = _MAX_DEEP_EXCESS if self._is_deep else _MAX_EXCESS
+        most = _MAX_DEEP_EXCESS if self._is_deep else most
         excess = max(_MIN_EXCESS, min(most, 1 / max(1.0, num_rounds)))
         rows = self._efficient_rows(view.cost, excess)
         # Where the KV cache holds micro-batches down, larger ones would only be fewer.

@@ -41,6 +41,7 @@ class Pipeline:
     def __init__(self, contexts, *, cost=COST, num_stages=4, config=BalancedConfig()):  # noqa: B008
         self.policy = make_policy(config)
         self.cost, self.num_stages, self.max_in_flight = cost, num_stages, num_stages
+        self.crowding = 1.0
         self.contexts = contexts
         self.ready, self.in_flight = deque(contexts), deque()
         self.num_waiting_tokens = 6 * 256 * num_stages  # of a prompt, or a queue, without end
@@ -50,7 +51,7 @@ class Pipeline:
         """The load of the next micro-batch; those in flight that are in its way come back first."""
         while (budget := self.budget()).decodes + budget.prefill_tokens == 0:
             self.complete()
-        decodes, load = [], budget.decode_load
+        decodes, load = [], inf if budget.decode_load is None else budget.decode_load
         while self.ready and len(decodes) < budget.decodes and load > 0:
             decodes.append(self.ready.popleft())
             load -= decodes[-1] + budget.decode_weight
@@ -72,6 +73,7 @@ class Pipeline:
                 num_in_flight=len(self.in_flight),
                 num_tokens_in_flight=sum(rows for _, rows in self.in_flight),
                 max_in_flight=self.max_in_flight,
+                crowding=self.crowding,
                 num_decoding=len(self.contexts),
                 num_ready=len(self.ready),
                 num_context_tokens=sum(self.contexts),
@@ -153,6 +155,16 @@ def test_micro_batches_grow_with_the_backlog_until_the_floor_is_a_small_part_of_
     assert rows == sorted(rows)
     assert all(map(le, rows, most_rows))
     assert (*rows[:2], rows[-1]) == (*most_rows[:2], most_rows[-1])
+
+
+@pytest.mark.parametrize(("crowding", "floor_ratio"), [(1.0, 0.6), (1.2, 0.2)])
+def test_rows_are_more_where_each_micro_batch_costs_shared_processors(crowding, floor_ratio):
+    cost = replace(COST, floor_s=3e-2, context_token_s=0.0, attention_pair_s=0.0)
+    pipeline = Pipeline([100] * 40, cost=cost)
+    rows = ceil(cost.floor_s / (floor_ratio * cost.token_s) / 128) * 128
+    pipeline.crowding, pipeline.num_waiting_tokens = crowding, 4 * (rows - 10)
+    pipeline.steps(80)
+    assert max(load.num_tokens for load in pipeline.steps(40)) == rows
 
 
 def test_one_more_micro_batch_is_in_flight_from_eight_rounds_of_backlog_until_four():
