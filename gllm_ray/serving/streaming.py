@@ -40,6 +40,7 @@ async def stream_response(
         await asyncio.wait([first], timeout=keep_alive_s)
     except asyncio.CancelledError:
         await _cancel(first)
+        await deltas.aclose()  # the first may have come at the same time
         raise
     if first.done():
         first.result()

@@ -11,7 +11,7 @@ from gllm_ray.messages import FinishReason, GenerationRequest, TokenEvent
 from gllm_ray.model.detokenizer import StopRule
 from gllm_ray.serving.openai_api import build_api
 from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead
-from gllm_ray.serving.streaming import sse_events
+from gllm_ray.serving.streaming import sse_events, stream_response
 from gllm_ray.serving.text_stream import TextDelta, merge_deltas, text_deltas
 from tests.factories import make_request
 from tests.serving.local_api import BODIES, local_api, sse_chunks, wait_until
@@ -299,5 +299,30 @@ def test_closing_merged_outputs_closes_each_of_them(is_begun):
             await anext(merged)
         await merged.aclose()
         assert sorted(closed) == ([0, 1, 2] if is_begun else [])
+
+    asyncio.run(main())
+
+
+def test_a_client_that_leaves_as_the_first_token_comes_leaves_nothing_running(tokenizer):
+    is_closed = False
+
+    async def deltas(leave):
+        nonlocal is_closed
+        try:
+            await asyncio.sleep(0)
+            leave()
+            yield TextDelta(0, "def", 1)
+        finally:
+            is_closed = True
+
+    async def main():
+        head = ResponseHead.new(
+            model="m", is_chat=False, token_bytes=tokenizer.vocabulary.token_bytes
+        )
+        writer, source = ChunkWriter(head, num_prompt_tokens=1), deltas(lambda: task.cancel())
+        task = asyncio.create_task(stream_response(source, writer, None))
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert is_closed
 
     asyncio.run(main())
