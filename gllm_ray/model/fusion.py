@@ -33,9 +33,9 @@ def fuse_operators(model: nn.Module) -> None:
     operators = load_operators()
     for module in model.modules():
         forward = type(module).forward
-        if _is_copy(forward, llama.LlamaRMSNorm.forward):
+        if is_copy(forward, llama.LlamaRMSNorm.forward):
             module.forward = partial(_normalize, operators.rms_norm.default, module)
-        elif _is_copy(forward, llama.LlamaMLP.forward):
+        elif is_copy(forward, llama.LlamaMLP.forward):
             is_packed = isinstance(module.up_proj, PackedLinear | Int8Linear)
             if is_packed and isinstance(module.act_fn, SiLUActivation | nn.SiLU):
                 module.forward = partial(_run_gated_mlp, module)
@@ -91,8 +91,8 @@ def _reads_llama_rotary(function: Callable[..., Any]) -> bool:
     names = function.__globals__
     return (
         ROTARY in function.__code__.co_names
-        and _is_copy(names.get(ROTARY), llama.apply_rotary_pos_emb)
-        and _is_copy(names.get("rotate_half"), llama.rotate_half)
+        and is_copy(names.get(ROTARY), llama.apply_rotary_pos_emb)
+        and is_copy(names.get("rotate_half"), llama.rotate_half)
     )
 
 
@@ -109,8 +109,8 @@ def with_global(function: Callable[..., Any], name: str, value: object) -> Funct
     return copy
 
 
-def _is_copy(function: object, original: object) -> bool:
-    """Whether both do the same with the same names."""
+def is_copy(function: object, original: object) -> bool:
+    """Whether both functions have the same bytecode, with the same names."""
     return isfunction(function) and isfunction(original) and _body(function) == _body(original)
 
 

@@ -1,7 +1,7 @@
 """A micro-batch as the tensors of one packed forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
@@ -189,6 +189,47 @@ def pack(
         drawn=torch.from_numpy(drawn),
         sample_rows=sample_rows,
         copied_slots=_copied_slots(batch, block_size, device),
+    )
+
+
+def take_sequences(
+    inputs: PackedInputs, sequences: np.ndarray, *, last_row_only: bool = False
+) -> tuple[torch.Tensor, PackedInputs]:
+    """Some sequences of a packed batch as one of their own.
+
+    Args:
+        inputs: The batch.
+        sequences: `[n]` which of them, in ascending order.
+        last_row_only: Whether to take no other row of theirs, as if they were decodes.
+
+    Returns:
+        Their rows in the batch, on the device, and what is left of it.
+    """
+    device = inputs.slot_mapping.device
+    row_ends = inputs.row_starts.numpy()[1:][sequences]
+    counts = row_ends - inputs.row_starts.numpy()[:-1][sequences]
+    if last_row_only:
+        counts = np.ones_like(counts)
+    row_starts = np.concatenate([[0], np.cumsum(counts)])
+    shifts = np.repeat(row_ends - row_starts[1:], counts)
+    rows = to_device(shifts + np.arange(row_starts[-1]), device)
+    drawn = np.flatnonzero(np.isin(sequences, inputs.drawn.numpy()))
+    on_device = to_device(sequences, device)
+    return rows, replace(
+        inputs,
+        input_ids=inputs.input_ids[:, rows],
+        position_ids=inputs.position_ids[:, rows],
+        slot_mapping=inputs.slot_mapping[rows],
+        row_starts=torch.from_numpy(row_starts),
+        context_lens=inputs.context_lens[sequences],
+        block_tables=inputs.block_tables[sequences],
+        tables=SequenceTables(
+            row_starts=to_device(row_starts.astype(np.int32), device),
+            context_lens=inputs.tables.context_lens[on_device],
+            block_tables=inputs.tables.block_tables[on_device],
+        ),
+        drawn=torch.from_numpy(drawn),
+        sample_rows=to_device(row_starts[1:][drawn] - 1, device),
     )
 
 

@@ -2,14 +2,14 @@
 
 import math
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-ExpandKv = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+from gllm_ray.model.attention.latent_projection import LatentProjection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,10 +17,11 @@ class AttentionGeometry:
     """What one attention module writes per token, and how far it looks back.
 
     Attributes:
-        key_shape: Heads and width of a key; of the shared latent where `expand` is set.
-        value_shape: Heads and width of a value; of the rotary key where `expand` is set.
+        key_shape: Heads and width of a key.
+        value_shape: Heads and width of a value.
         window: Positions a token attends to, itself included; None means all.
-        expand: Turns cached latents into keys and values (multi-head latent attention), or None.
+        latent: How keys and values come from what is cached, if that is a latent: one key, whose
+            first numbers are its value. None if keys and values themselves are.
         has_softcap: Whether it caps its scores.
         has_sinks: Whether its softmaxes have sinks.
     """
@@ -28,14 +29,15 @@ class AttentionGeometry:
     key_shape: tuple[int, int]
     value_shape: tuple[int, int]
     window: int | None
-    expand: ExpandKv | None
+    latent: LatentProjection | None = None
     has_softcap: bool = False
     has_sinks: bool = False
 
     @property
     def num_values(self) -> int:
         """Numbers cached per token."""
-        return self.key_shape[0] * self.key_shape[1] + self.value_shape[0] * self.value_shape[1]
+        key, value = math.prod(self.key_shape), math.prod(self.value_shape)
+        return key if self.latent is not None else key + value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,7 @@ class LayerKvCache:
     Attributes:
         geometry: What is cached.
         keys: `[heads, num_slots, width]`; a slot is one position of a block.
-        values: The same for values.
+        values: The same for values; of latents, the first numbers of `keys`.
     """
 
     geometry: AttentionGeometry
@@ -89,14 +91,14 @@ def allocate_kv_cache(
             return _untouched_zeros((heads, num_slots, width), dtype)
         return torch.zeros(num_slots, heads, width, dtype=dtype, device=device).transpose(0, 1)
 
-    return {
-        module: LayerKvCache(
-            geometry=geometry,
-            keys=reserve(geometry.key_shape),
-            values=reserve(geometry.value_shape),
-        )
-        for module, geometry in geometries.items()
-    }
+    def reserve_layer(geometry: AttentionGeometry) -> LayerKvCache:
+        keys = reserve(geometry.key_shape)
+        is_latent = geometry.latent is not None
+        width = geometry.value_shape[1]
+        values = keys[..., :width] if is_latent else reserve(geometry.value_shape)
+        return LayerKvCache(geometry=geometry, keys=keys, values=values)
+
+    return {module: reserve_layer(geometry) for module, geometry in geometries.items()}
 
 
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gllm_ray.model.attention.interface import for_rows, rows_under_way, store_rows
-from gllm_ray.model.inputs import PackedInputs, SequenceTables, to_device
+from gllm_ray.model.inputs import PackedInputs, take_sequences, to_device
 
 
 def skip_unread_rows(layer: nn.Module) -> None:
@@ -44,8 +44,9 @@ def _forward(
         run(unread)
     output = torch.zeros_like(hidden)
     if len(inputs.drawn):
-        with for_rows(_to_read(inputs)):
-            output.index_copy_(1, inputs.sample_rows, run(inputs.sample_rows))
+        rows, to_read = take_sequences(inputs, inputs.drawn.numpy(), last_row_only=True)
+        with for_rows(to_read):
+            output.index_copy_(1, rows, run(rows))
     return output
 
 
@@ -54,29 +55,6 @@ def _unread_rows(inputs: PackedInputs) -> torch.Tensor:
     is_unread = np.ones(row_starts[-1], dtype=bool)
     is_unread[row_starts[1:][inputs.drawn.numpy()] - 1] = False
     return to_device(np.flatnonzero(is_unread), inputs.slot_mapping.device)
-
-
-def _to_read(inputs: PackedInputs) -> PackedInputs:
-    """The rows to draw from, as decodes."""
-    rows, drawn = inputs.sample_rows, inputs.drawn
-    sequences = to_device(drawn.numpy(), rows.device)
-    row_starts = np.arange(len(drawn) + 1)
-    return replace(
-        inputs,
-        input_ids=inputs.input_ids[:, rows],
-        position_ids=inputs.position_ids[:, rows],
-        slot_mapping=inputs.slot_mapping[rows],
-        row_starts=torch.from_numpy(row_starts),
-        context_lens=inputs.context_lens[drawn],
-        block_tables=inputs.block_tables[drawn],
-        tables=SequenceTables(
-            row_starts=to_device(row_starts.astype(np.int32), rows.device),
-            context_lens=inputs.tables.context_lens[sequences],
-            block_tables=inputs.tables.block_tables[sequences],
-        ),
-        drawn=torch.from_numpy(row_starts[:-1]),
-        sample_rows=to_device(row_starts[:-1], rows.device),
-    )
 
 
 def _take(value: Any, num_tokens: int, rows: torch.Tensor) -> Any:  # noqa: ANN401

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from gllm_ray.errors import ConfigError
-from gllm_ray.model.attention.interface import PAGED, PROBE, cache_latents, probe_forward
+from gllm_ray.model.attention.interface import PAGED, PROBE, probe_forward
+from gllm_ray.model.attention.latent_projection import cache_latents
 from gllm_ray.model.inputs import PackedInputs
 from gllm_ray.model.kv_cache import AttentionGeometry
 from gllm_ray.model.last_layer import skip_unread_rows

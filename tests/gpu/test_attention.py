@@ -30,6 +30,10 @@ PLAIN = Case(
     seed=0,
 )
 DECODES = replace(PLAIN, sequences=[(4000, 1), (1, 1), (64, 1), (300, 1)])
+# As wide as DeepSeek's, and as many heads.
+LATENTS = replace(
+    PLAIN, num_kv_heads=1, group=128, key_width=576, value_width=512, caches_latents=True
+)
 CASES = {
     "plain": PLAIN,
     "decodes": DECODES,
@@ -40,6 +44,8 @@ CASES = {
     "heads of 256": replace(PLAIN, key_width=256, value_width=256),
     "no groups": replace(PLAIN, group=1, num_kv_heads=8),
     "one KV head": replace(PLAIN, group=71, num_kv_heads=1, key_width=64, value_width=64),
+    "latents": LATENTS,
+    "latents, decodes": replace(LATENTS, sequences=DECODES.sequences),
     "window": replace(PLAIN, window=100),
     "window, decodes": replace(DECODES, window=1000),
     "soft cap": replace(PLAIN, softcap=30.0),

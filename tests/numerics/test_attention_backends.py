@@ -4,7 +4,6 @@ import os
 
 import pytest
 
-from gllm_ray.errors import ConfigError
 from gllm_ray.model.attention.backend import AttentionBackend
 from gllm_ray.model.operators.build import OperatorsUnavailableError, load_operators
 from gllm_ray.stages import worker
@@ -12,9 +11,8 @@ from gllm_ray.stages.local_pipeline import LocalPipeline
 from tests.numerics.models import CONFIGS, MAX_TOKENS
 from tests.numerics.serving import chunks_of, run, service_config
 
-# Grouped heads; windows and soft caps; sinks.
-INTERPRETED_IN_SHORT = ("llama", "gemma2", "gpt_oss")
-LATENT = "deepseek_v3"  # only torch takes what it caches
+# Grouped heads; windows and soft caps; sinks; latents.
+INTERPRETED_IN_SHORT = ("llama", "gemma2", "gpt_oss", "deepseek_v3")
 
 
 def check_tokens(model, pipeline):
@@ -36,10 +34,6 @@ def attention(request):
 def test_tokens_equal_generate_with_each_attention(name, attention, small_model):
     model = small_model(name)
     config = service_config(model.path, num_stages=2, attention_backend=attention)
-    if name == LATENT and attention == "cpp":
-        with pytest.raises(ConfigError, match=r"'cpp': cannot .* does not take the latents"):
-            LocalPipeline.start(config)
-        return
     pipeline = LocalPipeline.start(config)
     for stage in pipeline.stages:
         assert stage.attention == {"cpp": "C++ operator", "torch": "torch"}[attention]
@@ -51,7 +45,6 @@ def test_tokens_equal_generate_with_each_attention(name, attention, small_model)
     [
         pytest.param(name, marks=() if name in INTERPRETED_IN_SHORT else pytest.mark.slow)
         for name in CONFIGS
-        if name != LATENT
     ],
 )
 def test_tokens_equal_generate_with_interpreted_triton_kernels(name, small_model, monkeypatch):

@@ -11,13 +11,10 @@ from gllm_ray.config import AttentionName
 from gllm_ray.errors import ConfigError
 from gllm_ray.model.attention import reference
 from gllm_ray.model.attention.cpp_attention import OperatorAttention
-from gllm_ray.model.attention.reference import ScoreRule
-from gllm_ray.model.inputs import PackedInputs
+from gllm_ray.model.attention.reference import PagedAttention
 from gllm_ray.model.kv_cache import AttentionGeometry, LayerKvCache
 from gllm_ray.model.operators.build import OperatorsUnavailableError, load_operators
 
-# See `reference.paged_attention`.
-PagedAttention = Callable[[torch.Tensor, LayerKvCache, PackedInputs, ScoreRule], torch.Tensor]
 # See `LayerKvCache.write`.
 WriteKv = Callable[[LayerKvCache, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -25,6 +22,8 @@ _TITLES = {"cpp": "the C++ operator", "triton": "the Triton kernels"}
 _HALVES = (torch.bfloat16, torch.float16)
 # Of a head, for kernels that hold tiles of keys and values in the memory of a processor.
 _MAX_WIDTH = 256
+# Of a latent with its rotary key: DeepSeek's.
+_MAX_LATENT_WIDTH = 576
 # What xformers' operator `triton_splitk` takes.
 _XFORMERS_WIDTHS = (16, 32, 64, 128, 256)
 _XFORMERS_BLOCK_SIZE = 64
@@ -118,7 +117,6 @@ def _cpp(setting: AttentionSetting) -> AttentionBackend:
     _refuse_unless(
         setting.dtype in (torch.float32, torch.bfloat16), f"it does not take {setting.dtype}"
     )
-    _refuse_latents(setting)
     try:
         operators = OperatorAttention(load_operators())
     except OperatorsUnavailableError as error:
@@ -136,12 +134,9 @@ def _triton(setting: AttentionSetting) -> AttentionBackend:
 
 def _check_triton(setting: AttentionSetting) -> Gpu:
     gpu = _gpu(setting, (8, 0))
-    _refuse_latents(setting)
     _refuse_unless(setting.dtype in (torch.float32, *_HALVES), f"it does not take {setting.dtype}")
-    widest = max(_widths(setting), default=0)
-    _refuse_unless(
-        widest <= _MAX_WIDTH, f"it takes heads of up to {_MAX_WIDTH} numbers, not {widest}"
-    )
+    for geometry in setting.geometries:
+        _refuse_wide_heads(geometry)
     _refuse_unless_importable("triton")
     return gpu
 
@@ -203,8 +198,22 @@ def _gpu(setting: AttentionSetting, first: tuple[int, int], last: tuple[int, int
 
 def _refuse_latents(setting: AttentionSetting) -> None:
     _refuse_unless(
-        all(geometry.expand is None for geometry in setting.geometries),
+        all(geometry.latent is None for geometry in setting.geometries),
         "it does not take the latents this model caches",
+    )
+
+
+def _refuse_wide_heads(geometry: AttentionGeometry) -> None:
+    widths = [geometry.key_shape[1], geometry.value_shape[1]]
+    if (latent := geometry.latent) is not None:
+        _refuse_unless(
+            widths[0] <= _MAX_LATENT_WIDTH,
+            f"it takes latents of up to {_MAX_LATENT_WIDTH} numbers, not {widths[0]}",
+        )
+        widths = [latent.key_width, latent.value_width]
+    _refuse_unless(
+        max(widths) <= _MAX_WIDTH,
+        f"it takes heads of up to {_MAX_WIDTH} numbers, not {max(widths)}",
     )
 
 
@@ -248,12 +257,3 @@ def _refuse_unless_xformers_is_whole() -> None:
 def _refuse_unless(condition: bool, reason: str) -> None:
     if not condition:
         raise AttentionUnavailableError(reason)
-
-
-def _widths(setting: AttentionSetting) -> list[int]:
-    """Of all keys and values."""
-    return [
-        width
-        for geometry in setting.geometries
-        for _, width in (geometry.key_shape, geometry.value_shape)
-    ]

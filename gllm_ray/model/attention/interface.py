@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.model.attention.backend import AttentionBackend
+from gllm_ray.model.attention.latent_attention import attend_latents
+from gllm_ray.model.attention.latent_projection import find_projection
 from gllm_ray.model.attention.reference import ScoreRule
 from gllm_ray.model.inputs import PackedInputs
 from gllm_ray.model.kv_cache import AttentionGeometry, LayerKvCache
@@ -100,19 +103,6 @@ def probe_forward() -> Iterator[dict[nn.Module, AttentionGeometry]]:
         _geometries.reset(token)
 
 
-def cache_latents(model: nn.Module) -> None:
-    """Make multi-head latent attention hand over its latents instead of full keys and values."""
-    for module in model.modules():
-        if hasattr(module, "expand_kv"):
-            module.expand_kv = _keep_latents
-
-
-def _keep_latents(
-    latents: torch.Tensor, rotary_keys: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return latents, rotary_keys
-
-
 def _paged_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -133,7 +123,10 @@ def _paged_attention(
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
     )
-    return current.backend.attend(query[0], cache, inputs, rule).unsqueeze(0), None
+    attend = current.backend.attend
+    if cache.geometry.latent is not None:
+        attend = partial(attend_latents, attend)
+    return attend(query[0], cache, inputs, rule).unsqueeze(0), None
 
 
 def _probe_attention(
@@ -149,18 +142,17 @@ def _probe_attention(
         raise ConfigError(f"{type(module).__name__} attends twice per token; it cannot be served")
     if attention_mask is not None and attention_mask.window == 0:
         raise ConfigError(f"{type(module).__name__} has a sliding window of 0; it cannot be served")
-    expand = getattr(type(module), "expand_kv", None)
+    latent = find_projection(module)
     geometries[module] = AttentionGeometry(
         key_shape=(key.shape[1], key.shape[3]),
         value_shape=(value.shape[1], value.shape[3]),
         window=attention_mask.window if attention_mask is not None else None,
-        expand=expand.__get__(module) if expand is not None else None,
+        latent=latent,
         has_softcap=options.get("softcap") is not None,
         has_sinks=options.get("s_aux") is not None,
     )
-    if expand is not None:
-        key, value = geometries[module].expand(key, value)
-    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    value_width = latent.value_width if latent is not None else value.shape[3]
+    return query.new_zeros(1, query.shape[2], query.shape[1], value_width), None
 
 
 def _probe_mask(

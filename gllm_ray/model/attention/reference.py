@@ -4,6 +4,7 @@ A token attends to the cached positions of its own sequence up to its own, at mo
 them. Scores may be soft-capped, and a sink may take a share of each softmax.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,10 @@ class ScoreRule:
     sinks: torch.Tensor | None = None
 
 
+# See `paged_attention`.
+PagedAttention = Callable[[torch.Tensor, LayerKvCache, PackedInputs, ScoreRule], torch.Tensor]
+
+
 def paged_attention(
     query: torch.Tensor, cache: LayerKvCache, inputs: PackedInputs, rule: ScoreRule
 ) -> torch.Tensor:
@@ -49,22 +54,19 @@ def paged_attention(
     pieces = [(chunk.rows, _prefill(query, cache, chunk, rule)) for chunk in gathers.prefills]
     pieces += [
         (gathers.decode_rows[part], _decode(query, cache, gathers, part, rule))
-        for part in _decode_parts(query, cache, gathers)
+        for part in _decode_parts(cache, gathers)
     ]
-    value_dim = pieces[0][1].shape[-1] if pieces else cache.values.shape[-1]
-    output = query.new_empty(query.shape[1], query.shape[0], value_dim)
+    output = query.new_empty(query.shape[1], query.shape[0], cache.values.shape[-1])
     for rows, piece in pieces:
         output[rows] = piece
     return output
 
 
-def _decode_parts(query: torch.Tensor, cache: LayerKvCache, gathers: Gathers) -> list[slice]:
+def _decode_parts(cache: LayerKvCache, gathers: Gathers) -> list[slice]:
     num_decodes, longest = gathers.decode_slots.shape
     if num_decodes == 0:
         return []
-    num_heads, _, head_dim = query.shape
-    is_expanded = cache.geometry.expand is not None
-    per_position = 2 * num_heads * head_dim if is_expanded else cache.geometry.num_values
+    per_position = len(cache.keys) * (cache.keys.shape[-1] + cache.values.shape[-1])
     step = max(1, _MAX_WORKSPACE // (longest * per_position))
     return [slice(first, first + step) for first in range(0, num_decodes, step)]
 
@@ -140,10 +142,7 @@ def _gather(cache: LayerKvCache, slots: torch.Tensor) -> tuple[torch.Tensor, tor
     """Keys and values `[heads, n, length, width]` at the slots `[n, length]`."""
     keys = cache.keys.index_select(1, slots.flatten()).unflatten(1, slots.shape)
     values = cache.values.index_select(1, slots.flatten()).unflatten(1, slots.shape)
-    if cache.geometry.expand is None:
-        return keys, values
-    keys, values = cache.geometry.expand(keys.transpose(0, 1), values.transpose(0, 1))
-    return keys.transpose(0, 1), values.transpose(0, 1)
+    return keys, values
 
 
 def _attend(

@@ -1,7 +1,7 @@
 """Paged attention by our own Triton kernels; see `triton_kernels` for how they work."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,9 @@ _MIN_TILE = 16
 # other in the shared memory of a program, 99 KiB on the smallest GPUs.
 _MAX_TILE_ROWS, _MAX_TILE_KEYS = 128, 64
 _ROWS_BYTES, _KEYS_BYTES = 2**15, 2**14
+# The widest keys that a tile is filled up for to a power of 2; of wider ones, latents, that would
+# take nearly twice the memory.
+_MAX_KEY_TILE = 256
 # Above this many results, a tile is divided among eight warps instead of four.
 _MAX_RESULTS_OF_FOUR_WARPS = 2**13
 # The contexts of decodes are cut into parts while there are fewer programs than this for each
@@ -86,7 +89,7 @@ class TritonAttention:
         self, query: torch.Tensor, cache: LayerKvCache, inputs: PackedInputs, rule: ScoreRule
     ) -> torch.Tensor:
         """See `reference.paged_attention`."""
-        query = with_dense_rows(query)
+        query, cache = with_dense_rows(query), _split_kv_head(cache, len(query))
         output = query.new_empty(query.shape[1], query.shape[0], cache.values.shape[-1])
         if inputs.num_leading_decodes:
             self.attend_decodes(output, query, cache, inputs, rule)
@@ -124,9 +127,7 @@ class TritonAttention:
     ) -> None:
         num_decodes = inputs.num_leading_decodes
         num_others = inputs.num_sequences - num_decodes
-        tile_rows = max(
-            _min_tile_rows(query, cache), min(_MAX_TILE_ROWS, _ROWS_BYTES // _width_bytes(cache))
-        )
+        tile_rows = max(_min_tile_rows(query, cache), _max_tile_rows(cache))
         tile_tokens = tile_rows // (len(query) // len(cache.keys))
         launch = _Launch(
             first_sequence=num_decodes,
@@ -157,7 +158,7 @@ def _attend(
 ) -> None:
     num_heads, num_kv_heads = len(query), len(cache.keys)
     key_width, value_width = query.shape[-1], output.shape[-1]
-    width_bytes = _width_bytes(cache)
+    key_tile, rest_tile = _tile_widths(key_width)
     part_outputs = part_sums = output
     if launch.num_parts > 1:
         shape = (launch.num_sequences, num_heads, launch.num_parts)
@@ -188,8 +189,10 @@ def _attend(
         ONE_ROW=launch.one_row,
         IN_PARTS=launch.num_parts > 1,
         TILE_ROWS=launch.tile_rows,
-        TILE_KEYS=max(_MIN_TILE, min(_MAX_TILE_KEYS, _KEYS_BYTES // width_bytes)),
-        TILE_KEY_WIDTH=_tile_width(key_width),
+        TILE_KEYS=_tile_size(_MAX_TILE_KEYS, _KEYS_BYTES, cache),
+        TILE_KEY_WIDTH=key_tile,
+        TILE_REST_WIDTH=rest_tile,
+        VALUES_ARE_KEY_TILE=cache.geometry.latent is not None and value_width == key_tile,
         TILE_VALUE_WIDTH=_tile_width(value_width),
         num_warps=8 if launch.tile_rows * value_width > _MAX_RESULTS_OF_FOUR_WARPS else 4,
     )
@@ -217,15 +220,41 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [tensor.stride(dim) for tensor in tensors for dim in (1, 0)]
 
 
+def _split_kv_head(cache: LayerKvCache, num_heads: int) -> LayerKvCache:
+    """A KV head that more query heads share than a tile has rows, as several in one memory."""
+    group = num_heads // len(cache.keys)
+    if len(cache.keys) > 1 or group <= (most := _max_tile_rows(cache)):
+        return cache
+    num_groups = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= most)
+    return replace(
+        cache,
+        keys=cache.keys.expand(num_groups, -1, -1),
+        values=cache.values.expand(num_groups, -1, -1),
+    )
+
+
 def _min_tile_rows(query: torch.Tensor, cache: LayerKvCache) -> int:
     """Room for the query heads of a KV head."""
     return max(_MIN_TILE, _power_of_2(len(query) // len(cache.keys)))
 
 
-def _width_bytes(cache: LayerKvCache) -> int:
-    """Of a key or a value, the wider of the two, in its tile."""
-    width = max(cache.keys.shape[-1], cache.values.shape[-1])
-    return _tile_width(width) * cache.keys.element_size()
+def _max_tile_rows(cache: LayerKvCache) -> int:
+    return _tile_size(_MAX_TILE_ROWS, _ROWS_BYTES, cache)
+
+
+def _tile_size(most: int, num_bytes: int, cache: LayerKvCache) -> int:
+    """As many keys, or queries as wide, as fit into the bytes; a power of 2."""
+    width = max(sum(_tile_widths(cache.keys.shape[-1])), _tile_width(cache.values.shape[-1]))
+    size = num_bytes // (width * cache.keys.element_size())
+    return max(_MIN_TILE, min(most, (1 << size.bit_length()) // 2))
+
+
+def _tile_widths(key_width: int) -> tuple[int, int]:
+    """Of the tile of keys, and of another for the rest of keys that are too wide for one."""
+    if key_width <= _MAX_KEY_TILE or key_width == _power_of_2(key_width):
+        return _tile_width(key_width), 0
+    first = _power_of_2(key_width) // 2
+    return first, _tile_width(key_width - first)
 
 
 def _tile_width(width: int) -> int:

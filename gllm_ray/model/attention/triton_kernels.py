@@ -77,9 +77,14 @@ def attend(
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     TILE_KEY_WIDTH: tl.constexpr,
+    TILE_REST_WIDTH: tl.constexpr,
+    VALUES_ARE_KEY_TILE: tl.constexpr,
     TILE_VALUE_WIDTH: tl.constexpr,
 ):
     """Grid: tiles of rows, KV heads, parts of the context.
+
+    The first `TILE_KEY_WIDTH` numbers of queries and keys are in one tile, others in a second; the
+    values of latents may be that first tile.
 
     Scores are in units of log2: `scale`, without a soft cap, and `softcap`, with one, have that
     factor in them, and `scale` is divided by the soft cap.
@@ -123,6 +128,17 @@ def attend(
         other=0.0,
     )
 
+    if TILE_REST_WIDTH > 0:
+        rest_columns = TILE_KEY_WIDTH + tl.arange(0, TILE_REST_WIDTH)
+        rest_of_queries = tl.load(
+            query
+            + query_rows[:, None] * query_row_stride
+            + heads[:, None] * query_head_stride
+            + rest_columns[None, :],
+            mask=is_row[:, None] & (rest_columns < KEY_WIDTH)[None, :],
+            other=0.0,
+        )
+
     end = first_position + num_tokens
     begin = 0
     if WINDOW > 0:
@@ -153,7 +169,18 @@ def attend(
             mask=is_key[None, :] & (key_columns < KEY_WIDTH)[:, None],
             other=0.0,
         )
-        scores = tl.dot(queries, tile_keys, input_precision="ieee") * scale
+        scores = tl.dot(queries, tile_keys, input_precision="ieee")
+        if TILE_REST_WIDTH > 0:
+            rest_of_keys = tl.load(
+                keys
+                + kv_head.to(tl.int64) * key_head_stride
+                + slots[None, :] * key_slot_stride
+                + rest_columns[:, None],
+                mask=is_key[None, :] & (rest_columns < KEY_WIDTH)[:, None],
+                other=0.0,
+            )
+            scores = tl.dot(rest_of_queries, rest_of_keys, acc=scores, input_precision="ieee")
+        scores *= scale
         if HAS_SOFTCAP:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)  # softcap * tanh(scores)
         is_seen = is_key[None, :] & (key_positions[None, :] <= positions[:, None])
@@ -165,14 +192,17 @@ def attend(
         base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         weights = tl.exp2(scores - base[:, None])
         decay = tl.exp2(largest - base)
-        tile_values = tl.load(
-            values
-            + kv_head.to(tl.int64) * value_head_stride
-            + slots[:, None] * value_slot_stride
-            + value_columns[None, :],
-            mask=is_key[:, None] & (value_columns < VALUE_WIDTH)[None, :],
-            other=0.0,
-        )
+        if VALUES_ARE_KEY_TILE:
+            tile_values = tl.trans(tile_keys)
+        else:
+            tile_values = tl.load(
+                values
+                + kv_head.to(tl.int64) * value_head_stride
+                + slots[:, None] * value_slot_stride
+                + value_columns[None, :],
+                mask=is_key[:, None] & (value_columns < VALUE_WIDTH)[None, :],
+                other=0.0,
+            )
         total = total * decay + tl.sum(weights, 1)
         result = result * decay[:, None]
         result = tl.dot(

@@ -27,8 +27,9 @@ struct Problem {
   const void* values;
   void* output;
   const float* sinks;  // one for each query head, or null
-  int64_t num_slots, num_heads, group, key_width, value_width, block_size;
+  int64_t num_heads, group, key_width, value_width, block_size;
   int64_t query_head_stride, query_row_stride;
+  int64_t key_head_stride, key_slot_stride, value_head_stride, value_slot_stride;
   int64_t window;  // 0: none
   float scale;
   float softcap;  // 0: none
@@ -65,17 +66,16 @@ struct Chunk {
 template <typename K, typename T>
 void find_chunk(const Problem& problem, const Task& task, int64_t kv_head, int64_t first,
                 int64_t end, int64_t most, Chunk<K, T>& chunk) {
-  const int64_t base = kv_head * problem.num_slots;
-  const int64_t key_width = problem.key_width * sizeof(T) / sizeof(K);
-  const K* keys = static_cast<const K*>(problem.keys) + base * key_width;
-  const T* values = static_cast<const T*>(problem.values) + base * problem.value_width;
+  const T* keys = static_cast<const T*>(problem.keys) + kv_head * problem.key_head_stride;
+  const T* values = static_cast<const T*>(problem.values) + kv_head * problem.value_head_stride;
   int64_t block = first / problem.block_size, offset = first % problem.block_size;
   chunk.count = std::min(most, end - first);
   for (int64_t j = 0; j < chunk.count; ++block, offset = 0) {
     const int64_t slots = task.block_table[block] * problem.block_size;
     for (; offset < problem.block_size && j < chunk.count; ++offset, ++j) {
-      chunk.keys[j] = keys + (slots + offset) * key_width;
-      chunk.values[j] = values + (slots + offset) * problem.value_width;
+      const int64_t slot = slots + offset;
+      chunk.keys[j] = reinterpret_cast<const K*>(keys + slot * problem.key_slot_stride);
+      chunk.values[j] = values + slot * problem.value_slot_stride;
     }
   }
 }

@@ -74,9 +74,9 @@ void paged_attention(Tensor output, const Tensor& query, const Tensor& keys, con
                      const Tensor& row_starts, const Tensor& context_lens,
                      const Tensor& block_tables, int64_t block_size, int64_t window, double scale,
                      double softcap, std::optional<Tensor> sinks) {
-  STD_TORCH_CHECK(query.dim() == 3 && query.stride(2) == 1 && keys.is_contiguous() &&
-                      values.is_contiguous() && output.is_contiguous(),
-                  "query rows, caches and output must be contiguous");
+  STD_TORCH_CHECK(query.dim() == 3 && query.stride(2) == 1 && keys.stride(2) == 1 &&
+                      values.stride(2) == 1 && output.is_contiguous(),
+                  "rows of query and caches, and the output must be contiguous");
   STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type() &&
                       query.scalar_type() == values.scalar_type() &&
                       query.scalar_type() == output.scalar_type(),
@@ -88,7 +88,6 @@ void paged_attention(Tensor output, const Tensor& query, const Tensor& keys, con
       values.const_data_ptr(),
       output.mutable_data_ptr(),
       sinks ? static_cast<const float*>(sinks->const_data_ptr()) : nullptr,
-      keys.size(1),
       query.size(0),
       query.size(0) / num_kv_heads,
       keys.size(2),
@@ -96,6 +95,10 @@ void paged_attention(Tensor output, const Tensor& query, const Tensor& keys, con
       block_size,
       query.stride(0),
       query.stride(1),
+      keys.stride(0),
+      keys.stride(1),
+      values.stride(0),
+      values.stride(1),
       window,
       static_cast<float>(scale),
       static_cast<float>(softcap),
@@ -111,18 +114,19 @@ void paged_attention(Tensor output, const Tensor& query, const Tensor& keys, con
 }
 
 void copy_to_slots(Tensor& cache, const Tensor& rows, const Tensor& slots) {
-  STD_TORCH_CHECK(rows.dim() == 3 && rows.stride(2) == 1 && cache.is_contiguous(),
-                  "rows and cache must be contiguous");
+  STD_TORCH_CHECK(rows.dim() == 3 && rows.stride(2) == 1 && cache.stride(2) == 1,
+                  "rows of both must be contiguous");
   STD_TORCH_CHECK(rows.scalar_type() == cache.scalar_type(), "rows and cache must have one type");
   const auto* slot = static_cast<const int64_t*>(slots.const_data_ptr());
   const auto* from = static_cast<const char*>(rows.const_data_ptr());
   auto* to = static_cast<char*>(cache.mutable_data_ptr());
   const int64_t value_bytes = cache.element_size(), row_bytes = cache.size(2) * value_bytes;
-  const int64_t head_stride = rows.stride(0) * value_bytes, stride = rows.stride(1) * value_bytes;
   for (int64_t head = 0; head < cache.size(0); ++head)
-    for (int64_t row = 0; row < slots.size(0); ++row)
-      std::memcpy(to + (head * cache.size(1) + slot[row]) * row_bytes,
-                  from + head * head_stride + row * stride, row_bytes);
+    for (int64_t row = 0; row < slots.size(0); ++row) {
+      const int64_t target = head * cache.stride(0) + slot[row] * cache.stride(1);
+      const int64_t source = head * rows.stride(0) + row * rows.stride(1);
+      std::memcpy(to + target * value_bytes, from + source * value_bytes, row_bytes);
+    }
 }
 
 void write_kv(Tensor keys, Tensor values, const Tensor& slots, const Tensor& new_keys,

@@ -1,12 +1,13 @@
 """Random problems for paged attention, and their answer by definition."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from hypothesis import strategies as st
 
 from gllm_ray.messages import MicroBatch, ScheduledSequence
-from gllm_ray.model.attention.backend import PagedAttention
-from gllm_ray.model.attention.reference import ScoreRule
+from gllm_ray.model.attention.latent_projection import LatentProjection
+from gllm_ray.model.attention.reference import PagedAttention, ScoreRule
 from gllm_ray.model.inputs import pack
 from gllm_ray.model.kv_cache import AttentionGeometry, LayerKvCache
 
@@ -27,6 +28,33 @@ class Case:
     softcap: float | None
     has_sinks: bool
     seed: int
+    caches_latents: bool = False  # so values are the first numbers of keys
+
+
+def latents_in(cases: st.SearchStrategy[Case]) -> st.SearchStrategy[Case]:
+    """The same cases with latents in the cache, which many heads share, as wide as DeepSeek's."""
+    return st.builds(
+        replace,
+        cases,
+        num_kv_heads=st.just(1),
+        group=st.sampled_from([1, 4, 12, 16, 20, 64]),
+        key_width=st.sampled_from([24, 72, 320, 576]),
+        value_width=st.sampled_from([8, 24, 64, 256, 512]),
+        caches_latents=st.just(True),
+    ).filter(lambda case: case.value_width <= case.key_width)
+
+
+def _any_projection(case: Case) -> LatentProjection:
+    """One for keys and values of a number each, which plain attention does not ask for."""
+    num_heads = case.num_kv_heads * case.group
+    rotary_width = case.key_width - case.value_width
+    return LatentProjection(
+        linear=torch.nn.Linear(case.value_width, 2 * num_heads, bias=False),
+        num_heads=num_heads,
+        key_width=1 + rotary_width,
+        value_width=1,
+        rotary_width=rotary_width,
+    )
 
 
 class Problem:
@@ -62,20 +90,27 @@ class Problem:
         blocks = torch.randperm(num_blocks + 2, generator=generator).tolist()
         self.case = case
         self.keys = [randn(case.num_kv_heads, length, case.key_width) for length in lengths]
-        self.values = [randn(case.num_kv_heads, length, case.value_width) for length in lengths]
+        self.values = [
+            keys[..., : case.value_width]
+            if case.caches_latents
+            else randn(case.num_kv_heads, length, case.value_width)
+            for keys, length in zip(self.keys, lengths, strict=True)
+        ]
         self.query = randn(num_heads, sum(n for _, n in case.sequences), case.key_width)
         self.rule = ScoreRule(
             scale=scale, softcap=case.softcap, sinks=randn(num_heads) if case.has_sinks else None
         )
+        keys = unwritten(case.key_width)
+        in_keys = keys[..., : case.value_width]
         self.cache = LayerKvCache(
             geometry=AttentionGeometry(
                 key_shape=(case.num_kv_heads, case.key_width),
                 value_shape=(case.num_kv_heads, case.value_width),
                 window=case.window,
-                expand=None,
+                latent=_any_projection(case) if case.caches_latents else None,
             ),
-            keys=unwritten(case.key_width),
-            values=unwritten(case.value_width),
+            keys=keys,
+            values=in_keys if case.caches_latents else unwritten(case.value_width),
         )
         sequences = []
         for seq_id, ((start, count), length) in enumerate(

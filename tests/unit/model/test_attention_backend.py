@@ -13,18 +13,38 @@ from types import ModuleType
 import psutil
 import pytest
 import torch
+from torch import nn
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.model.attention import reference
 from gllm_ray.model.attention.backend import AttentionSetting, Gpu, choose_attention
+from gllm_ray.model.attention.latent_projection import LatentProjection
 from gllm_ray.model.kv_cache import AttentionGeometry
 from gllm_ray.model.operators import build
 from gllm_ray.model.operators.build import OperatorsUnavailableError
 
-PLAIN = AttentionGeometry(key_shape=(1, 64), value_shape=(1, 64), window=None, expand=None)
-LATENT = AttentionGeometry(
-    key_shape=(1, 64), value_shape=(1, 64), window=None, expand=lambda keys, values: (keys, values)
-)
+PLAIN = AttentionGeometry(key_shape=(1, 64), value_shape=(1, 64), window=None)
+
+
+def latent_geometry(rank, key_width=192):
+    """As DeepSeek's where `rank` is 512."""
+    num_heads, value_width, rotary_width = 16, 128, 64
+    width = num_heads * (key_width - rotary_width + value_width)
+    with torch.device("meta"):
+        linear = nn.Linear(rank, width, bias=False)
+    projection = LatentProjection(
+        linear=linear,
+        num_heads=num_heads,
+        key_width=key_width,
+        value_width=value_width,
+        rotary_width=rotary_width,
+    )
+    return AttentionGeometry(
+        key_shape=(1, rank + rotary_width), value_shape=(1, rank), window=None, latent=projection
+    )
+
+
+LATENT = latent_geometry(512)
 CHOOSE = """
 from tests.unit.model.test_attention_backend import choose
 
@@ -182,17 +202,12 @@ def test_another_cpu_or_torch_or_source_has_another_place_in_the_cache(monkeypat
 
 def test_what_the_operator_does_not_take_is_left_to_torch(compiler):
     assert choose("auto", dtype=torch.bfloat16).description == "C++ operator"
-    for dtype, geometry, reason in (
-        (torch.float16, PLAIN, "it does not take torch.float16"),
-        (torch.float32, LATENT, "it does not take the latents this model caches"),
-    ):
-        backend = choose("auto", geometry, dtype)
-        assert backend.attend is reference.paged_attention
-        assert backend.description == f"torch, slower than the C++ operator, because {reason}"
-        with pytest.raises(
-            ConfigError, match=rf"attention_backend='cpp': cannot .*, because {reason}"
-        ):
-            choose("cpp", geometry, dtype)
+    reason = "it does not take torch.float16"
+    backend = choose("auto", dtype=torch.float16)
+    assert backend.attend is reference.paged_attention
+    assert backend.description == f"torch, slower than the C++ operator, because {reason}"
+    with pytest.raises(ConfigError, match=rf"attention_backend='cpp': cannot .*, because {reason}"):
+        choose("cpp", dtype=torch.float16)
 
 
 def test_torch_runs_where_it_is_asked_for(compiler):
@@ -220,10 +235,12 @@ WINDOW, CAP, SINKS = (
             for name in ("triton", "xformers", "flash3")
         ),
         ("flash3", {"gpu": Gpu((10, 0), 148)}, "a GPU of compute capability 10.0"),
-        *((name, {"geometry": LATENT}, "latents") for name in ("triton", "xformers", "flash3")),
+        *((name, {"geometry": LATENT}, "latents") for name in ("xformers", "flash3")),
         *((name, {"dtype": torch.float64}, "float64") for name in ("triton", "xformers", "flash3")),
         *((name, {"dtype": torch.float32}, "float32") for name in ("xformers", "flash3")),
         ("triton", {"geometry": WIDE}, "heads of up to 256 numbers, not 512"),
+        ("triton", {"geometry": latent_geometry(576)}, "latents of up to 576 numbers, not 640"),
+        ("triton", {"geometry": latent_geometry(512, 320)}, "up to 256 numbers, not 320"),
         *(
             (name, {"geometry": UNEQUAL}, "keys of 64 and values of 128 numbers")
             for name in ("xformers", "flash3")
@@ -265,13 +282,13 @@ def test_an_xformers_that_would_refuse_every_call_is_refused_with_its_own_reason
 
 def test_auto_prefers_our_own_kernels_on_a_gpu_and_tells_why_where_they_cannot_run():
     pytest.importorskip("triton")
-    for geometry in (PLAIN, WINDOW, CAP, SINKS, UNEQUAL):
+    for geometry in (PLAIN, WINDOW, CAP, SINKS, UNEQUAL, LATENT):
         backend = choose("auto", geometry, HALF, H100)
         assert backend.description == "Triton kernels"
         assert backend.is_graph_safe
-    backend = choose("auto", LATENT, HALF, H100)
+    backend = choose("auto", WIDE, HALF, H100)
     assert backend.description == (
-        "torch, slower than the Triton kernels, because it does not take the latents this model "
-        "caches"
+        "torch, slower than the Triton kernels, because it takes heads of up to 256 numbers, not "
+        "512"
     )
     assert not backend.is_graph_safe

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gllm_ray.model.attention.cpp_attention import OperatorAttention
 from gllm_ray.model.attention.reference import paged_attention
 from gllm_ray.model.operators.build import OperatorsUnavailableError, load_operators
-from tests.unit.model.attention_problems import Case, Problem
+from tests.unit.model.attention_problems import Case, Problem, latents_in
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,7 @@ cases = st.builds(
     has_sinks=st.booleans(),
     seed=st.integers(0, 1000),
 )
+cases |= latents_in(cases)
 MIXED = Case([(150, 1), (3, 1), (40, 70), (0, 9), (7, 1)], 16, 2, 3, 64, 64, None, None, True, 0)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from gllm_ray.model.kv_cache import AttentionGeometry, LayerKvCache, allocate_kv_cache
 
-_GEOMETRY = AttentionGeometry(key_shape=(2, 64), value_shape=(2, 64), window=None, expand=None)
+_GEOMETRY = AttentionGeometry(key_shape=(2, 64), value_shape=(2, 64), window=None)
 
 
 def _allocate(num_slots: int) -> LayerKvCache:

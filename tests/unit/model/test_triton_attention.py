@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gllm_ray.messages import MicroBatch, ScheduledSequence
 from gllm_ray.model.attention.reference import paged_attention
 from gllm_ray.model.inputs import pack
-from tests.unit.model.attention_problems import CPU, Case, Problem
+from tests.unit.model.attention_problems import CPU, Case, Problem, latents_in
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -47,6 +47,7 @@ cases = st.builds(
     has_sinks=st.booleans(),
     seed=st.integers(0, 1000),
 )
+cases |= latents_in(cases)
 MIXED = Case([(150, 1), (3, 1), (40, 70), (0, 9), (7, 1)], 16, 2, 3, 64, 64, None, None, True, 0)
 LONG = Case([(1500, 1)], 16, 1, 4, 64, 64, None, None, False, 0)
 

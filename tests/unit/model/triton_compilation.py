@@ -28,6 +28,8 @@ CASES = [
         (128, 128, torch.float32, {}),
         (192, 128, torch.bfloat16, {"group": 1}),
         (80, 96, torch.float16, {"group": 71, "num_kv_heads": 1}),
+        (256, 256, torch.bfloat16, {"group": 128, "num_kv_heads": 1}),
+        (576, 512, torch.bfloat16, {"group": 128, "num_kv_heads": 1, "caches_latents": True}),
     )
 ]
 
