@@ -28,8 +28,8 @@ def attention_costs(layout: PipelineLayout, stage_id: int, device: Device) -> li
     """The attention of a stage on each of its devices, one entry for each window.
 
     A decode reads its KV at the bandwidth reached, unless computing on it takes longer, as where
-    each step expands all latents of the context again. What a chunk expands of those before it is
-    not priced: a load does not tell how many there are.
+    many heads share a latent. A chunk attends to expanded latents; what it expands of those before
+    it is not priced: a load does not tell how many there are.
     """
     model, shards = layout.model, layout.tensor_parallel
     flops = device.flops(model.dtype) * device.prefill_efficiency
@@ -38,7 +38,7 @@ def attention_costs(layout: PipelineLayout, stage_id: int, device: Device) -> li
     for layer in layout.layers(stage_id):
         attention = layer.attention
         window = attention.window or NO_WINDOW
-        moved_s = attention.decode_values(shards) * model.value_bytes / bandwidth
+        moved_s = attention.cached_values(shards) * model.value_bytes / bandwidth
         context_token_s = max(moved_s, attention.decode_pair_flops(shards) / flops)
         pair_s = attention.prefill_pair_flops(shards) / flops
         before = costs.get(window, AttentionCost(window, 0.0, 0.0))

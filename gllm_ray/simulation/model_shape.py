@@ -82,21 +82,11 @@ class AttentionShape:
         return 2 * (self.num_heads // num_shards) * (self.key_dim + self.value_dim)
 
     def decode_pair_flops(self, num_shards: int = 1) -> int:
-        """The same for a decode, which expands a latent again where one is cached."""
-        pair_flops = self.prefill_pair_flops(num_shards)
+        """The same for a decode, which attends to latents themselves where these are cached."""
         if self.latent is None:
-            return pair_flops
-        return pair_flops + 2 * self.latent.kv_rank * self._expanded_values(num_shards)
-
-    def decode_values(self, num_shards: int = 1) -> int:
-        """Numbers that a rank moves for each token that a decode attends to.
-
-        Keys and values that latents are expanded to are written, and read again.
-        """
-        cached = self.cached_values(num_shards)
-        if self.latent is None:
-            return cached
-        return cached + 2 * (self.num_heads // num_shards) * (self.key_dim + self.value_dim)
+            return self.prefill_pair_flops(num_shards)
+        widths = 2 * self.latent.kv_rank + self.latent.rope_dim
+        return 2 * (self.num_heads // num_shards) * widths
 
     def _expanded_values(self, num_shards: int) -> int:
         """Numbers that a rank computes from a latent: values, and keys without the rotary part."""
