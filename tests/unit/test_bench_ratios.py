@@ -213,7 +213,7 @@ def committed(*names):
     return [read_result(RESULTS / f"{name}.json") for name in names]
 
 
-def test_the_readmes_have_the_tables_of_the_committed_results():
+def test_the_results_have_the_tables_of_the_committed_files():
     everything = (RESULTS / "README.md").read_text("utf-8")
     kinds = ("", "_direct", "_one", "_direct_one")
     stages = [f"stage_{size}{kind}" for size in ("15m", "500m") for kind in kinds]
@@ -222,20 +222,47 @@ def test_the_readmes_have_the_tables_of_the_committed_results():
     assert result_tables(committed("recovery")) in everything
     beside_vllm = sorted(file.stem for file in RESULTS.glob("compare_vllm_*.json"))
     assert result_tables(committed(*beside_vllm), ["ttft", "tpot"]) in everything
-    shown = result_tables(committed("serve", "engine", "transport"), ["ttft", "tpot"])
-    assert shown in (ROOT / "README.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize(
-    ("name", "requests"),
-    [
-        ("poisson50", "one by one, at half of the rate of vLLM's burst"),
-        ("poisson85", "one by one, at 85 % of it"),
-        ("burst", "64 at once"),
-    ],
-)
-def test_the_readme_has_the_committed_ratios_beside_vllm(name, requests):
-    (result,) = committed(f"compare_vllm_epyc_{name}")
+def test_the_readme_has_the_committed_ratios_beside_vllm():
+    loads = {
+        "poisson50": "one by one, at half of the rate of vLLM's burst",
+        "poisson85": "one by one, at 85 % of it",
+        "burst": "64 at once",
+        "burst_direct": "64 at once, `control_plane: direct`",
+    }
     figures = ("output_tokens_per_s", "ttft_p50_s", "tpot_p99_s")
-    cells = [requests, *(f"{result['ratios'][figure]['median']:.2f} x" for figure in figures)]
-    assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text("utf-8")
+    table = ["| requests | output tokens/s | TTFT p50 | TPOT p99 |", "|---|---|---|---|"]
+    for name, requests in loads.items():
+        (result,) = committed(f"compare_vllm_epyc_{name}")
+        cells = [f"{result['ratios'][figure]['median']:.2f} x" for figure in figures]
+        table.append(f"| {' | '.join([requests, *cells])} |")
+    assert "\n\n" + "\n".join(table) + "\n\n" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_readme_tells_the_committed_ratio_of_two_stages_to_one():
+    (result,) = committed("compare_stages_bfloat16_direct")
+    told = f"[{result['ratios']['output_tokens_per_s']['median']:.2f} x]"
+    assert f"{told}(gllm_ray/bench/results/README.md#two-stages-beside-one)" in (
+        ROOT / "README.md"
+    ).read_text("utf-8")
+
+
+def test_the_readme_tells_the_committed_pauses_of_recovery():
+    (result,) = committed("recovery")
+    pauses = [each["pause_s"] for each in result["recoveries"]]
+    told = f"[{min(pauses):.1f} to {max(pauses):.1f} s](gllm_ray/bench/results/README.md#recovery)"
+    assert told in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_readme_tells_the_committed_overhead_over_bare_stages():
+    spans = []
+    for name in ("stage_500m_direct", "stage_500m_direct_one"):
+        (result,) = committed(name)
+        ratios = [
+            each["served_tokens_per_s"] / each["bare_tokens_per_s"] for each in result["rounds"]
+        ]
+        spans.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert f"[{spans[0]}](gllm_ray/bench/results/README.md#serving-stages-hops-proxies)" in text
+    assert f"and {spans[1]} with one stage" in text
