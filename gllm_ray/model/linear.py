@@ -12,8 +12,7 @@ from gllm_ray.model.operators.build import cpu_description, load_operators
 
 # Up to which bfloat16 is not left to torch where torch multiplies it faster.
 _MAX_ROWS = 16
-_DTYPES = (torch.float32, torch.bfloat16)
-# Of CPUs with instructions for bfloat16 that torch uses and the operator does not.
+DTYPES = (torch.float32, torch.bfloat16)
 _BFLOAT16_FEATURES = {"amx_bf16", "bf16", "sve_bf16", "svebf16"}
 _INT8_MAX = 127
 _MIN_QUANTIZED_SHARE = 0.5
@@ -65,21 +64,21 @@ def speed_up_linears(model: nn.Module) -> None:
         for module in model.modules()
         for parameter in module.parameters(recurse=False)
     )
-    is_bfloat16_for_torch = _torch_multiplies_bfloat16_faster()
+    is_bfloat16_for_torch = torch_multiplies_bfloat16_faster()
     for module in model.modules():
         if type(module) is Int8Linear:
             module.operator = operator
-            module.int8_weight = _pack(module.int8_weight)
+            module.int8_weight = to_panels(module.int8_weight)
         # Subclasses may compute something else.
         elif (
             type(module) is nn.Linear
-            and module.weight.dtype in _DTYPES
+            and module.weight.dtype in DTYPES
             and module.weight.is_contiguous()
         ):
             module.operator = operator
             is_for_torch = module.weight.dtype is torch.bfloat16 and is_bfloat16_for_torch
             is_left_alone = holders[id(module.weight)] > 1 or is_for_torch
-            panels = module.weight if is_left_alone else _pack(module.weight)
+            panels = module.weight if is_left_alone else to_panels(module.weight)
             if panels is module.weight:
                 module.max_rows = _MAX_ROWS if is_for_torch else None
                 module.__class__ = OperatorLinear
@@ -127,7 +126,7 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         """See `PackedLinear`."""
-        if self.operator is None or input.dtype not in _DTYPES:
+        if self.operator is None or input.dtype not in DTYPES:
             weight = _unpack(self.int8_weight) * self.scales[:, None]
             output = functional.linear(input, weight.to(input.dtype), self.bias)
             return output if gate is None else functional.silu(gate) * output
@@ -148,7 +147,7 @@ def _multiply(
     return output.view(*input.shape[:-1], module.out_features)
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor:
+def to_panels(weight: torch.Tensor) -> torch.Tensor:
     """The weight in panels; as it is where the last one would have to be filled up.
 
     The panels take the weight's own memory, unless that is not aligned: such a weight lies in a
@@ -171,7 +170,8 @@ def _unpack(weight: torch.Tensor) -> torch.Tensor:
     return weight.transpose(1, 2).flatten(2).flatten(0, 1) if weight.dim() == 4 else weight
 
 
-def _torch_multiplies_bfloat16_faster() -> bool:
+def torch_multiplies_bfloat16_faster() -> bool:
+    """Whether this CPU has instructions for bfloat16 that torch uses and the operator does not."""
     features = set(cpu_description().split())
     in_pairs = load_operators().pack_linear(torch.zeros(1, 2, dtype=torch.bfloat16)).shape[-1] == 2
     return not features.isdisjoint(_BFLOAT16_FEATURES | (set() if in_pairs else {"avx512_bf16"}))

@@ -36,6 +36,7 @@ from gllm_ray.model.decode_graphs import (
     cuda_capture,
     graph_sizes,
 )
+from gllm_ray.model.experts import speed_up_experts
 from gllm_ray.model.fusion import fuse_operators
 from gllm_ray.model.inputs import PackedInputs, pack
 from gllm_ray.model.kv_cache import (
@@ -207,6 +208,7 @@ class StageWorker:
         if self._device.type == "cpu":
             with suppress(OperatorsUnavailableError):  # then attention's description says why
                 speed_up_linears(shard.model)
+                speed_up_experts(shard.model)
                 fuse_operators(shard.model)
         if self._config.model.compile:
             compile_parts(shard.model)

@@ -85,6 +85,23 @@ void linear(Tensor output, const Tensor& input, const Tensor& weight, std::optio
     STD_TORCH_CHECK(false, "input must be float32 or bfloat16");
 }
 
+// As `linear` without bias, with a weight for each group of rows; group i ends at row `row_ends[i]`.
+void grouped_linear(Tensor output, Tensor input, const Tensor& weights, const Tensor& row_ends) {
+  STD_TORCH_CHECK(row_ends.scalar_type() == ScalarType::Long && row_ends.is_contiguous() &&
+                      row_ends.numel() == weights.size(0),
+                  "row_ends must be int64, one for each weight");
+  const auto* ends = static_cast<const int64_t*>(row_ends.const_data_ptr());
+  int64_t begin = 0;
+  for (int64_t group = 0; group < weights.size(0); begin = ends[group++]) {
+    const int64_t count = ends[group] - begin;
+    STD_TORCH_CHECK(count >= 0 && ends[group] <= input.size(0), "row_ends must rise up to the rows");
+    if (count == 0) continue;
+    linear(torch::stable::narrow(output, 0, begin, count),
+           torch::stable::narrow(input, 0, begin, count), torch::stable::select(weights, 0, group),
+           {}, {}, false);
+  }
+}
+
 template <typename W>
 void pack_as(const Tensor& weight, Tensor& panels) {
   pack_panels(static_cast<const W*>(weight.const_data_ptr()), weight.size(0), panels.size(1),
@@ -116,9 +133,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gllm_ray, library) {
   library.def(
       "linear(Tensor(a!) output, Tensor input, Tensor weight, Tensor? scales, Tensor? bias, "
       "bool is_gated=False) -> ()");
+  library.def(
+      "grouped_linear(Tensor(a!) output, Tensor input, Tensor weights, Tensor row_ends) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gllm_ray, CPU, library) {
   library.impl("pack_linear", TORCH_BOX(&pack_linear));
   library.impl("linear", TORCH_BOX(&linear));
+  library.impl("grouped_linear", TORCH_BOX(&grouped_linear));
 }

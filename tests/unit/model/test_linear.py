@@ -136,9 +136,9 @@ def test_torch_multiplies_many_rows_of_a_type_that_the_cpu_knows_and_the_operato
 
 
 def test_weights_are_packed_unless_torch_multiplies_many_rows_faster(monkeypatch):
-    for features, dtypes in (("amx_bf16", {torch.float32}), ("avx512f", set(linear._DTYPES))):
+    for features, dtypes in (("amx_bf16", {torch.float32}), ("avx512f", set(linear.DTYPES))):
         monkeypatch.setattr(linear, "cpu_description", lambda features=features: features)
-        layers = [make_linear(16, 64, bias=False, dtype=dtype)[0] for dtype in linear._DTYPES]
+        layers = [make_linear(16, 64, bias=False, dtype=dtype)[0] for dtype in linear.DTYPES]
         packed = {layer.panels.dtype for layer in layers if type(layer) is PackedLinear}
         assert packed == dtypes
 
