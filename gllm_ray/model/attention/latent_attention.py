@@ -86,7 +86,7 @@ def _expanded_cache(
 
 def _with_blocks_in_order(inputs: PackedInputs, num_blocks: int) -> PackedInputs:
     """The same sequence in a cache that holds its blocks alone, from the first on."""
-    table = torch.arange(num_blocks)[None]
-    on_device = to_device(table.int().numpy(), inputs.tables.block_tables.device)
+    table = np.arange(num_blocks)[None]
+    on_device = to_device(table.astype(np.int32), inputs.tables.block_tables.device)
     tables = SequenceTables(inputs.tables.row_starts, inputs.tables.context_lens, on_device)
-    return replace(inputs, block_tables=table, tables=tables)
+    return replace(inputs, block_tables=torch.from_numpy(table), tables=tables)

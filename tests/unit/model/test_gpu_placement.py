@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from gllm_ray.config import parse_service_config
 from gllm_ray.messages import LogitRules, MicroBatch, SamplingParams, ScheduledSequence
 from gllm_ray.model.attention.backend import AttentionSetting, Gpu, choose_attention
+from gllm_ray.model.attention.latent_projection import LatentProjection
 from gllm_ray.model.constraints import RunningGrammars
 from gllm_ray.model.shard import Shard
 from gllm_ray.model.tokenizer import Tokenizer
@@ -121,6 +122,19 @@ def test_a_micro_batch_stays_on_the_gpu_until_its_tokens_are_drawn(name, stage_i
     else:
         assert (output.device, output.shape) == (DEVICE, (batch.num_tokens, HIDDEN_SIZE))
         assert card.num_waits == 0
+
+
+@pytest.mark.parametrize("stage_id", [0, 1])
+def test_latents_that_are_expanded_stay_on_the_gpu(stage_id, gpu, checkpoint, monkeypatch):
+    monkeypatch.setattr(LatentProjection, "min_expanded_rows", 5)
+    expand, expanded = LatentProjection.expand, []
+    monkeypatch.setattr(
+        LatentProjection, "expand", lambda *args: expanded.append(args) or expand(*args)
+    )
+    test_a_micro_batch_stays_on_the_gpu_until_its_tokens_are_drawn(
+        "deepseek_v3", stage_id, gpu, checkpoint
+    )
+    assert len(expanded) == 2 - stage_id  # in each layer, but of the last only a row is read
 
 
 def test_a_micro_batch_that_draws_nothing_is_told_once_it_is_computed(gpu, checkpoint, monkeypatch):
