@@ -6,7 +6,7 @@ from gllm_ray.bench import random_checkpoint
 from gllm_ray.cli import main
 from gllm_ray.serve_file import load_only_service
 
-NUM_PARAMETERS = {"llama-15m": 16, "llama-113m": 113, "qwen2-500m": 494}
+NUM_PARAMETERS = {"llama-15m": 16, "llama-113m": 113, "qwen2-500m": 494, "qwen3-moe-253m": 253}
 
 
 @pytest.mark.parametrize("shape", NUM_PARAMETERS)
