@@ -47,6 +47,8 @@ class Step:
     def tell_cached(self, events: list[TokenEvent]) -> None:
         """Let the first token of each request tell what the prefix cache had of its prompt.
 
+        No later one does, so whoever goes on with some output need not know what was told.
+
         Args:
             events: What came of the step, last of the sequences whose prompt ends in it.
         """
