@@ -155,6 +155,8 @@ class TokenEvent(NamedTuple):
         error: The message for the client when `finish_reason` is `error`, `blamed` or `expired`.
         retry_after_s: Seconds after which a retry is worth it, when it is `expired`.
         logprobs: Those of the token, where the request asks for them.
+        num_cached_tokens: With the request's first token alone, how many tokens of its prompt were
+            found in the prefix cache when it was first admitted.
     """
 
     request_id: str
@@ -163,6 +165,7 @@ class TokenEvent(NamedTuple):
     error: str | None = None
     retry_after_s: float | None = None
     logprobs: TokenLogprobs | None = None
+    num_cached_tokens: int | None = None
 
 
 class ScheduledSequence(NamedTuple):

@@ -67,7 +67,7 @@ class CompletionsClient:
         Raises:
             PipelineError: The service refused the request, broke off, or sent too few tokens.
         """
-        usage: dict[str, int] = {}
+        usage: dict[str, Any] = {}
         is_finished = False
         try:
             async with self._session.post(self._url, json=self._body(request)) as response:

@@ -235,6 +235,8 @@ class SequencePool:
             return None
         self.waiting.pop()
         self.prefix_cache.reuse(sequence, hit)
+        if sequence.epoch == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
         sequence.block_table += allocator.allocate(num_new_blocks)
         if hit.last_block is not None:
             self._copies.append((hit.last_block, sequence.block_table[-1]))

@@ -247,9 +247,10 @@ class Scheduler:
             else:
                 if not is_anticipated:
                     ready[sequence.seq_id] = sequence
-                fields = (sequence.request_id, token_id, None, None, None, logprobs)
+                fields = (sequence.request_id, token_id, None, None, None, logprobs, None)
                 events.append(tuple.__new__(TokenEvent, fields))
         self._pool.count_output(num_tokens)
+        step.tell_cached(events)
         return events
 
     def fail_all(self, message: str) -> list[TokenEvent]:

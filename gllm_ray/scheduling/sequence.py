@@ -36,6 +36,7 @@ class Sequence:
         predicted_output_tokens: How long the output will be in all, if there is a prediction.
         token_s: When its latest token came, on the driver's clock.
         num_prompt_tokens: Tokens of the request's prompt.
+        num_cached_tokens: Tokens found in the prefix cache when it was first admitted.
         max_num_tokens: Prompt and output tokens at which it ends.
         sampling: How the request draws; here, like the next two, because each token asks for it.
         stop_token_ids: Tokens that end the request.
@@ -49,6 +50,7 @@ class Sequence:
         "has_ended",
         "is_aborted",
         "max_num_tokens",
+        "num_cached_tokens",
         "num_computed_tokens",
         "num_in_flight",
         "num_prompt_tokens",
@@ -72,6 +74,7 @@ class Sequence:
         self.stop_token_ids = request.stop_token_ids
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.num_cached_tokens = 0
         self.max_num_tokens = self.num_prompt_tokens + request.max_tokens
         self.block_table: tuple[int, ...] = ()
         self.block_hashes: list[bytes] = []

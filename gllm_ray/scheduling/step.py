@@ -44,6 +44,21 @@ class Step:
             self.sampling.append(sequence)
             self.num_ending_tokens += sequence.num_tokens
 
+    def tell_cached(self, events: list[TokenEvent]) -> None:
+        """Let the first token of each request tell what the prefix cache had of its prompt.
+
+        No later one does, so whoever goes on with some output need not know what was told.
+
+        Args:
+            events: What came of the step, last of the sequences whose prompt ends in it.
+        """
+        ending = self.sampling[self.num_decodes :]
+        begun = {s.request_id: s.num_cached_tokens for s in ending if s.num_output_tokens == 1}
+        for index in range(max(0, len(events) - len(ending)), len(events)):
+            event = events[index]
+            if event.token_id is not None and event.request_id in begun:
+                events[index] = event._replace(num_cached_tokens=begun[event.request_id])
+
     def load(self) -> StepLoad:
         """What the micro-batch makes each stage compute."""
         return StepLoad(

@@ -32,6 +32,7 @@ from gllm_ray.serving.text_stream import (
     with_tool_calls,
 )
 from gllm_ray.serving.tokenize_api import router as tokenize_router
+from gllm_ray.serving.usage import UsageMeter
 
 MAX_BODY_BYTES = 8 * 2**20
 
@@ -127,7 +128,7 @@ async def whole_response(
         GllmRayError: One of them failed; the others are aborted.
     """
     outputs = await collect_outputs(_deltas(service, body, requests), len(requests))
-    return response_body(head, outputs, _num_prompt_tokens(body, requests))
+    return response_body(head, outputs, UsageMeter(requests, body.outputs_per_prompt))
 
 
 def check_body(body: GenerationParams, model_names: Collection[str]) -> str:
@@ -157,7 +158,7 @@ async def _respond(
     options = body.stream_options or StreamOptions()
     writer = ChunkWriter(
         head,
-        _num_prompt_tokens(body, requests),
+        UsageMeter(requests, body.outputs_per_prompt),
         include_usage=bool(options.include_usage),
         is_usage_continuous=bool(options.continuous_usage_stats),
     )
@@ -198,11 +199,6 @@ def _head(service: GenerationService, *, is_chat: bool) -> ResponseHead:
         is_chat=is_chat,
         token_bytes=service.tokenizer.vocabulary.token_bytes,
     )
-
-
-def _num_prompt_tokens(body: GenerationParams, requests: Sequence[GenerationRequest]) -> int:
-    """The outputs of a prompt stand side by side; the prompt is paid for once."""
-    return sum(len(request.prompt_token_ids) for request in requests[:: body.outputs_per_prompt])
 
 
 def _model_card(request: Request, service: GenerationService) -> dict[str, Any]:

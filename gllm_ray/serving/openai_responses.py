@@ -11,6 +11,7 @@ from typing import Any, Self
 from gllm_ray.serving.logprobs import chat_logprobs, completion_logprobs
 from gllm_ray.serving.text_stream import ScoredToken, TextDelta
 from gllm_ray.serving.tool_parsers import CallDelta
+from gllm_ray.serving.usage import UsageMeter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,17 +52,8 @@ class ResponseHead:
         return spell(scored, self.token_bytes)
 
 
-def usage(num_prompt_tokens: int, num_output_tokens: int) -> dict[str, int]:
-    """What a response cost."""
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_output_tokens,
-        "total_tokens": num_prompt_tokens + num_output_tokens,
-    }
-
-
 def response_body(
-    head: ResponseHead, outputs: Sequence[TextDelta], num_prompt_tokens: int
+    head: ResponseHead, outputs: Sequence[TextDelta], meter: UsageMeter
 ) -> dict[str, Any]:
     """The body of a response that is not streamed."""
     choices = [
@@ -74,12 +66,9 @@ def response_body(
         }
         for output in outputs
     ]
-    num_output_tokens = sum(output.num_tokens for output in outputs)
-    return {
-        **head.fields("chat.completion"),
-        "choices": choices,
-        "usage": usage(num_prompt_tokens, num_output_tokens),
-    }
+    for output in outputs:
+        meter.add(output)
+    return {**head.fields("chat.completion"), "choices": choices, "usage": meter.usage()}
 
 
 def _message(output: TextDelta) -> dict[str, Any]:
@@ -103,7 +92,7 @@ class ChunkWriter:
 
     Args:
         head: What every chunk repeats.
-        num_prompt_tokens: For the usage.
+        meter: Counts what is written.
         include_usage: Chunks carry `usage`, which is null but in the last.
         is_usage_continuous: It is that of all outputs so far.
     """
@@ -111,15 +100,14 @@ class ChunkWriter:
     def __init__(
         self,
         head: ResponseHead,
-        num_prompt_tokens: int,
+        meter: UsageMeter,
         *,
         include_usage: bool = False,
         is_usage_continuous: bool = False,
     ) -> None:
         self._is_chat = head.is_chat
         self._logprobs = head.logprobs
-        self._num_prompt_tokens = num_prompt_tokens
-        self._num_output_tokens = 0
+        self._meter = meter
         self._include_usage = include_usage
         self._is_usage_continuous = include_usage and is_usage_continuous
         self._head = _dumps(head.fields("chat.completion.chunk"))[:-1] + ',"choices":['
@@ -133,7 +121,7 @@ class ChunkWriter:
         if self._is_chat and delta.index not in self._begun:
             self._begun.add(delta.index)
             events += self._chunk(delta.index, '"delta":{"role":"assistant","content":""}')
-        self._num_output_tokens += delta.num_tokens
+        self._meter.add(delta)
         if delta.text or delta.scored or delta.calls:
             text = _dumps(delta.text)
             content = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
@@ -165,8 +153,7 @@ class ChunkWriter:
         return _event(f"{self._head}{self._usage_tail()}") + done
 
     def _usage_tail(self) -> str:
-        cost = _dumps(usage(self._num_prompt_tokens, self._num_output_tokens))
-        return f'],"usage":{cost}}}'
+        return f'],"usage":{_dumps(self._meter.usage())}}}'
 
     def _chunk(
         self,

@@ -49,6 +49,7 @@ class TextDelta:
         calls: What tool calls grew by; in a stream, then there is no text.
         stop_reason: Beside the finish reason, the client's own stop string or stop token that ended
             the output, if one did.
+        num_cached_tokens: Set on the first delta of the output, and only there; see `TokenEvent`.
     """
 
     index: int
@@ -58,6 +59,7 @@ class TextDelta:
     scored: tuple[ScoredToken, ...] = ()
     calls: tuple[CallDelta, ...] = ()
     stop_reason: str | int | None = None
+    num_cached_tokens: int | None = None
 
 
 async def text_deltas(
@@ -101,7 +103,15 @@ def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokeniz
         if detokenizer.matched is not None:
             break
     reason, stop_reason = _reasons(events[-1], detokenizer)
-    return TextDelta(index, text, num_tokens, reason, tuple(scored), stop_reason=stop_reason)
+    return TextDelta(
+        index,
+        text,
+        num_tokens,
+        reason,
+        tuple(scored),
+        stop_reason=stop_reason,
+        num_cached_tokens=events[0].num_cached_tokens,
+    )
 
 
 def _reasons(
@@ -126,22 +136,24 @@ async def with_tool_calls(
             pieces = parser.step(delta.text)
             if delta.finish_reason is not None:
                 pieces += parser.flush()
-            num_tokens, scored = delta.num_tokens, delta.scored
+            num_tokens, scored, num_cached = delta.num_tokens, delta.scored, delta.num_cached_tokens
             for piece in pieces:
+                text, calls = "", ()
                 if isinstance(piece, str):
-                    yield TextDelta(delta.index, piece, num_tokens, None, scored)
+                    text = piece
                 else:
                     num_calls += piece.name is not None
                     calls = (piece,) if use.is_parallel or num_calls <= 1 else ()
-                    yield TextDelta(delta.index, "", num_tokens, None, scored, calls)
-                num_tokens, scored = 0, ()
+                yield TextDelta(
+                    delta.index, text, num_tokens, None, scored, calls, None, num_cached
+                )
+                num_tokens, scored, num_cached = 0, (), None
             reason = delta.finish_reason
             if num_calls and use.finishes_with_calls and reason is FinishReason.STOP:
                 reason = "tool_calls"
             if num_tokens or scored or reason is not None:
-                yield TextDelta(
-                    delta.index, "", num_tokens, reason, scored, stop_reason=delta.stop_reason
-                )
+                stop = delta.stop_reason
+                yield TextDelta(delta.index, "", num_tokens, reason, scored, (), stop, num_cached)
 
 
 def _failure(event: TokenEvent) -> GllmRayError:
@@ -200,6 +212,7 @@ async def collect_outputs(
             tuple(chain.from_iterable(delta.scored for delta in output)),
             tuple(merge_calls(chain.from_iterable(delta.calls for delta in output))),
             output[-1].stop_reason,
+            output[0].num_cached_tokens,
         )
         for index, output in enumerate(grown)
     ]

@@ -55,7 +55,9 @@ def test_a_file_runs_to_its_end_and_a_changed_model_does_not_resume(
     records = read_lines(output)
     assert [record["custom_id"] for record in records] == [line["custom_id"] for line in lines]
     assert records[0]["response"]["body"]["object"] == "chat.completion"
-    assert records[-1]["response"]["body"]["usage"]["completion_tokens"] == 3
+    usage = records[-1]["response"]["body"]["usage"]
+    assert usage["completion_tokens"] == 3
+    assert 0 <= usage["prompt_tokens_details"]["cached_tokens"] < usage["prompt_tokens"]
     manifest = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
     assert (manifest["num_rows"], manifest["num_failed"], manifest["is_complete"]) == (6, 0, True)
 

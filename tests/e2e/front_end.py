@@ -102,7 +102,8 @@ class Api:
     def ask(self, request, on_piece=lambda number: None):
         """Texts, finish reasons, usage, and the longest pause between two pieces.
 
-        Beside the usage, the number of tokens that log probabilities tell of.
+        Beside the usage, the number of tokens that log probabilities tell of; without the cached
+        tokens, which tell of the past.
         """
         route, body = request
         ours = {key: body[key] for key in body.keys() & NOT_OPENAIS}
@@ -121,6 +122,9 @@ class Api:
                 reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
             on_piece(number)
         costs = usage.model_dump() | {"num_scored": num_scored}
+        cached = costs.pop("prompt_tokens_details")["cached_tokens"]
+        if not 0 <= cached < usage.prompt_tokens:
+            raise ValueError(f"cached tokens that there cannot be: {usage}")
         end = [sorted(texts.items()), sorted(reasons.items()), costs]
         return end, longest_s
 

@@ -69,6 +69,25 @@ def test_completion_equals_transformers_greedy(client, service, truth):
     assert answer.choices[0].text == truth.complete(CODE, 40)
 
 
+def test_usage_tells_what_of_a_prompt_the_prefix_cache_had_and_none_for_another_salt(
+    client, service
+):
+    def cached_tokens(end, salt="mine"):
+        usage = client.completions.create(
+            model=service.model,
+            prompt=[*range(20, 60), *end],
+            max_tokens=2,
+            extra_body={"cache_salt": salt},
+        ).usage
+        assert usage.prompt_tokens == 40 + len(end)
+        return usage.prompt_tokens_details.cached_tokens
+
+    assert cached_tokens([5]) == 0
+    assert cached_tokens([5]) == 40, "all but the last token, from which the next is drawn"
+    assert cached_tokens([6]) == 32, "the full blocks of 16 tokens"
+    assert cached_tokens([5], "another's") == 0
+
+
 def test_several_greedy_outputs_share_the_prompt_and_are_equal(client, service, truth):
     answer = client.completions.create(
         model=service.model, prompt=CODE, max_tokens=12, temperature=0, n=3

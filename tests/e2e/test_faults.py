@@ -26,11 +26,11 @@ def processes_of(service, actor):
 def test_an_open_stream_goes_on_as_if_nothing_had_died(service, truth, actor, number):
     text, usage, killed = "", None, None
     with openai.OpenAI(base_url=f"{service.base_url}/v1", api_key="x", max_retries=0) as client:
+        body = {"model": service.model, "prompt": PROMPT, "temperature": 0}
+        client.completions.create(**body, max_tokens=1)  # the prompt is known then
         for chunk in client.completions.create(
-            model=service.model,
-            prompt=PROMPT,
+            **body,
             max_tokens=NUM_TOKENS,
-            temperature=0,
             stream=True,
             stream_options={"include_usage": True},
         ):
@@ -45,6 +45,7 @@ def test_an_open_stream_goes_on_as_if_nothing_had_died(service, truth, actor, nu
     prompt_ids = truth.tokenizer(PROMPT)["input_ids"]
     assert usage.prompt_tokens == len(prompt_ids)
     assert usage.completion_tokens == len(truth.generate(prompt_ids, NUM_TOKENS))
+    assert usage.prompt_tokens_details.cached_tokens == len(prompt_ids) - 1 > 0
     assert service.wait_until_idle()["kv_utilization"] == 0
     living = processes_of(service, actor)
     assert len(living) == number

@@ -56,7 +56,7 @@ async def complete(http, body):
     """
     if not body.get("stream"):
         answer = (await http.post("/v1/completions", json=body, timeout=60)).json()
-        return answer["choices"][0]["text"], answer["usage"], []
+        return answer["choices"][0]["text"], without_cached(answer["usage"]), []
     body = body | {"stream_options": {"include_usage": True}}
     answer = await http.post("/v1/completions", json=body, timeout=60)
     *chunks, end = sse_chunks(answer.text)
@@ -64,4 +64,11 @@ async def complete(http, body):
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     scored = [choice["logprobs"]["tokens"] for choice in choices if choice["logprobs"]]
     text = "".join(choice["text"] for choice in choices)
-    return text, chunks[-1]["usage"], list(chain.from_iterable(scored))
+    return text, without_cached(chunks[-1]["usage"]), list(chain.from_iterable(scored))
+
+
+def without_cached(usage):
+    """All of a usage that is the same whatever the service computed before."""
+    cached = usage.pop("prompt_tokens_details")["cached_tokens"]
+    assert 0 <= cached < usage["prompt_tokens"]
+    return usage

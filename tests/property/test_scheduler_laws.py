@@ -252,6 +252,7 @@ class Harness:
     epochs: dict[int, int] = field(default_factory=dict)
     prompt_ends: dict[int, int] = field(default_factory=dict)  # of the epoch, output recomputed
     ends_scheduled: dict[int, int] = field(default_factory=dict)  # of the epoch
+    first_starts: dict[str, int] = field(default_factory=dict)  # what each found at first
     owners: dict[int, set[int]] = field(default_factory=dict)  # of blocks, at the last check
     num_sampled: Counter[str] = field(default_factory=Counter)
     stage: StageModel = field(default_factory=StageModel)
@@ -447,8 +448,17 @@ class Harness:
             if event.token_id is not None:
                 assert event.token_id >= 0, "a token that is not known has left the scheduler"
                 self.outputs[event.request_id].append(event.token_id)
+            self.check_cached(event)
             if event.finish_reason is not None:
                 self.ends[event.request_id] = event.finish_reason
+
+    def check_cached(self, event):
+        # Law 12: the first token tells what was found of the prompt at first, and no other event.
+        request_id, num_cached_tokens = event.request_id, None
+        if event.token_id is not None and len(self.outputs[request_id]) == 1:
+            num_cached_tokens = self.first_starts[request_id]
+            assert num_cached_tokens < len(self.requests[request_id].prompt_token_ids)
+        assert event.num_cached_tokens == num_cached_tokens
 
     def check_batch(self, batch):
         # Law 3: at most max_in_flight micro-batches, and one more in the ring.
@@ -523,6 +533,7 @@ class Harness:
                 assert item.start % BLOCK_SIZE == 0
             self.epochs[item.seq_id] = item.epoch
             self.prompt_ends[item.seq_id] = len(known)
+            self.first_starts.setdefault(str(item.seq_id), item.start)
             self.count_hit(item, request, batch)
         else:
             assert item.start == self.ends_scheduled[item.seq_id]

@@ -13,6 +13,7 @@ from gllm_ray.serving.openai_api import build_api
 from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead
 from gllm_ray.serving.streaming import sse_events, stream_response
 from gllm_ray.serving.text_stream import TextDelta, merge_deltas, text_deltas
+from gllm_ray.serving.usage import UsageMeter
 from tests.factories import make_request
 from tests.serving.local_api import BODIES, local_api, sse_chunks, wait_until
 
@@ -71,8 +72,8 @@ def test_a_completion_stream_with_usage_byte_for_byte(tokenizer):
         + '{"index":0,"text":"","logprobs":null,"finish_reason":"length","stop_reason":null}],'
         '"usage":null}\n\n'
         + COMPLETION_HEAD
-        + '],"usage":{"prompt_tokens":2,"completion_tokens":1,"total_tokens":3}}\n\n'
-        + "data: [DONE]\n\n"
+        + '],"usage":{"prompt_tokens":2,"completion_tokens":1,"total_tokens":3,'
+        '"prompt_tokens_details":{"cached_tokens":0}}}\n\n' + "data: [DONE]\n\n"
     )
 
 
@@ -245,7 +246,8 @@ def test_others_get_their_turn_between_the_pieces_of_a_stream_that_had_lagged(
         head = ResponseHead.new(
             model="m", is_chat=False, token_bytes=tokenizer.vocabulary.token_bytes
         )
-        events = sse_events(anext(merged), merged, ChunkWriter(head, num_prompt_tokens=1))
+        writer = ChunkWriter(head, UsageMeter([make_request()], 1))
+        events = sse_events(anext(merged), merged, writer)
         num_turns, turns = 0, []
 
         async def another():
@@ -319,7 +321,8 @@ def test_a_client_that_leaves_as_the_first_token_comes_leaves_nothing_running(to
         head = ResponseHead.new(
             model="m", is_chat=False, token_bytes=tokenizer.vocabulary.token_bytes
         )
-        writer, source = ChunkWriter(head, num_prompt_tokens=1), deltas(lambda: task.cancel())
+        writer = ChunkWriter(head, UsageMeter([make_request()], 1))
+        source = deltas(lambda: task.cancel())
         task = asyncio.create_task(stream_response(source, writer, None))
         await asyncio.wait([task])
         assert task.cancelled()

@@ -35,7 +35,10 @@ def expected_events(request):
             reason = FinishReason.STOP
         elif len(events) + 1 == request.max_tokens:
             reason = FinishReason.LENGTH
-        events.append(TokenEvent(request.request_id, token, reason))
+        num_cached_tokens = None if events else 0
+        events.append(
+            TokenEvent(request.request_id, token, reason, num_cached_tokens=num_cached_tokens)
+        )
     return events
 
 

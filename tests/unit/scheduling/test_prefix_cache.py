@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 
+from gllm_ray.messages import OpenRequest
 from gllm_ray.policy_config import TokenThrottlingConfig
 from gllm_ray.scheduling.block_allocator import BlockAllocator
 from gllm_ray.scheduling.prefix_cache import PrefixCache
@@ -239,10 +240,42 @@ def test_a_request_that_waits_for_blocks_is_counted_once():
     assert scheduler.load().num_prefix_queried_tokens == 18
 
 
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "max_tokens", "told"),
+    [(11, 3, 10), (12, 3, 11), (13, 3, 12), (7, 3, 4), (11, 1, 10)],
+)
+def test_the_first_token_tells_what_was_found_of_the_prompt_and_no_other_does(
+    num_prompt_tokens, max_tokens, told
+):
+    scheduler = make_scheduler()
+    for known in (11, 12):
+        scheduler.add(make_request(num_prompt_tokens=known, max_tokens=1))
+        run_to_the_end(scheduler)
+    prompt = [*range(1, min(num_prompt_tokens, 12) + 1), *[99] * (num_prompt_tokens - 12)]
+    scheduler.add(make_request(prompt=prompt, max_tokens=max_tokens))
+    events = run_to_the_end(scheduler)
+    found = [event.num_cached_tokens for event in events]
+    assert found == [told] + [None] * (max_tokens - 1)
+
+
+@pytest.mark.parametrize(("output", "told"), [((), [8, None]), ((101,), [None, None])])
+def test_a_request_of_another_scheduler_tells_what_is_found_unless_its_first_token_is_out(
+    output, told
+):
+    scheduler = make_scheduler()
+    first_item(scheduler, make_request(prompt=[*range(1, 10), 101, 5, 5]))
+    request = make_request(num_prompt_tokens=9, max_tokens=len(output) + 2)
+    scheduler.restore(OpenRequest(request=request, output_token_ids=output))
+    events = run_to_the_end(scheduler)
+    assert [event.num_cached_tokens for event in events] == told
+
+
 def test_without_prefix_caching_nothing_is_found_or_counted():
     scheduler = make_scheduler(prefix_caching=False)
     starts = [first_item(scheduler, make_request(num_prompt_tokens=9)).start for _ in range(2)]
     assert starts == [0, 0]
+    scheduler.add(make_request())
+    assert run_to_the_end(scheduler)[0].num_cached_tokens == 0
     assert scheduler.load().num_prefix_queried_tokens == scheduler.load().num_prefix_hit_tokens == 0
 
 
