@@ -18,7 +18,7 @@ from gllm_ray.policy_config import (
 )
 from gllm_ray.simulation.length_config import LengthsConfig
 
-_TOLERANCE = 0.25
+TOLERANCE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ def reproduce(effort: Effort, pool: Executor) -> list[dict[str, Any]]:
     for claim in claims():
         first, second = (means[contender, claim.rate_per_s] for contender in claim.runs)
         ours = first[claim.measure] / second[claim.measure]
-        said = verdict(claim.published, ours, _TOLERANCE)
+        said = verdict(claim.published, ours, TOLERANCE)
         rows.append(
             {
                 "what": claim.what,

@@ -6,6 +6,7 @@ from typing import Any
 
 from gllm_ray.bench.markdown import markdown_table
 from gllm_ray.bench.policy_goals import (
+    COMPARABLE,
     LEAST_CAPACITY,
     LEAST_IDEAL,
     LEAST_OFFLINE,
@@ -23,8 +24,10 @@ from gllm_ray.bench.policy_goals import (
     runs_at,
     slo_capacities,
 )
+from gllm_ray.bench.policy_reproduction import TOLERANCE
 from gllm_ray.bench.policy_scenarios import OURS
 from gllm_ray.bench.reproduction_table import reproduction_table
+from gllm_ray.bench.sarathi_capacity import SARATHI_TOLERANCE
 
 
 def policy_table(results: Mapping[str, Any]) -> str:
@@ -47,9 +50,9 @@ def policy_table(results: Mapping[str, Any]) -> str:
 def _effort(results: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, results["seeds"]))
     return (
-        f"Means of seeds {seeds}; requests come for {results['duration_s']:g} s at each rate, at "
-        f"most {results['max_requests']}, and {results['num_offline']} at once offline; commit "
-        f"{results['commit'] or 'unknown'}."
+        f"Means of seeds {seeds}. At each rate, requests come for {results['duration_s']:g} s, at "
+        f"most {results['max_requests']} of them; an offline batch is {results['num_offline']} at "
+        f"once. Commit {results['commit'] or 'unknown'}."
     )
 
 
@@ -58,22 +61,28 @@ def _summary(scenarios: Sequence[Results]) -> str:
     over_all = fixed_goal(scenarios)
     head = ["", "(a) SLO capacity", "(b) loads", "(c) saturated", "(d) offline", "one stage"]
     return (
-        f"`{OURS}` with its defaults against the best other setting of each cell:\n\n"
+        f"`{OURS}` with its defaults, divided by the best other setting of each cell:\n\n"
         f"{markdown_table(head, [_summary_row(scenario) for scenario in scenarios])}\n\n"
-        f"Over all scenarios its capacity is {over_all.ratio:.3f} x that of the best single "
-        f"setting, {over_all.best}, and the bound {over_all.bound_ratio:.3f} x (geometric means; "
-        f"goal {LEAST_CAPACITY}: {_verdict(over_all.ratio >= LEAST_CAPACITY)}).\n\n"
-        "- (a) To the highest capacity of another (goal 1). The bound is an ideal pipeline's, of "
-        "no bubble and the best tile: no schedule keeps up with more for long, so none counts for "
-        "more.\n"
-        f"- (b) Loads with at least {LEAST_THROUGHPUT} x the throughput and at most {MOST_LATENCY} "
-        "x the p90 TTFT and p99 TPOT of the best in each, which may be two settings; those on the "
-        "frontier, where no setting is as good in both; the worst ratios.\n"
-        f"- (c) Utilization (goal {LEAST_UTILIZATION}) and share of the ideal (goal {LEAST_IDEAL}) "
-        "of the offline batch. Its fill and its longest request allow no more than the bound.\n"
-        f"- (d) Its throughput to that of the best other (goal {LEAST_OFFLINE}), and the bound.\n"
-        "- One stage: capacity and offline throughput to the same devices tensor-parallel. That is "
-        "another deployment, not another schedule of this one, and counts in no goal."
+        f"Over all scenarios its SLO capacity is {over_all.ratio:.3f} x that of the best single "
+        f"setting, {over_all.best}; an ideal pipeline's would be {over_all.bound_ratio:.3f} x "
+        f"(geometric means; goal {LEAST_CAPACITY}: "
+        f"{_verdict(over_all.ratio >= LEAST_CAPACITY)}).\n\n"
+        "- (a) Goal: the highest SLO capacity, a ratio of at least 1. The bound is that of an "
+        "ideal pipeline, without a bubble and at the best tile. No schedule keeps up with more for "
+        "long, so no capacity counts for more.\n"
+        f"- (b) Goal: at every load at least {LEAST_THROUGHPUT} x the highest throughput, and at "
+        f"most {MOST_LATENCY} x the lowest p90 TTFT and the lowest p99 TPOT, which may be two "
+        f"settings', among those with at least {COMPARABLE} x its throughput. Given are the loads "
+        "that meet it, those on the frontier (none of these settings has both latencies as low), "
+        "and the worst ratios.\n"
+        f"- (c) Goal: in the offline batch, a utilization of {LEAST_UTILIZATION} and "
+        f"{LEAST_IDEAL} of the ideal pipeline's throughput. The bound is what filling the pipeline "
+        "and the longest request leave of that.\n"
+        f"- (d) Goal: in the offline batch, {LEAST_OFFLINE} x the throughput of the best other "
+        "setting. The bound is the ratio that no schedule exceeds.\n"
+        "- One stage: SLO capacity and offline throughput, divided by those of the same devices "
+        "used tensor-parallel. That is another deployment, not another schedule of this one, and "
+        "counts in no goal."
     )
 
 
@@ -111,7 +120,11 @@ def _summary_row(scenario: Results) -> list[str]:
 def _reproduction_summary(rows: Sequence[Results]) -> str:
     counts = Counter(row["verdict"] for row in rows)
     said = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-    return f"Of {len(rows)} published comparisons: {said} (see the last table)."
+    return (
+        f"Of {len(rows)} published comparisons: {said}. Reproduced is a ratio within "
+        f"{100 * TOLERANCE:.0f} % of what was published, within {100 * SARATHI_TOLERANCE:.0f} % "
+        "for Sarathi-Serve's capacities, or above 1 where no more was published."
+    )
 
 
 def _capacities(scenarios: Sequence[Results]) -> str:
@@ -127,8 +140,8 @@ def _capacities(scenarios: Sequence[Results]) -> str:
     limits = ", ".join(f"{1000 * scenario['tpot_limit_s']:.0f}" for scenario in scenarios)
     nominal = dict.fromkeys(name for scenario in scenarios for name in scenario["nominal"])
     return (
-        "The highest rate with p90 TTFT <= 2 s and p99 TPOT <= 5 decode-only steps of 32 "
-        f"sequences of 4,096 tokens, which are {limits} ms.\n\n{markdown_table(head, rows)}\n\n"
+        "The highest rate at which p90 TTFT is at most 2 s, and p99 TPOT at most 5 decode-only "
+        f"steps of 32 sequences of 4,096 tokens: {limits} ms.\n\n{markdown_table(head, rows)}\n\n"
         f"Nominal constants, not fitted to measurements: {', '.join(nominal) or 'none'}."
     )
 
@@ -141,7 +154,7 @@ def _scenario(scenario: Results) -> str:
     lines = [
         f"**{scenario['name']}**: tokens/s, p90 and p99 TTFT s, p99 TPOT ms, utilization",
         markdown_table(["policy", *heads], rows),
-        f"{OURS} to the best, throughput, TTFT, TPOT: "
+        f"{OURS} divided by the best, in throughput, p90 TTFT, p99 TPOT: "
         + "; ".join(map(_frontier, frontier_goals(scenario)))
         + ".",
     ]

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from gllm_ray.cli import main
 from gllm_ray.policy_config import BalancedConfig
 from gllm_ray.scheduling.load import StepLoad
 
+RESULTS = Path(__file__).parents[2] / "gllm_ray/bench/results"
 TINY = replace(SCENARIOS[0], rates_per_s=(4,))
 EFFORT = Effort(
     duration_s=0.5, max_requests=2, num_offline=3, seeds=(0, 1), capacity_ratio=float("inf")
@@ -66,6 +68,22 @@ def test_the_table_names_every_setting_and_says_first_which_goals_are_missed(res
             run |= {"ttft_p90_s": 0.0, "tpot_p99_s": 0.0}
     scenario["slo_capacity_per_s"][OURS] = 10**6
     assert "missed" not in policy_table(results)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "policies",
+        "policies_seeds_0_2",
+        "policies_h100",
+        "policies_h100_seeds_0_2",
+        "reproduction",
+    ],
+)
+def test_the_committed_tables_are_those_of_the_committed_results(name):
+    file = RESULTS / f"{name}.json"
+    table = policy_table(json.loads(file.read_text("utf-8")))
+    assert table == file.with_suffix(".md").read_text("utf-8")
 
 
 def test_measured_prefills_are_met_by_the_cost_of_the_l20():

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -255,14 +257,52 @@ def test_the_readme_tells_the_committed_pauses_of_recovery():
     assert told in (ROOT / "README.md").read_text("utf-8")
 
 
+def served_over_bare(name):
+    (result,) = committed(name)
+    ratios = [each["served_tokens_per_s"] / each["bare_tokens_per_s"] for each in result["rounds"]]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
 def test_the_readme_tells_the_committed_overhead_over_bare_stages():
-    spans = []
-    for name in ("stage_500m_direct", "stage_500m_direct_one"):
-        (result,) = committed(name)
-        ratios = [
-            each["served_tokens_per_s"] / each["bare_tokens_per_s"] for each in result["rounds"]
-        ]
-        spans.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
+    spans = [served_over_bare(f"stage_500m_direct{kind}") for kind in ("", "_one")]
     text = " ".join((ROOT / "README.md").read_text("utf-8").split())
     assert f"[{spans[0]}](gllm_ray/bench/results/README.md#serving-stages-hops-proxies)" in text
     assert f"and {spans[1]} with one stage" in text
+
+
+def test_the_summary_of_the_results_tells_the_committed_overhead_over_bare_stages():
+    summary = (RESULTS / "README.md").read_text("utf-8")
+    sizes = {"15 M": "15m", "0.5 B": "500m"}
+    kinds = {"one stage": "_one", "two stages": ""}
+    for (model, size), (stages, kind) in product(sizes.items(), kinds.items()):
+        (row,) = re.findall(rf"\| (?:tokens/s, )?{model} model, {stages} \|(.*)", summary)
+        direct, refs = (served_over_bare(f"stage_{size}{how}{kind}") for how in ("_direct", ""))
+        assert f"`direct` {direct}; `refs` {refs}" in row
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ("EPYC, bfloat16, one by one, 85 % load", ["epyc_poisson85"]),
+        ("EPYC, bfloat16, half load", ["epyc_poisson50"]),
+        ("EPYC, bfloat16, shared prefix, 3 a second", ["epyc_prefix"]),
+        ("EPYC, bfloat16, bursts", ["epyc_500m", "epyc_burst", "epyc_burst_direct"]),
+        (
+            "Xeon, bfloat16, one pair each",
+            ["500m_bfloat16", "bfloat16", "bfloat16_poisson85"],
+        ),
+        ("Xeon, float32, one by one, 85 % load", ["poisson85"]),
+        ("Xeon, float32, half load", ["poisson50"]),
+        ("Xeon, float32, shared prefix, 1 a second", ["prefix"]),
+        ("Xeon, float32, bursts", ["500m_burst", "burst"]),
+    ],
+)
+def test_the_summary_of_the_results_tells_the_committed_ratios_beside_vllm(row, names):
+    results = committed(*(f"compare_vllm_{name}" for name in names))
+    spans = []
+    for figure in ("output_tokens_per_s", "tpot_p99_s", "ttft_p50_s"):
+        medians = sorted({f"{each['ratios'][figure]['median']:.2f}" for each in results})
+        spans.append(" to ".join(dict.fromkeys((medians[0], medians[-1]))))
+    summary = (RESULTS / "README.md").read_text("utf-8")
+    (line,) = [line for line in summary.splitlines() if f"| {row} |" in line]
+    assert f"| {'; '.join(spans)} x |" in line
