@@ -161,7 +161,7 @@ async def look_up_model(base_url: str, headers: Mapping[str, str]) -> dict[str, 
             response.raise_for_status()
             (card,) = (await response.json())["data"]
             return {"id": card["id"], "max_model_len": card.get("max_model_len")}
-    except aiohttp.InvalidURL as error:
+    except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
         raise ConfigError(f"--url={base_url}: must be an address as http://host:port") from error
     except (aiohttp.ClientError, TimeoutError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(

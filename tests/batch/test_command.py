@@ -225,8 +225,9 @@ def test_a_running_service_answers_and_a_row_it_refuses_ends_with_2(tokenizer, t
     assert (error["custom_id"], error["error"]["code"]) == ("long", "context_length_exceeded")
     assert main(asked) == 1  # nobody tells any more which model it is
     assert "tells of no one model" in capsys.readouterr().err
-    assert main(["--url", "here", "--input", str(source), "--output", str(output)]) == 1
-    assert "--url=here: must be an address as http://host:port" in capsys.readouterr().err
+    for url in ("here", "here:8000"):
+        assert main(["--url", url, "--input", str(source), "--output", str(output)]) == 1
+        assert f"--url={url}: must be an address as http://host:port" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("told", [[], {"data": None}, {"data": ["a"]}, {"data": [{}]}])
