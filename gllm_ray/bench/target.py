@@ -83,7 +83,7 @@ async def start_target(text: str, options: TargetOptions) -> AsyncIterator[Targe
     # One of ours that ends takes along all that this process has started.
     with contextlib.ExitStack() as stack:
         if is_running:
-            url, pid = text.rstrip("/"), options.pid
+            url, pid = text.rstrip("/").removesuffix("/v1"), options.pid
             raise_if_ended = _never_ends
         elif _is_serve_config(text):
             url += _route_prefix(Path(text))

@@ -214,7 +214,7 @@ def test_a_running_service_answers_and_a_row_it_refuses_ends_with_2(tokenizer, t
     output = tmp_path / "out.jsonl"
     with http_service(tokenizer) as url:
         assert httpx.get(f"{url}/health").status_code == 200
-        asked = ["--url", url, "--input", str(source), "--output", str(output)]
+        asked = ["--url", f"{url}/v1", "--input", str(source), "--output", str(output)]
         assert main(asked) == 2
     assert "2 of 3 rows" in capsys.readouterr().out
     records = read_lines(output)

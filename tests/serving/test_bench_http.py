@@ -133,13 +133,15 @@ def test_a_service_that_never_answers_is_given_up(capsys):
     assert "not ready after 1 s: ClientConnectorError" in given_up
 
 
-def test_a_service_that_refuses_what_is_sent_is_not_waited_for(tokenizer):
+@pytest.mark.parametrize("path", ["", "/v1"])
+def test_a_service_that_refuses_what_is_sent_is_not_waited_for(tokenizer, path):
     async def run():
         async with (
             LocalService(tokenizer, ScriptedPipeline([5])) as service,
             listening(service) as url,
         ):
-            options = ["bench", "serve", url, "--extra-body", '{"foo": 1}']
+            options = ["bench", "serve", url + path, "--timeout-s", "20"]
+            options += ["--extra-body", '{"foo": 1}']
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "gllm_ray.cli", *options), stderr=subprocess.PIPE
             )
