@@ -240,6 +240,14 @@ def test_a_service_that_tells_of_no_model_as_openai_does_is_refused(
     assert f"{url}/v1/models: tells of no one model" in capsys.readouterr().err
 
 
+def test_a_service_of_several_models_is_refused_with_their_names(tokenizer, tmp_path, capsys):
+    source = write_lines(tmp_path / "in.jsonl", [make_line("a")])
+    told = {"data": [{"id": "one"}, {"id": "two"}]}
+    with http_service(tokenizer, wrap=lambda _: JSONResponse(told)) as url:
+        assert main(["--url", url, "--input", str(source), "--output", "out.jsonl"]) == 1
+    assert "has several models (one, two); a batch needs" in capsys.readouterr().err
+
+
 class PageGateway:
     """Stands before the routes, and answers the first row with a page."""
 
