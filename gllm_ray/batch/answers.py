@@ -159,9 +159,15 @@ async def look_up_model(base_url: str, headers: Mapping[str, str]) -> dict[str, 
                 fault = "refuses the API key" if headers else "wants an API key"
                 raise ConfigError(f"{url}: {fault}; --api-key-env names the variable that has it")
             response.raise_for_status()
-            (card,) = (await response.json())["data"]
+            cards = (await response.json())["data"]
+            if len(cards) > 1:
+                names = ", ".join(str(card["id"]) for card in cards)
+                raise ConfigError(
+                    f"{url}: has several models ({names}); a batch needs a service of one"
+                )
+            (card,) = cards
             return {"id": card["id"], "max_model_len": card.get("max_model_len")}
-    except aiohttp.InvalidURL as error:
+    except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
         raise ConfigError(f"--url={base_url}: must be an address as http://host:port") from error
     except (aiohttp.ClientError, TimeoutError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(

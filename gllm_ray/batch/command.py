@@ -140,7 +140,7 @@ async def _job_of_config(options: argparse.Namespace, source: Path) -> BatchJob:
 async def _job_of_url(options: argparse.Namespace, source: Path) -> BatchJob:
     if options.address is not None:
         raise ConfigError("--address: must be left out with --url, which needs no Ray")
-    url = options.url.rstrip("/")
+    url = options.url.rstrip("/").removesuffix("/v1")  # which OpenAI's clients want
     headers = key_headers(options.api_key_env)
     model = await look_up_model(url, headers)
     checks = RequestChecks(

@@ -92,7 +92,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 def add_http_options(parser: argparse.ArgumentParser) -> None:
     """Add how services are asked over HTTP."""
-    group = parser.add_argument_group("HTTP")
+    group = parser.add_argument_group("HTTP; an API key is that of OPENAI_API_KEY, if it is set")
     group.add_argument(
         "--tokenizer",
         type=Path,

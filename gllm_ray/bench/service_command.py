@@ -46,7 +46,11 @@ def _add_serve(benchmarks: Any) -> None:  # noqa: ANN401
         "see.",
     )
     parser.add_argument("target", metavar="SERVICE", help=_TARGET)
-    parser.add_argument("--model", help="for {model}, and where the service tells no name")
+    parser.add_argument(
+        "--model",
+        help="for {model}, and which one of several models that the service lists (default: the "
+        "first), or where it lists none",
+    )
     parser.add_argument(
         "--pid", type=_process_id, help="of what runs already here, to tell its CPU time"
     )
@@ -78,7 +82,9 @@ def _add_compare(benchmarks: Any) -> None:  # noqa: ANN401
     parser.add_argument("b", metavar="B", help="the service to compare it with")
     parser.add_argument("--pairs", type=positive, default=3, help="of runs (default: 3)")
     parser.add_argument(
-        "--model", help="for {model}, and where a service tells no name; default: A's"
+        "--model",
+        help="for {model}, and which one of several models that a service lists (default: the "
+        "first), or where it lists none; default: A's",
     )
     parser.add_argument(
         "--pid-a", type=_process_id, help="of A, if it runs already here, for its CPU time"

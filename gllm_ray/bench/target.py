@@ -34,8 +34,8 @@ class TargetOptions:
     """How a service is started and asked.
 
     Attributes:
-        model: What `{model}` in a command stands for, and the model's name where the service tells
-            none.
+        model: What `{model}` in a command stands for, and which model is asked where the service
+            lists it or lists none; of others, the first one is.
         pid: The root of the processes of a service that runs already; None: not known.
         ignore_eos: Ask for whole outputs.
         extra_body: Added to each request.
@@ -83,7 +83,7 @@ async def start_target(text: str, options: TargetOptions) -> AsyncIterator[Targe
     # One of ours that ends takes along all that this process has started.
     with contextlib.ExitStack() as stack:
         if is_running:
-            url, pid = text.rstrip("/"), options.pid
+            url, pid = text.rstrip("/").removesuffix("/v1"), options.pid
             raise_if_ended = _never_ends
         elif _is_serve_config(text):
             url += _route_prefix(Path(text))
@@ -164,7 +164,7 @@ async def _wait_until_ready(
         async with asyncio.timeout(options.timeout_s):
             while failure:
                 raise_if_ended()
-                client.model = await _served_model(base_url) or options.model or ""
+                client.model = await _served_model(base_url, options.model) or ""
                 failure = await _probe(client)
                 if failure.startswith(_REFUSALS):
                     raise RuntimeError(f"{name}: {failure}")  # which time does not change
@@ -185,12 +185,13 @@ async def _probe(client: CompletionsClient) -> str:
     return ""
 
 
-async def _served_model(base_url: str) -> str | None:
-    """The first model that a service lists; None if it lists none."""
+async def _served_model(base_url: str, model: str | None) -> str | None:
+    """The model if a service lists it, else the first that it lists; the model if it lists none."""
     with contextlib.suppress(aiohttp.ClientError, ValueError, LookupError, TypeError):
         async with (
             aiohttp.ClientSession(headers=key_headers()) as session,
             session.get(f"{base_url}/v1/models") as response,
         ):
-            return str((await response.json())["data"][0]["id"])
-    return None
+            names = [str(card["id"]) for card in (await response.json())["data"]]
+            return model if model in names else names[0]
+    return model

@@ -65,6 +65,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _begin(options: argparse.Namespace) -> "_Conversation":
     params, headers = parse_params(options.params, ours=_OURS), key_headers(options.api_key_env)
+    if not options.url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url={options.url}: must be an address as http://host:port")
     # As OpenAI's client is given it, or as other commands are.
     url = options.url.rstrip("/").removesuffix("/v1")
     try:

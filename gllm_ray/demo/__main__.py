@@ -64,8 +64,8 @@ def _run(config_file: Path, base_url: str, *, is_once: bool) -> int:
         print(f"\nYou: {PROMPT}\nModel:")
         timing = _print_answer(base_url, body)
         _print_table(server_info, timing)
-        _print_address(base_url, server_info["model"])
         if not is_once:
+            _print_address(base_url, server_info["model"])
             print("\nServing until Ctrl-C ...", flush=True)
             while True:
                 time.sleep(1)

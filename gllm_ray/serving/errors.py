@@ -45,7 +45,7 @@ _WORDS = {
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be at least {ge}",
     "int_type": "must be a whole number, not {given}",
-    "json_invalid": "the body is not valid JSON",
+    "json_invalid": "the body is not valid JSON: {error}",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be at most {le}",
     "list_type": "must be a list, not {given}",
@@ -131,7 +131,7 @@ def _describe_mistake(item: Mapping[str, Any]) -> tuple[str, str, str | None]:
     words = _words(item)
     _, *path = item["loc"]
     if item["type"] == "json_invalid":
-        return words, code, None
+        return f"{words} (character {path[0] + 1})", code, None
     if item["type"] == "too_many_keys" and not path:
         return f"the body {words}", code, None
     if not path:

@@ -216,7 +216,7 @@ def test_a_running_service_answers_and_a_row_it_refuses_ends_with_2(tokenizer, t
     output = tmp_path / "out.jsonl"
     with http_service(tokenizer) as url:
         assert httpx.get(f"{url}/health").status_code == 200
-        asked = ["--url", url, "--input", str(source), "--output", str(output)]
+        asked = ["--url", f"{url}/v1", "--input", str(source), "--output", str(output)]
         assert main(asked) == 2
     assert "2 of 3 rows" in capsys.readouterr().out
     records = read_lines(output)
@@ -227,8 +227,9 @@ def test_a_running_service_answers_and_a_row_it_refuses_ends_with_2(tokenizer, t
     assert (error["custom_id"], error["error"]["code"]) == ("long", "context_length_exceeded")
     assert main(asked) == 1  # nobody tells any more which model it is
     assert "tells of no one model" in capsys.readouterr().err
-    assert main(["--url", "here", "--input", str(source), "--output", str(output)]) == 1
-    assert "--url=here: must be an address as http://host:port" in capsys.readouterr().err
+    for url in ("here", "here:8000"):
+        assert main(["--url", url, "--input", str(source), "--output", str(output)]) == 1
+        assert f"--url={url}: must be an address as http://host:port" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("told", [[], {"data": None}, {"data": ["a"]}, {"data": [{}]}])
@@ -239,6 +240,14 @@ def test_a_service_that_tells_of_no_model_as_openai_does_is_refused(
     with http_service(tokenizer, wrap=lambda _: JSONResponse(told)) as url:
         assert main(["--url", url, "--input", str(source), "--output", "out.jsonl"]) == 1
     assert f"{url}/v1/models: tells of no one model" in capsys.readouterr().err
+
+
+def test_a_service_of_several_models_is_refused_with_their_names(tokenizer, tmp_path, capsys):
+    source = write_lines(tmp_path / "in.jsonl", [make_line("a")])
+    told = {"data": [{"id": "one"}, {"id": "two"}]}
+    with http_service(tokenizer, wrap=lambda _: JSONResponse(told)) as url:
+        assert main(["--url", url, "--input", str(source), "--output", "out.jsonl"]) == 1
+    assert "has several models (one, two); a batch needs" in capsys.readouterr().err
 
 
 class PageGateway:

@@ -29,9 +29,9 @@ async def http_client(*services, **options):
 
 
 @asynccontextmanager
-async def listening(service, **options):
-    """The address of the routes over a service, on a socket."""
-    app, port = build_api(service, **options), free_port()
+async def listening(*services, **options):
+    """The address of the routes over a service, or several, on a socket."""
+    app, port = build_api(*services, **options), free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off"))
     task = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - there is no event to wait for

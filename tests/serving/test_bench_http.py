@@ -16,6 +16,7 @@ from gllm_ray.bench.completions_client import CompletionsClient
 from gllm_ray.bench.load_generator import send_load
 from gllm_ray.bench.prompts import LoadRequest
 from gllm_ray.bench.request_figures import RequestFigures
+from gllm_ray.bench.target import TargetOptions, start_target
 from gllm_ray.cli import main
 from tests.fakes import LocalService, ScriptedPipeline
 from tests.serving.local_api import listening
@@ -133,13 +134,15 @@ def test_a_service_that_never_answers_is_given_up(capsys):
     assert "not ready after 1 s: ClientConnectorError" in given_up
 
 
-def test_a_service_that_refuses_what_is_sent_is_not_waited_for(tokenizer):
+@pytest.mark.parametrize("path", ["", "/v1"])
+def test_a_service_that_refuses_what_is_sent_is_not_waited_for(tokenizer, path):
     async def run():
         async with (
             LocalService(tokenizer, ScriptedPipeline([5])) as service,
             listening(service) as url,
         ):
-            options = ["bench", "serve", url, "--extra-body", '{"foo": 1}']
+            options = ["bench", "serve", url + path, "--timeout-s", "20"]
+            options += ["--extra-body", '{"foo": 1}']
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "gllm_ray.cli", *options), stderr=subprocess.PIPE
             )
@@ -151,6 +154,21 @@ def test_a_service_that_refuses_what_is_sent_is_not_waited_for(tokenizer):
     assert "status 400: " in errors
     assert "foo" in errors
     assert "waiting" not in errors
+
+
+@pytest.mark.parametrize(("model", "asked"), [(None, 0), ("second", 1), ("not-listed", 0)])
+def test_one_of_several_models_is_asked_by_its_name(tokenizer, model, asked):
+    async def run():
+        async with (
+            LocalService(tokenizer, ScriptedPipeline([5])) as first,
+            LocalService(tokenizer, ScriptedPipeline([5])) as second,
+        ):
+            second.model_name = "second"
+            options = TargetOptions(model=model, extra_body={}, timeout_s=20.0)
+            async with listening(first, second) as url, start_target(url, options):
+                return [len(first.requests), len(second.requests)]
+
+    assert asyncio.run(run())[asked] == 1
 
 
 def measure_own(tokenizer, script, requests, **options):

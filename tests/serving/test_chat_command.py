@@ -168,7 +168,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(tokenizer):
         (["--params", '{"temperature": -1}'], "temperature"),
         (["--params", '{"n": 2}'], "--params: n must be left out"),
         (["--api-key-env", "NO_KEY"], "--api-key-env=NO_KEY: there is no such variable"),
-        (["--url", "here"], "here: is no service's address"),
+        (["--url", "here:8000"], "--url=here:8000: must be an address as http://host:port"),
+        (["--url", "http://["], "http://[: is no service's address"),
     ],
 )
 def test_what_cannot_be_asked_is_told_in_one_line(tokenizer, arguments, reason):

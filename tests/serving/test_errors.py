@@ -146,6 +146,14 @@ def test_a_body_that_is_no_json_object_is_a_bad_request(tokenizer, path, content
     assert (response.status_code, error_of(response)["code"]) == (400, "invalid_json")
 
 
+def test_broken_json_is_told_what_was_expected_and_at_which_character(tokenizer):
+    response = call(tokenizer, "POST", CHAT_PATH, content=b"{'model': 1}", headers=JSON)
+    assert error_of(response)["message"] == (
+        "the body is not valid JSON: Expecting property name enclosed in double quotes "
+        "(character 2)"
+    )
+
+
 def test_a_body_of_another_type_is_told_which_type_is_needed(tokenizer):
     content = json.dumps(BODIES[CHAT_PATH])
     for headers in ({"Content-Type": "application/x-www-form-urlencoded"}, {}):
