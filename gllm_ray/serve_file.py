@@ -18,7 +18,7 @@ from gllm_ray.config import (
 from gllm_ray.errors import ConfigError
 from gllm_ray.serve_schema import Application, ServeFile
 from gllm_ray.strict_schema import find_mistakes
-from gllm_ray.strict_yaml import read_yaml
+from gllm_ray.strict_yaml import read_yaml, refuse_other_kind
 
 IMPORT_PATH = "gllm_ray.serving.app:build_app"
 DEPLOYMENT_NAME = "LLMServer"
@@ -42,6 +42,7 @@ def load_serve_file(path: Path) -> ServeFile:
             256`, or `demo.yaml:7: ...` where the text is not YAML.
     """
     data = read_yaml(path)
+    refuse_other_kind(path, data, "applications")
     if mistakes := find_serve_mistakes(data):
         raise ConfigError("\n".join(f"{path}: {line}" for line in mistakes))
     return ServeFile.model_validate(data)

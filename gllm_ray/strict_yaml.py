@@ -11,6 +11,13 @@ from yaml.constructor import ConstructorError
 
 from gllm_ray.errors import ConfigError
 
+# Kinds of our files by a key that others do not have, and what takes them.
+_KINDS = {
+    "applications": ("a configuration of Ray Serve", "`gllm-ray serve`"),
+    "hardware": ("a simulation", "`gllm-ray simulate`"),
+    "gpus": ("a plan", "`gllm-ray plan`"),
+}
+
 
 def read_yaml(path: Path) -> object:
     """What a file holds.
@@ -41,6 +48,26 @@ def parse_documents(text: str | bytes, source: object) -> list[object]:
     with _mistakes_of(source):
         documents = yaml.load_all(text, Loader=_StrictLoader)
         return [document for document in documents if document is not None]
+
+
+def refuse_other_kind(path: Path, data: object, key: str) -> None:
+    """Return unless a file is plainly one of another kind than a command takes.
+
+    Args:
+        path: The file.
+        data: What it holds.
+        key: That all files of the kind have.
+
+    Raises:
+        ConfigError: It has the key of another kind instead; says which command takes that.
+    """
+    if not isinstance(data, dict) or key in data:
+        return
+    for other, (kind, command) in _KINDS.items():
+        if other in data:
+            raise ConfigError(
+                f"{path}: is {kind}, for {command}; must be {_KINDS[key][0]}, with the key {key}"
+            )
 
 
 @contextlib.contextmanager

@@ -38,7 +38,9 @@ def _length(length: dict[str, Any]) -> str:
 
 
 def quantiles(summary: dict[str, float]) -> str:
-    """p50, p90 and p99 of seconds, as milliseconds."""
+    """p50, p90 and p99 of seconds, as milliseconds; where nothing was measured, none."""
+    if summary["mean"] == 0:
+        return NONE
     return " / ".join(milliseconds(summary[name]) for name in ("p50", "p90", "p99"))
 
 

@@ -13,7 +13,7 @@ from gllm_ray.simulation.model_config import parse_model_shape
 from gllm_ray.simulation.model_shape import ModelShape
 from gllm_ray.simulation.workload_config import TraceWorkloadConfig, WorkloadConfig
 from gllm_ray.strict_schema import StrictModel, parse_strictly
-from gllm_ray.strict_yaml import read_yaml
+from gllm_ray.strict_yaml import read_yaml, refuse_other_kind
 
 Counts = Annotated[
     tuple[Annotated[int, Field(ge=1, le=256)], ...], Field(strict=False, min_length=1)
@@ -212,6 +212,7 @@ def load_plan_config(path: Path) -> PlanConfig:
         ConfigError: One line for each mistake, after the name of the file.
     """
     data = read_yaml(path)
+    refuse_other_kind(path, data, "gpus")
     try:
         config = parse_plan_config(data)
     except ConfigError as error:

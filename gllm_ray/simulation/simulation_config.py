@@ -21,7 +21,7 @@ from gllm_ray.simulation.replica_config import (
 from gllm_ray.simulation.routing import RoutingName
 from gllm_ray.simulation.workload_config import TraceWorkloadConfig, WorkloadConfig
 from gllm_ray.strict_schema import StrictModel, parse_strictly
-from gllm_ray.strict_yaml import read_yaml
+from gllm_ray.strict_yaml import read_yaml, refuse_other_kind
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
 
@@ -287,6 +287,7 @@ def load_simulation_config(path: Path) -> SimulationConfig:
         ConfigError: One line for each mistake, after the name of the file.
     """
     data = read_yaml(path)
+    refuse_other_kind(path, data, "hardware")
     try:
         return _anchored(parse_simulation_config(data), path.parent)
     except ConfigError as error:
