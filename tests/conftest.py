@@ -44,11 +44,12 @@ settings.load_profile("steady")
 
 
 class _ByFile(LoadFileScheduling):
-    """A worker runs whole files, and one of them all that share the service of `e2e`."""
+    """A worker runs whole files, and one of them all that share a service, or replicas."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "e2e" if Path(file).parent.name == "e2e" else file
+        directory = Path(file).parent.name
+        return directory if directory in ("e2e", "faults") else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
