@@ -67,7 +67,7 @@ def main(path, loads):
     for load in loads:
         # What all of them import is there already, and counts for none.
         if (child := os.fork()) == 0:
-            sys.stdout.write(json.dumps(measure(path, **load)) + "\n")
+            sys.stdout.write(json.dumps(measure(path, *load)) + "\n")
             sys.stdout.flush()
             os._exit(0)
         _, status = os.waitpid(child, 0)

@@ -1,6 +1,5 @@
 """A stage takes the memory of its own shard, at the end of a load and during it."""
 
-import functools
 import hashlib
 import json
 import subprocess
@@ -23,10 +22,8 @@ CONVERSIONS = [
     ({"quantization": "int8"}, 1.25),
     ({"load_format": "dummy"}, MAX_PEAK_RATIO),
 ]
-LOADS = [
-    *({"stage_id": stage_id, "settings": {}} for stage_id in (0, 1)),
-    *({"stage_id": 1, "settings": settings} for settings, _ in CONVERSIONS),
-]
+# The stage and its settings.
+LOADS = [(0, {}), (1, {}), *((1, settings) for settings, _ in CONVERSIONS)]
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/smaps_rollup").exists(),
@@ -67,30 +64,23 @@ def stored_digest(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def measure_load(checkpoint, stored_digest):
-    """What a load of a stage took; the first to ask has all measured, by one process's children."""
-
-    @functools.cache
-    def reports():
-        process = subprocess.run(
-            [
-                *(sys.executable, "-m", "tests.unit.model.measured_load"),
-                *(str(checkpoint), json.dumps(LOADS)),
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert process.returncode == 0, process.stderr
-        return [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
-
-    def measure(stage_id, settings):
-        if not reports():
-            pytest.skip("without the C++ operator nothing is packed")
-        return reports()[LOADS.index({"stage_id": stage_id, "settings": settings})]
-
-    return measure
+def reports(checkpoint, stored_digest):
+    """What each of `LOADS` took, in a child of one process."""
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.unit.model.measured_load"),
+            *(str(checkpoint), json.dumps(LOADS)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        pytest.skip("without the C++ operator nothing is packed")
+    return [json.loads(line) for line in lines]
 
 
 def stored_bytes(path, stage_id, layers):
@@ -111,9 +101,9 @@ def digest(path):
 
 @pytest.mark.parametrize("stage_id", [0, 1])
 def test_a_stage_holds_the_bytes_of_its_own_tensors_and_maps_what_it_does_not_pack(
-    stage_id, checkpoint, stored_digest, measure_load
+    stage_id, checkpoint, stored_digest, reports
 ):
-    report = measure_load(stage_id, {})
+    report = reports[LOADS.index((stage_id, {}))]
     assert digest(checkpoint) == stored_digest  # packing in place changes no page of the file
     own = stored_bytes(checkpoint, stage_id, report["layers"])
     assert report["weight_bytes"] == own
@@ -131,9 +121,7 @@ def test_a_stage_holds_the_bytes_of_its_own_tensors_and_maps_what_it_does_not_pa
     CONVERSIONS,
     ids=lambda each: next(iter(each.values())) if isinstance(each, dict) else "",
 )
-def test_weights_that_are_converted_or_made_never_lie_in_memory_twice(
-    settings, max_ratio, measure_load
-):
-    report = measure_load(1, settings)
+def test_weights_that_are_converted_or_made_never_lie_in_memory_twice(settings, max_ratio, reports):
+    report = reports[LOADS.index((1, settings))]
     assert 0.9 * report["weight_bytes"] <= report["peak_bytes"]
     assert report["peak_bytes"] <= max_ratio * report["weight_bytes"]
