@@ -73,7 +73,7 @@ def ray_cluster() -> Iterator[None]:
         object_store_memory=150 * 2**20,
         _temp_dir=directory,
     )
-    # It looks through the logs of all actors ten times a second, for nobody.
+    # The monitor looks through the logs of all actors ten times a second, for nobody.
     ray._private.worker._global_node.kill_log_monitor()
     yield
     ray.shutdown()
