@@ -14,7 +14,7 @@ demo: $(INSTALLED) ## Serve the embedded model until Ctrl-C; ONCE=1 ends after o
 	@$(BIN)/python -m gllm_ray.demo $(if $(ONCE),--once)
 
 test: $(INSTALLED) ## Run the tests, but for those of `make chaos` and `make slow`.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 chaos: $(INSTALLED) ## Run the slow tests of faults, which `make test` leaves out.
 	$(BIN)/python -m pytest -m chaos --session-timeout=2400

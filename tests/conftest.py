@@ -44,11 +44,12 @@ settings.load_profile("steady")
 
 
 class _ByFile(LoadFileScheduling):
-    """A worker runs whole files, and one of them all that share the service of `e2e`."""
+    """A worker runs whole files, and one of them all that share a service, or replicas."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "e2e" if Path(file).parent.name == "e2e" else file
+        directory = Path(file).parent.name
+        return directory if directory in ("e2e", "faults") else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
@@ -72,6 +73,8 @@ def ray_cluster() -> Iterator[None]:
         object_store_memory=150 * 2**20,
         _temp_dir=directory,
     )
+    # The monitor looks through the logs of all actors ten times a second, for nobody.
+    ray._private.worker._global_node.kill_log_monitor()
     yield
     ray.shutdown()
     shutil.rmtree(directory, ignore_errors=True)

@@ -119,13 +119,17 @@ class RayStages:
 
     async def pipeline(self) -> RayPipeline:
         """A working pipeline, whatever an earlier test did to its stages."""
+        return RayPipeline(await self.connect())
+
+    async def connect(self) -> StageGroup:
+        """Living stages that are connected anew."""
         if self.group is None:
             self.group = await start_stage_group(self.config, self._placement_group)
         else:
             stages = await asyncio.gather(*map(self._revive, range(len(self.group.stages))))
             group = replace(self.group, stages=tuple(stages), epoch=self.group.epoch + 1)
             self.group = await connect_stages(group)
-        return RayPipeline(self.group)
+        return self.group
 
     def stop(self) -> None:
         if self.group is not None:

@@ -69,11 +69,8 @@ def test_a_file_runs_to_its_end_and_a_changed_model_does_not_resume(
     assert "model changed" in capsys.readouterr().err
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("suffix", "id_column"), [("csv", "number"), ("parquet", "custom_id")])
-def test_a_table_comes_back_with_columns_of_answers(
-    suffix, id_column, ray_cluster, config, tmp_path, capsys
-):
+def test_a_table_comes_back_with_columns_of_answers(suffix, id_column, tokenizer, tmp_path, capsys):
     pa = pytest.importorskip("pyarrow", reason="the data extra is not installed")
     from pyarrow import csv as arrow_csv
     from pyarrow import parquet
@@ -85,12 +82,17 @@ def test_a_table_comes_back_with_columns_of_answers(
     arrow_csv.write_csv(table, source) if suffix == "csv" else parquet.write_table(table, source)
     output = tmp_path / f"out.{suffix}"
     template = "Write {{ prompt }} {{ number }}."
-    asked = ["--prompt-column", "text", "--template", template, "--id-column", id_column]
-    asked += ["--params"]
-    assert main(options(config, source, output, *asked, '{"max_tokens": "4"}')) == 1
-    assert f"{source}:3: max_tokens: must be a whole number, not text" in capsys.readouterr().err
-    assert main(options(config, source, output, *asked, '{"max_tokens": 4, "seed": 1}')) == 0
-    read = arrow_csv.read_csv(output) if suffix == "csv" else parquet.read_table(output)
+    with http_service(tokenizer) as url:
+        asked = ["--url", url, "--input", str(source), "--output", str(output)]
+        asked += ["--prompt-column", "text", "--template", template, "--id-column", id_column]
+        asked += ["--params"]
+        assert main([*asked, '{"max_tokens": "4"}']) == 1
+        error = capsys.readouterr().err
+        assert f"{source}:3: max_tokens: must be a whole number, not text" in error
+        assert main([*asked, '{"max_tokens": 4, "seed": 1}']) == 0
+        read = arrow_csv.read_csv(output) if suffix == "csv" else parquet.read_table(output)
+        assert main([*asked, '{"max_tokens": 5}']) == 1
+        assert "requests changed" in capsys.readouterr().err
     assert read.column_names == [
         "number",
         "text",
@@ -103,8 +105,6 @@ def test_a_table_comes_back_with_columns_of_answers(
     assert read.select(["number", "text"]).to_pylist() == table.select([0, 1]).to_pylist()
     assert list(map(str, read["custom_id"].to_pylist())) == ["1", "2", "3"]
     assert all(1 <= number <= 4 for number in read["num_generated_tokens"].to_pylist())
-    assert main(options(config, source, output, *asked, '{"max_tokens": 5}')) == 1
-    assert "requests changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

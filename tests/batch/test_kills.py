@@ -65,7 +65,7 @@ def check_kills(num_kills, num_rows, tmp_path, tokenizer):
 
 
 def test_no_row_is_lost_or_doubled_by_kills(tmp_path, tokenizer):
-    check_kills(3, 80, tmp_path, tokenizer)
+    check_kills(2, 60, tmp_path, tokenizer)
 
 
 @pytest.mark.slow

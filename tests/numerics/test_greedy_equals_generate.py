@@ -1,5 +1,7 @@
 """Greedy tokens equal those of transformers' `generate`, however the work is cut up."""
 
+import itertools
+
 import pytest
 
 from gllm_ray.messages import SamplingParams
@@ -8,8 +10,27 @@ from gllm_ray.stages.local_pipeline import LocalPipeline
 from tests.numerics.models import CONFIGS, MAX_TOKENS, WINDOW
 from tests.numerics.serving import WHOLE, chunks_of, run, service_config
 
+DEPTHS = (1, 2, 4)
+POLICIES = {"whole": WHOLE, "sevens": chunks_of(7), "threes": chunks_of(3)}
+IN_FULL = ("llama", "gemma2", "deepseek_v3")  # plain; windows and soft caps; latents and experts
 all_models = pytest.mark.parametrize("name", CONFIGS)
-all_depths = pytest.mark.parametrize("num_stages", [1, 2, 4])
+all_depths = pytest.mark.parametrize("num_stages", DEPTHS)
+
+
+def cells(*axes):
+    """Every model, depth and chunk, with the ring and without; of most models the half is slow.
+
+    What remains of them has the ring with every depth and every chunk, as it has its absence.
+    """
+    found = []
+    for index, name in enumerate(CONFIGS):
+        for place, values in enumerate(itertools.product(*axes)):
+            for ring in (False, True):
+                is_short = name in IN_FULL or ring == (index + place) % 2
+                marks = () if is_short else pytest.mark.slow
+                label = "-".join([name, *map(str, values), *["ring"] * ring])
+                found.append(pytest.param(name, *values, ring, marks=marks, id=label))
+    return found
 
 
 @all_models
@@ -19,15 +40,11 @@ def test_continuations_under_test_have_several_distinct_tokens(name, small_model
         assert len(set(tokens)) >= 3
 
 
-@all_models
-@all_depths
-@pytest.mark.parametrize(
-    "policy", [WHOLE, chunks_of(7), chunks_of(3)], ids=["whole", "sevens", "threes"]
-)
+@pytest.mark.parametrize(("name", "num_stages", "chunks", "ring"), cells(DEPTHS, POLICIES))
 def test_tokens_equal_generate_for_any_stages_and_chunks(
-    name, num_stages, policy, ring, small_model, local_pipeline
+    name, num_stages, chunks, ring, small_model, local_pipeline
 ):
-    model = small_model(name)
+    model, policy = small_model(name), POLICIES[chunks]
     pipeline = local_pipeline(name, num_stages)
     result = run(pipeline, model.prompts, MAX_TOKENS, policy=policy, ring=ring)
     assert result.tokens == model.continuations
@@ -36,8 +53,7 @@ def test_tokens_equal_generate_for_any_stages_and_chunks(
         assert any(_is_mixed(batch) for batch in result.batches)
 
 
-@all_models
-@all_depths
+@pytest.mark.parametrize(("name", "num_stages", "ring"), cells(DEPTHS))
 def test_tokens_equal_generate_under_preemption(
     name, num_stages, ring, small_model, local_pipeline
 ):

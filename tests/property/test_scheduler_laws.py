@@ -799,7 +799,7 @@ def test_failure_ends_every_open_request_once_and_voids_every_block(setting, tod
 def test_random_workloads_reach_every_kind_of_hit():
     seen = Counter()
 
-    @settings(max_examples=800, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=600, deadline=None, derandomize=True, database=None)
     @given(without_limits.map(lambda s: replace(s, num_blocks=min(s.num_blocks, 16))), actions)
     def explore(setting, todo):
         harness = Harness(setting)

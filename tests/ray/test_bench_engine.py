@@ -102,7 +102,7 @@ def test_the_phases_of_a_recovery_add_up_to_the_pause_of_the_streams(ray_cluster
 
 
 def test_hops_are_measured_for_each_transport_depth_and_size(ray_cluster):
-    transports = ["gloo", "object_store", "direct"]
+    transports = ["object_store", "direct"]  # the last is by gloo, too
     result = asyncio.run(
         bench_transport(
             transports=transports,
@@ -114,9 +114,7 @@ def test_hops_are_measured_for_each_transport_depth_and_size(ray_cluster):
     )
     hops = result["hops"]
     assert [(hop["num_stages"], hop["num_bytes"], hop["transport"]) for hop in hops] == [
-        (2, size, transport)
-        for size in (4, 2**20)
-        for transport in ("gloo", "object_store", "direct")
+        (2, size, transport) for size in (4, 2**20) for transport in transports
     ]
     for hop in hops:
         assert 0 < hop["hop_s"]["p50"] < hop["step_s"]["p50"] < 10

@@ -1,6 +1,7 @@
 """The demo model on a cluster, under each policy: one line of YAML apart."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from gllm_ray.assembly.replica import PipelineReplica
+from gllm_ray.assembly.remote_scheduler import RemoteScheduler
 from gllm_ray.config import parse_service_config, resolve_package_path
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.messages import FinishReason, GenerationRequest
 from gllm_ray.model.tokenizer import Tokenizer
+from tests.pipelines import RayStages
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 POLICIES = ["token_throttling", "chunked_prefill", "prefill_first", "temporal", "balanced"]
@@ -56,12 +58,21 @@ def greedy(prompts):
     return outputs
 
 
-async def run(config, prompts):
+@pytest.fixture(scope="module")
+def stages(ray_cluster):
+    """The demo's, for one scheduler after another: to them, all policies are alike."""
+    stages = RayStages(demo_config(POLICIES[0], ring=False))
+    yield stages
+    stages.stop()
+
+
+async def run(config, stages, prompts):
     """The tokens of each request and why it ended, all sent at once."""
     stop_token_ids = Tokenizer.for_model(config.model).stop_token_ids
-    replica = await PipelineReplica.start(config)
+    scheduler = RemoteScheduler.launch(config)
     try:
-        client = EngineClient(replica)
+        await scheduler.start(replace(await stages.connect(), ring=config.pipeline.ring))
+        client = EngineClient(scheduler)
         await client.start()
 
         async def ask(index, prompt):
@@ -75,11 +86,11 @@ async def run(config, prompts):
             return [event.token_id for event in events], events[-1].finish_reason
 
         answers = await asyncio.gather(*(ask(i, prompt) for i, prompt in enumerate(prompts)))
-        load = await replica.load()
+        load = await scheduler.load()
         await client.close()
         return answers, load
     finally:
-        await replica.close()
+        scheduler.kill()
 
 
 @pytest.mark.parametrize(
@@ -87,11 +98,11 @@ async def run(config, prompts):
     [*((policy, False) for policy in POLICIES), ("balanced", True)],
 )
 def test_each_policy_gives_the_same_greedy_tokens_and_loses_nothing(
-    policy, ring, ray_cluster, prompts, greedy
+    policy, ring, stages, prompts, greedy
 ):
     config = demo_config(policy, ring=ring)
     assert config.scheduler.policy.name == policy
-    answers, load = asyncio.run(run(config, prompts))
+    answers, load = asyncio.run(run(config, stages, prompts))
     assert [tokens for tokens, _ in answers] == greedy
     assert {reason for _, reason in answers} <= {FinishReason.STOP, FinishReason.LENGTH}
     assert (load.num_requests, load.kv_utilization) == (0, 0)

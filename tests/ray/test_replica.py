@@ -81,8 +81,8 @@ async def check_loss_of_a_stage(client, replica):
         await anext(client.generate(wanted[0]))
 
 
-def without_recovery(model):
-    config = make_service_config(model, num_stages=2, cpus_per_stage=0.5)
+def without_recovery(model, num_stages):
+    config = make_service_config(model, num_stages=num_stages, cpus_per_stage=0.5)
     return config.model_copy(update={"recovery": RecoveryConfig(enabled=False)})
 
 
@@ -102,7 +102,7 @@ def test_without_recovery_a_replica_serves_until_a_stage_dies_and_then_ends_ever
 ):
     async def scenario():
         others = actor_processes()
-        replica = await PipelineReplica.start(without_recovery(tiny_llama))
+        replica = await PipelineReplica.start(without_recovery(tiny_llama, num_stages=2))
         own = actor_processes() - others
         client = EngineClient(replica)
         await client.start()
@@ -185,7 +185,7 @@ def test_without_recovery_a_lost_scheduler_breaks_the_replica_and_close_ends_its
 ):
     async def scenario():
         others = actor_processes()
-        replica = await PipelineReplica.start(without_recovery(tiny_llama))
+        replica = await PipelineReplica.start(without_recovery(tiny_llama, num_stages=1))
         own = actor_processes() - others
         (scheduler,) = own - stage_processes()
         events = asyncio.ensure_future(replica.next_events())
@@ -245,11 +245,11 @@ def test_a_long_repair_is_no_failure_to_serve_and_keeps_new_requests_away(
     ray_cluster, own_log, tiny_llama, monkeypatch
 ):
     async def scenario():
-        config = make_service_config(tiny_llama, num_stages=2, cpus_per_stage=0.5)
+        config = make_service_config(tiny_llama, cpus_per_stage=0.5)
         server = await start_server(with_tokenizer(config, "package://gllm_ray/demo/model"))
         pipeline = server._pipeline
         await server.check_ready()
-        os.kill(await pipeline.group.stages[1].ping.remote(), signal.SIGKILL)
+        os.kill(await pipeline.group.stages[0].ping.remote(), signal.SIGKILL)
         async with asyncio.timeout(30):
             while pipeline.standstill_s == 0:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Loads one stage in a process of its own and writes what that took; see `test_load_memory`.
+"""Loads stages, each in a process of its own, and writes what that took; see `test_load_memory`.
 
 Memory is the process's anonymous pages, sampled from the kernel every few milliseconds: pages of a
 mapped file are not counted, for all processes of a node share them and the kernel may drop them.
@@ -6,8 +6,10 @@ mapped file are not counted, for all processes of a node share them and the kern
 
 import gc
 import json
+import os
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -35,12 +37,7 @@ def tensors():
     return {tensor.data_ptr(): tensor.nbytes for tensor in found if not tensor.is_meta}
 
 
-def main(path, stage_id, settings):
-    try:
-        load_operators()
-    except OperatorsUnavailableError:
-        sys.stdout.write(json.dumps(None))
-        return
+def measure(path, stage_id, settings):
     worker = StageWorker(service_config(path, num_stages=2, **settings), stage_id)
     earlier = tensors()
     base_bytes = peak_bytes = anonymous_bytes()
@@ -57,14 +54,27 @@ def main(path, stage_id, settings):
     is_loaded.set()
     sampler.join()
     gc.collect()
-    report = {
+    return {
         "peak_bytes": max(peak_bytes, anonymous_bytes()) - base_bytes,
         "tensor_bytes": sum(size for place, size in tensors().items() if place not in earlier),
         "weight_bytes": info.weight_bytes,
         "layers": [info.first_layer, info.last_layer],
     }
-    sys.stdout.write(json.dumps(report))
+
+
+def main(path, loads):
+    load_operators()
+    for load in loads:
+        # What all of them import is there already, and counts for none.
+        if (child := os.fork()) == 0:
+            sys.stdout.write(json.dumps(measure(path, *load)) + "\n")
+            sys.stdout.flush()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(f"{load}: ended with {status}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))
+    with suppress(OperatorsUnavailableError):
+        main(sys.argv[1], json.loads(sys.argv[2]))

@@ -87,9 +87,9 @@ def compiler():
 
 @pytest.fixture
 def counting_compiler(compiler, tmp_path):
-    """A compiler that adds a line to a file each time it runs."""
+    """A compiler that adds a line to a file each time it runs, and makes slow code soon."""
     script, count = tmp_path / "compiler", tmp_path / "count"
-    script.write_text(f'#!/bin/sh\necho run >> "{count}"\nexec {compiler} "$@"\n')
+    script.write_text(f'#!/bin/sh\necho run >> "{count}"\nexec {compiler} "$@" -O0\n')
     script.chmod(0o755)
     count.touch()
     return script, count

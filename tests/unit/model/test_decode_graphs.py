@@ -111,7 +111,7 @@ def test_rows_added_change_no_result_and_write_to_the_reserved_block_alone(stage
     for seq_id, prompt in enumerate(prompts):
         for workers in stages:
             execute(workers, sequence(seq_id, 0, prompt))
-    for num_rows in (3, 6, 1, 5, 2, 4):
+    for num_rows in (3, 1, 5, 2):
         chosen = generator.sample(range(6), num_rows)
         decodes = [
             sequence(seq_id, lengths[seq_id], [generator.randrange(3, 128)]) for seq_id in chosen

@@ -309,7 +309,7 @@ def test_no_limit_is_met_at_a_rate_that_is_not_kept_up_with_for_as_long():
     # In the 3 s of the requests a queue of 1 s forms unless hardly more come than are served.
     config = plan(workload=workload, search=search, slo={"ttft_s": 1})
     whole = evaluate(config, only_choice(config))
-    at_once = plan(workload=workload | {"arrivals": "at_once", "num_requests": 2000}, search=search)
+    at_once = plan(workload=workload | {"arrivals": "at_once", "num_requests": 300}, search=search)
     served_per_s = evaluate(at_once, only_choice(at_once)).output_tokens_per_s / 20
     assert whole.num_unfinished == 0
     assert headroom(config, only_choice(config)) * 20 < 2 * served_per_s

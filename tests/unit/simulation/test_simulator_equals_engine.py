@@ -99,7 +99,7 @@ def run_both(deployment, requests, seed):
 
 @pytest.mark.parametrize("ring", [False, True], ids=["", "ring"])
 @pytest.mark.parametrize("timeout_s", [None, 0.3])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 def test_engine_and_simulator_form_the_same_micro_batches(policy, seed, timeout_s, ring):
     deployment, requests = make_deployment(policy, timeout_s, ring), make_requests(seed)
