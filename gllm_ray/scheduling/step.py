@@ -57,7 +57,7 @@ class Step:
         for index in range(max(0, len(events) - len(ending)), len(events)):
             event = events[index]
             if event.token_id is not None and event.request_id in begun:
-                events[index] = event._replace(num_cached_tokens=begun[event.request_id])
+                events[index] = TokenEvent(*event[:-1], begun[event.request_id])
 
     def load(self) -> StepLoad:
         """What the micro-batch makes each stage compute."""

@@ -75,10 +75,11 @@ class Running:
     num_accepted: int = field(default=0, init=False)
 
     async def collect(self, request, on_token=None) -> list[TokenEvent]:
+        """The events, but for what the prefix cache had: that is of requests before this one."""
         events = []
         async for step in self.client.generate(request, tells_acceptance=True):
             self.num_accepted += not step
-            events += step
+            events += [event._replace(num_cached_tokens=None) for event in step]
             if on_token is not None:
                 on_token(len(events))
         return events
