@@ -315,6 +315,7 @@ def test_a_client_that_leaves_as_the_first_token_comes_leaves_nothing_running(to
             leave()
             yield TextDelta(0, "def", 1)
         finally:
+            await asyncio.sleep(0)
             is_closed = True
 
     async def main():
@@ -322,10 +323,14 @@ def test_a_client_that_leaves_as_the_first_token_comes_leaves_nothing_running(to
             model="m", is_chat=False, token_bytes=tokenizer.vocabulary.token_bytes
         )
         writer = ChunkWriter(head, UsageMeter([make_request()], 1))
-        source = deltas(lambda: task.cancel())
+        has_left = asyncio.Event()
+        source = deltas(has_left.set)
         task = asyncio.create_task(stream_response(source, writer, None))
-        await asyncio.wait([task])
+        await has_left.wait()
+        while not task.done():
+            task.cancel()  # again and again, as servers do
+            await asyncio.sleep(0)
         assert task.cancelled()
-        assert is_closed
+        await wait_until(lambda: is_closed)
 
     asyncio.run(main())
