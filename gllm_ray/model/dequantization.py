@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+from torch.nn import functional
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.model.quantized_checkpoint import QuantizedFormat
@@ -138,15 +139,14 @@ def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
         `[experts, inputs, outputs]`.
     """
     numbers = torch.tensor([*_E2M1, *(-number for number in _E2M1)])
+    pairs = torch.stack([numbers.repeat(16), numbers.repeat_interleave(16)], dim=1)  # by byte
     num_experts, num_outputs, num_blocks, block_bytes = blocks.shape
     output = torch.empty(num_experts, num_blocks * block_bytes * 2, num_outputs, dtype=dtype)
     for expert in range(num_experts):
         rows_at_once = max(1, _MAX_WORKSPACE // output.shape[1])
         for first in range(0, num_outputs, rows_at_once):
             rows = slice(first, first + rows_at_once)
-            stored = blocks[expert, rows].int()
-            pairs = torch.stack([numbers[stored & 15], numbers[stored >> 4]], dim=-1)
+            values = functional.embedding(blocks[expert, rows].int(), pairs).flatten(2)
             exponents = scales[expert, rows].int() - _E8M0_BIAS
-            values = torch.ldexp(pairs.flatten(2), exponents[..., None])
-            output[expert, :, rows] = values.flatten(1).T
+            output[expert, :, rows] = torch.ldexp(values, exponents[..., None]).flatten(1).T
     return output
