@@ -7,7 +7,7 @@ Source: transformers' FP8 and MXFP4 integrations (what the names, the scales' sh
 of the nibbles mean).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from gllm_ray.errors import ConfigError
 from gllm_ray.model.quantized_checkpoint import QuantizedFormat
 
 # Of floats that are beside a weight at a time.
-_MAX_WORKSPACE = 2**20
+_MAX_WORKSPACE = 2**18
 # The numbers of four bits with a sign, two bits of exponent and one of mantissa.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E8M0_BIAS = 127
@@ -25,6 +25,10 @@ _E8M0_BIAS = 127
 
 class LazyTensor(Protocol):
     """A tensor that is read when it is indexed."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Known before it is read."""
 
     def __getitem__(self, index: Any) -> torch.Tensor: ...  # noqa: ANN401 - as tensors are
 
@@ -59,6 +63,10 @@ class _Whole:
         self._name = name
         self._tensor = tensor
 
+    @property
+    def shape(self) -> Sequence[int]:
+        return self._tensor.shape
+
     def __getitem__(self, index: Any) -> torch.Tensor:  # noqa: ANN401
         tensor = self._tensor[index]
         if tensor.dtype.itemsize == 1 and tensor.dtype is not torch.bool:
@@ -79,6 +87,13 @@ class _Dequantized:
         self._scales = scales
         self._stored = stored
         self._dtype = dtype
+
+    @property
+    def shape(self) -> Sequence[int]:
+        if not self._stored.is_mxfp4:
+            return self._weight.shape
+        num_experts, num_outputs, num_blocks, block_bytes = self._weight.shape
+        return num_experts, num_blocks * block_bytes * 2, num_outputs
 
     def __getitem__(self, index: Any) -> torch.Tensor:  # noqa: ANN401
         weight, scales = self._weight[...], self._scales[...]

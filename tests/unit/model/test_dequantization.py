@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from gllm_ray.errors import ConfigError
 from gllm_ray.model import dequantization
-from gllm_ray.model.dequantization import from_float8, from_mxfp4
+from gllm_ray.model.dequantization import dequantized, from_float8, from_mxfp4
+from gllm_ray.model.quantized_checkpoint import quantized_format
 from gllm_ray.stages.worker import StageWorker
 from tests.numerics.models import save_checkpoint
-from tests.numerics.quantized_models import quantize
+from tests.numerics.quantized_models import CONFIGS, quantize
 from tests.numerics.serving import service_config
 
 CASES = [
@@ -88,6 +89,21 @@ def test_stages_read_the_quantized_bytes_and_together_each_once(quantized):
     assert sum(worker.bytes_read for worker, _ in stages) == sum(each.nbytes for each in stored)
     assert all(info.num_parameters < 0.6 * whole.num_parameters for _, info in stages)
     assert sum(info.num_parameters for _, info in stages) == whole.num_parameters
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_the_shape_of_a_weight_is_known_before_it_is_read(method):
+    stored = quantized_format(CONFIGS[method])
+    tensors = {
+        f"w{stored.weight_suffix}": torch.zeros(3, 16, 2, 16, dtype=torch.uint8),
+        f"w{stored.scale_suffix}": torch.ones(3, 16, 2, dtype=torch.uint8),
+        "other": torch.zeros(2, 3),
+    }
+    if method == "fp8":
+        tensors |= {"w": torch.zeros(16, 24), "w_scale_inv": torch.ones(2, 3)}
+    weights = dequantized(tensors, stored, torch.float32)
+    assert weights.keys() == {"w", "other"}
+    assert all(weight.shape == weight[...].shape for weight in weights.values())
 
 
 @pytest.mark.parametrize("leading", [(), (3,)])
