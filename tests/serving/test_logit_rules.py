@@ -200,7 +200,7 @@ def test_outputs_do_not_depend_on_how_they_are_scheduled(tokenizer, pipeline, tw
 
 
 def test_nothing_is_kept_of_outputs_that_ended_or_were_given_up(tokenizer, pipeline):
-    counts = pipeline._workers[-1]._counts
+    counts = pipeline._workers[-1]._outputs
 
     async def scenario(service, client):
         for number in range(3):

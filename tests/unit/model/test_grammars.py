@@ -19,7 +19,7 @@ from gllm_ray.model.constraints import RunningGrammars
 from gllm_ray.model.generation_config import MAX_TEMPERATURE
 from gllm_ray.model.grammar import GrammarCompiler
 from gllm_ray.model.next_tokens import draw_tokens
-from gllm_ray.model.token_counts import RunningCounts
+from gllm_ray.model.running_outputs import RunningOutputs
 from gllm_ray.model.tokenizer import Tokenizer
 
 SCHEMA = {
@@ -62,7 +62,7 @@ def sequence(seq_id, grammar, output=None, **sampling):
 
 
 def draw(logits, batch, grammars):
-    return draw_tokens(logits, batch, grammars, RunningCounts())
+    return draw_tokens(logits, batch, grammars, RunningOutputs())
 
 
 def batch_of(*sequences, ended=()):
