@@ -1,6 +1,6 @@
 """What the logit rules of a micro-batch's sequences do to their logits, before any draw."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Self
 
@@ -24,6 +24,10 @@ class _Change(NamedTuple):
     rules: LogitRules
     forbidden: Sequence[int]  # tokens, whatever is allowed
     output: RunningOutput | None  # where the rules depend on it
+
+    @property
+    def rules_out(self) -> bool:
+        return bool(self.forbidden or self.rules.allowed_token_ids)
 
     def permits(self, token_id: int) -> bool:
         allowed = self.rules.allowed_token_ids
@@ -56,19 +60,25 @@ class LogitChanges:
             output = outputs.of(sequence) if rules.needs_output else None
             if output is not None and output.bad_words is not None:
                 forbidden += output.bad_words.next_tokens()
-            if forbidden or output is not None or rules.allowed_token_ids or rules.logit_bias:
-                changes[row] = _Change(rules, forbidden, output)
+            change = _Change(rules, forbidden, output)
+            if change.rules_out or rules.logit_bias or output is not None:
+                changes[row] = change
         return cls(changes)
 
-    def note(self, token_ids: Sequence[int]) -> dict[int, str]:
-        """Note what was drawn, a token for each row of the logits.
+    def note(self, token_ids: Sequence[int], refused: Container[int] = ()) -> dict[int, str]:
+        """Note what was drawn.
+
+        Args:
+            token_ids: A token for each row of the logits.
+            refused: The rows whose grammar did not take it.
 
         Returns:
-            The rows that had no token left to draw, and why.
+            The rows that had no token left to draw, and why: any other is drawn before one that is
+            ruled out.
         """
         failures = {}
         for row, change in self._changes.items():
-            if not change.permits(token_ids[row]):
+            if not change.permits(token_ids[row]) or (change.rules_out and row in refused):
                 failures[row] = _NONE_LEFT
             if change.output is not None:
                 change.output.add(token_ids[row])

@@ -30,6 +30,6 @@ def draw_tokens(
     changes = LogitChanges.of(drawn, outputs)
     token_ids = sample(allowed, params, [seq.end for seq in drawn], changes)
     failures |= grammars.advance(rows, token_ids)
-    failures |= changes.note(token_ids)
+    failures |= changes.note(token_ids, failures)
     logprobs = find_logprobs(logits, token_ids, params)
     return SampledTokens(token_ids, logprobs, tuple(failures.items()))

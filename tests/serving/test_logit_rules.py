@@ -17,7 +17,7 @@ from tests.serving.local_api import BODIES, CHAT
 MODEL = LocalService.model_name
 PROMPT = "def add(a, b):\n"
 VLLMS = {"repetition_penalty", "min_tokens", "stop_token_ids", "include_stop_str_in_output"}
-VLLMS |= {"ignore_eos"}
+VLLMS |= {"ignore_eos", "allowed_token_ids", "bad_words", "structured_outputs"}
 
 
 @pytest.fixture(scope="module")

@@ -215,6 +215,8 @@ def batch_drawn_alone(logits, sequences):
 
 
 RULE = LogitRules(
+    allowed_token_ids=tuple(range(30)),
+    bad_words=((6, 6, 9), (6, 1, 9), (0,)),
     end_token_ids=(1, 2),
     min_end=10,
     logit_bias=((7, 3.0),),
