@@ -26,7 +26,7 @@ class _Change(NamedTuple):
     output: RunningOutput | None  # where the rules depend on it
 
     @property
-    def rules_out(self) -> bool:
+    def forbids_some(self) -> bool:
         return bool(self.forbidden or self.rules.allowed_token_ids)
 
     def permits(self, token_id: int) -> bool:
@@ -61,7 +61,7 @@ class LogitChanges:
             if output is not None and output.bad_words is not None:
                 forbidden += output.bad_words.next_tokens()
             change = _Change(rules, forbidden, output)
-            if change.rules_out or rules.logit_bias or output is not None:
+            if change.forbids_some or rules.logit_bias or output is not None:
                 changes[row] = change
         return cls(changes)
 
@@ -78,7 +78,7 @@ class LogitChanges:
         """
         failures = {}
         for row, change in self._changes.items():
-            if not change.permits(token_ids[row]) or (change.rules_out and row in refused):
+            if not change.permits(token_ids[row]) or (change.forbids_some and row in refused):
                 failures[row] = _NONE_LEFT
             if change.output is not None:
                 change.output.add(token_ids[row])

@@ -68,9 +68,14 @@ def test_a_chat_has_its_prompts_once_and_each_choice_its_own(tokenizer, pipeline
         asked = {"model": MODEL, "messages": CHAT, "n": 3, "max_tokens": 9, "seed": 4}
         whole = await client.chat.completions.create(**asked, extra_body=ASKED)
         stream = await client.chat.completions.create(**asked, extra_body=ASKED, stream=True)
-        return whole, await streamed(stream)
+        chunks = await streamed(stream)
+        one = asked | {"n": 1, "extra_body": ASKED}
+        async with client.chat.completions.stream(**one) as stream:
+            merged = await stream.get_final_completion()
+        return whole, chunks, merged.choices[0].message.content
 
-    whole, chunks = ask_demo(tokenizer, pipeline, scenario)
+    whole, chunks, merged = ask_demo(tokenizer, pipeline, scenario)
+    assert merged == whole.choices[0].message.content
     assert whole.prompt_token_ids == tokenizer.apply_chat_template(CHAT)
     for choice, (prompt, parts) in zip(whole.choices, chunks, strict=True):
         assert prompt == whole.prompt_token_ids
