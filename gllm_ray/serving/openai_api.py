@@ -128,7 +128,8 @@ async def whole_response(
         GllmRayError: One of them failed; the others are aborted.
     """
     outputs = await collect_outputs(_deltas(service, body, requests), len(requests))
-    return response_body(head, outputs, UsageMeter(requests, body.outputs_per_prompt))
+    meter = UsageMeter(requests, body.outputs_per_prompt)
+    return response_body(head, outputs, meter, _prompts_to_tell(body, requests))
 
 
 def check_body(body: GenerationParams, model_names: Collection[str]) -> str:
@@ -161,9 +162,16 @@ async def _respond(
         UsageMeter(requests, body.outputs_per_prompt),
         include_usage=bool(options.include_usage),
         is_usage_continuous=bool(options.continuous_usage_stats),
+        prompts=_prompts_to_tell(body, requests),
     )
     deltas = _deltas(service, body, requests)
     return await stream_response(deltas, writer, http_request.app.state.stream_keep_alive_s)
+
+
+def _prompts_to_tell(
+    body: GenerationParams, requests: Sequence[GenerationRequest]
+) -> list[tuple[int, ...]]:
+    return [request.prompt_token_ids for request in requests] if body.return_token_ids else []
 
 
 def _deltas(
@@ -187,7 +195,10 @@ def _output_deltas(
         token_ids=body.stop_token_ids or (),
     )
     detokenizer = tokenizer.new_detokenizer(
-        request.prompt_token_ids, rule, parser.markers if parser else ()
+        request.prompt_token_ids,
+        rule,
+        parser.markers if parser else (),
+        skips_special=body.skip_special_tokens is not False,
     )
     deltas = text_deltas(index, service.generate(request), detokenizer)
     return with_tool_calls(deltas, parser, use) if use and parser else deltas

@@ -51,8 +51,8 @@ from gllm_ray.model.linear import quantize_linears, speed_up_linears
 from gllm_ray.model.next_tokens import draw_tokens
 from gllm_ray.model.operators.build import OperatorsUnavailableError
 from gllm_ray.model.quantized_checkpoint import quantized_format
+from gllm_ray.model.running_outputs import RunningOutputs
 from gllm_ray.model.shard import Shard
-from gllm_ray.model.token_counts import RunningCounts
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.model.weights import SafetensorsReader, dummy_tensors
 from gllm_ray.stages.shard_settings import choose_dtype, choose_layers, prepare_device
@@ -78,7 +78,7 @@ class StageWorker:
         self._caches: dict[nn.Module, LayerKvCache] = {}
         self._graphs: DecodeGraphs | None = None
         self._grammars = RunningGrammars(lambda: Tokenizer.for_model(config.model).grammars)
-        self._counts = RunningCounts()
+        self._outputs = RunningOutputs()
         self._held_by_others = 0  # bytes of the GPU, by other stages of this process
         self.bytes_read = 0
 
@@ -188,7 +188,7 @@ class StageWorker:
             output = self._forward(inputs, hidden)
         if not self.is_last:
             return output
-        sampled = draw_tokens(output, batch, self._grammars, self._counts)
+        sampled = draw_tokens(output, batch, self._grammars, self._outputs)
         if not sampled.token_ids and self._device.type == "cuda":
             # Its answer says that all stages are through with it; tokens were waited for.
             torch.cuda.current_stream(self._device).synchronize()
@@ -197,7 +197,7 @@ class StageWorker:
     def forget_sequences(self) -> None:
         """All that goes on is going to be prefilled again."""
         self._grammars.clear()
-        self._counts.clear()
+        self._outputs.clear()
 
     def _load_weights(
         self, shard: Shard, layers: range, quantization: Mapping[str, Any] | None

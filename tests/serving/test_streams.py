@@ -288,7 +288,7 @@ def test_closing_merged_outputs_closes_each_of_them(is_begun):
     async def output(index):
         try:
             while True:
-                yield TextDelta(index, "x", 1)
+                yield TextDelta(index, "x", (7,))
                 if index == 2:
                     await asyncio.Event().wait()
         finally:
@@ -313,7 +313,7 @@ def test_a_client_that_leaves_as_the_first_token_comes_leaves_nothing_running(to
         try:
             await asyncio.sleep(0)
             leave()
-            yield TextDelta(0, "def", 1)
+            yield TextDelta(0, "def", (7,))
         finally:
             await asyncio.sleep(0)
             is_closed = True
