@@ -44,9 +44,9 @@ def quantized(tmp_path_factory):
     return make
 
 
-def load(path, *, dtype="float32", num_stages=1, stage_id=0):
+def load(path, *, num_stages=1, stage_id=0, **settings):
     config = service_config(path, num_stages=num_stages)
-    model = config.model.model_copy(update={"dtype": dtype})
+    model = config.model.model_copy(update={"dtype": "float32"} | settings)
     worker = StageWorker(config.model_copy(update={"model": model}), stage_id)
     info = worker.load()
     return worker, info
@@ -79,6 +79,14 @@ def test_transformers_reads_the_same_values(name, method, quantized):
         for each in (plain, path)
     )
     assert torch.equal(found, expected)
+
+
+def test_dummy_weights_do_not_depend_on_how_real_ones_are_stored(quantized):
+    expected, found = (
+        weights(path, load_format="dummy") for path in quantized("deepseek_v3", "fp8")
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[key]) for key, weight in found.items())
 
 
 def test_stages_read_the_quantized_bytes_and_together_each_once(quantized):
