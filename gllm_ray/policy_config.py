@@ -18,8 +18,7 @@ class TokenThrottlingConfig(StrictModel):
     """
 
     name: Literal["token_throttling"] = Field(
-        default="token_throttling",
-        description="The scheduling policy; `policy: <name>` alone takes its defaults.",
+        default="token_throttling", description="The scheduling policy."
     )
     max_prefill_tokens: int = Field(
         default=2048, ge=1, description="Most prefill tokens of a micro-batch, #MaxP."
@@ -192,7 +191,10 @@ class TemporalConfig(StrictModel):
 class BalancedConfig(StrictModel):
     """Our own policy: every micro-batch takes the same predicted time."""
 
-    name: Literal["balanced"] = Field(default="balanced", description="The scheduling policy.")
+    name: Literal["balanced"] = Field(
+        default="balanced",
+        description="The scheduling policy; `policy: <name>` alone takes its defaults.",
+    )
     token_budget: int = Field(
         default=2048,
         ge=1,
@@ -237,15 +239,15 @@ def _expand_name(value: object) -> object:
     """`chunked_prefill` is short for a mapping with that name, and the name has a default."""
     if isinstance(value, str):
         return {"name": value}
-    return {"name": "token_throttling"} | value if isinstance(value, dict) else value
+    return {"name": "balanced"} | value if isinstance(value, dict) else value
 
 
 AnyPolicyConfig = (
-    TokenThrottlingConfig
+    BalancedConfig
+    | TokenThrottlingConfig
     | ChunkedPrefillConfig
     | PrefillFirstConfig
     | TemporalConfig
-    | BalancedConfig
 )
 PolicyConfig = Annotated[
     AnyPolicyConfig, Field(discriminator="name"), BeforeValidator(_expand_name)
@@ -253,9 +255,9 @@ PolicyConfig = Annotated[
 
 # By the name that selects each.
 POLICY_CONFIGS: dict[str, type[AnyPolicyConfig]] = {
+    "balanced": BalancedConfig,
     "token_throttling": TokenThrottlingConfig,
     "chunked_prefill": ChunkedPrefillConfig,
     "prefill_first": PrefillFirstConfig,
     "temporal": TemporalConfig,
-    "balanced": BalancedConfig,
 }

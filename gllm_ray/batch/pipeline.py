@@ -15,7 +15,6 @@ from gllm_ray.config import ServiceConfig
 from gllm_ray.engine.client import EngineClient
 from gllm_ray.errors import PipelineError
 from gllm_ray.model.tokenizer import Tokenizer
-from gllm_ray.policy_config import BalancedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -23,17 +22,10 @@ logger = logging.getLogger(__name__)
 def batch_config(config: ServiceConfig) -> ServiceConfig:
     """A service's configuration for work that nobody waits for.
 
-    The limits of its queue are for clients that come as they like; the policy is `balanced`, unless
-    the configuration names one.
+    The limits of its queue are for clients that come as they like.
     """
-    changes: dict[str, object] = {
-        "max_waiting_requests": None,
-        "max_waiting_tokens": None,
-        "queue_timeout_s": None,
-    }
-    if "policy" not in config.scheduler.model_fields_set:
-        changes["policy"] = BalancedConfig()
-    scheduler = config.scheduler.model_copy(update=changes)
+    no_limits = {"max_waiting_requests": None, "max_waiting_tokens": None, "queue_timeout_s": None}
+    scheduler = config.scheduler.model_copy(update=no_limits)
     return config.model_copy(update={"scheduler": scheduler})
 
 

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from gllm_ray.config.byte_size import ByteSize
-from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
+from gllm_ray.policy_config import BalancedConfig, PolicyConfig
 from gllm_ray.predictor_config import LengthPredictorConfig, StatisticsPredictorConfig
 from gllm_ray.strict_schema import StrictModel
 
@@ -12,7 +12,7 @@ class SchedulerConfig(StrictModel):
     """The global scheduler."""
 
     policy: PolicyConfig = Field(
-        default=TokenThrottlingConfig(), description="How many tokens a micro-batch may hold."
+        default=BalancedConfig(), description="How many tokens a micro-batch may hold."
     )
     max_decodes: int = Field(default=512, ge=1, description="Decodes in one micro-batch.")
     prefix_caching: bool = Field(

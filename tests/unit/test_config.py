@@ -22,6 +22,7 @@ from gllm_ray.config import (
 )
 from gllm_ray.errors import ConfigError
 from gllm_ray.policy_config import (
+    BalancedConfig,
     ChunkedPrefillConfig,
     PrefillFirstConfig,
     TemporalConfig,
@@ -34,7 +35,7 @@ from gllm_ray.predictor_config import (
 )
 from gllm_ray.strict_schema import find_mistakes, key_table
 
-POLICIES = "token_throttling, chunked_prefill, prefill_first, temporal or balanced"
+POLICIES = "balanced, token_throttling, chunked_prefill, prefill_first or temporal"
 CPU_ARGS: dict[str, Any] = {
     "model": {"path": "org/model"},
     "pipeline": {"num_stages": 2, "device": "cpu"},
@@ -114,13 +115,21 @@ MISTAKES = [
     ("kv_cache.memory_utilization", 0, "=0: must be a number > 0 and <= 1"),
     ("kv_cache.memory_utilization", 0.5, "=0.5: must be left out when kv_cache_bytes is given"),
     ("kv_cache.memory_utilization", 0.9, "=0.9: must be left out when kv_cache_bytes is given"),
-    ("scheduler.policy.kv_threshold", 1, "=1: must be a number >= 0 and < 1, or adaptive"),
-    ("scheduler.policy.kv_threshold", "low", "='low': must be a number >= 0 and < 1, or adaptive"),
+    (
+        "scheduler.policy",
+        {"name": "token_throttling", "kv_threshold": 1},
+        ".kv_threshold=1: must be a number >= 0 and < 1, or adaptive",
+    ),
+    (
+        "scheduler.policy",
+        {"name": "token_throttling", "kv_threshold": "low"},
+        ".kv_threshold='low': must be a number >= 0 and < 1, or adaptive",
+    ),
     ("scheduler.policy.name", "fcfs", f"='fcfs': must be {POLICIES}"),
     (
-        "scheduler.policy.floor",
-        "top",
-        "='top': must be budget or waiting_term",
+        "scheduler.policy",
+        {"name": "token_throttling", "floor": "top"},
+        ".floor='top': must be budget or waiting_term",
     ),
     (
         "scheduler.policy",
@@ -148,7 +157,12 @@ MISTAKES = [
         "={...}: must be statistics, hint or classifier, or a mapping with that name",
     ),
     ("scheduler.length_log", "", "='': must be text that is not empty, or null"),
-    ("scheduler.policy.min_prefill_tokens", 4096, "=4096: must be <= max_prefill_tokens=2048"),
+    ("scheduler.policy.min_prefill_tokens", 4096, "=4096: must be <= token_budget=2048"),
+    (
+        "scheduler.policy",
+        {"name": "token_throttling", "min_prefill_tokens": 4096},
+        ".min_prefill_tokens=4096: must be <= max_prefill_tokens=2048",
+    ),
     (
         "scheduler.policy",
         {"name": "balanced", "min_prefill_tokens": 64, "token_budget": 32},
@@ -220,10 +234,10 @@ def test_a_missing_key_is_named_with_what_it_allows():
         ("num_stages", "did you mean pipeline.num_stages?"),  # known, but elsewhere
         ("pipeline.kv_cache", "did you mean kv_cache?"),
         ("kv_cache.xyz", "known keys: block_size, memory_utilization, kv_cache_bytes"),
-        ("scheduler.policy.kv_treshold", "did you mean kv_threshold?"),
+        ("scheduler.policy.token_budgt", "did you mean token_budget?"),
         (
-            "scheduler.policy.token_budget",  # an option of another policy than the default
-            "did you mean scheduler.policy.token_budget of chunked_prefill?",
+            "scheduler.policy.kv_threshold",  # an option of another policy than the default
+            "did you mean scheduler.policy.kv_threshold of token_throttling?",
         ),
     ],
 )
@@ -244,7 +258,7 @@ def test_an_option_of_another_policy_is_an_unknown_key_that_names_its_policy():
 
 
 def test_a_floor_of_the_waiting_term_is_refused_where_that_term_is_off():
-    policy = {"floor": "waiting_term", "prefill_iterations": None}
+    policy = {"name": "token_throttling", "floor": "waiting_term", "prefill_iterations": None}
     assert find_mistakes(ServiceConfig, with_value("scheduler.policy", policy)) == [
         "scheduler.policy.floor='waiting_term': must be budget when prefill_iterations is null"
     ]
@@ -257,8 +271,9 @@ def test_a_floor_of_the_waiting_term_is_refused_where_that_term_is_off():
         ("chunked_prefill", ChunkedPrefillConfig()),
         ("prefill_first", PrefillFirstConfig()),
         ("temporal", TemporalConfig()),
-        ({}, TokenThrottlingConfig()),
-        ({"kv_threshold": "adaptive"}, TokenThrottlingConfig(kv_threshold="adaptive")),
+        ("balanced", BalancedConfig()),
+        ({}, BalancedConfig()),
+        ({"overtaking": 0}, BalancedConfig(overtaking=0)),
         ({"name": "chunked_prefill"}, ChunkedPrefillConfig()),
         ({"name": "chunked_prefill", "token_budget": 64}, ChunkedPrefillConfig(token_budget=64)),
     ],
