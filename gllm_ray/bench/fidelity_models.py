@@ -39,11 +39,12 @@ def fidelity_service(model: str, directory: Path) -> ServiceConfig:
     if model == "random_100m":
         (directory / "config.json").write_text(json.dumps(_RANDOM_100M), encoding="utf-8")
         options = {"path": str(directory), "load_format": "dummy", "served_name": model}
+    policy = {"name": "token_throttling", "max_prefill_tokens": 512}
     return parse_service_config(
         {
             "model": options,
             "pipeline": {"device": "cpu", "num_stages": 2},
             "kv_cache": {"kv_cache_bytes": "256MiB"},
-            "scheduler": {"policy": {"max_prefill_tokens": 512}, "max_decodes": 64},
+            "scheduler": {"policy": policy, "max_decodes": 64},
         }
     )
