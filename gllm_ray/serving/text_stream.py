@@ -25,13 +25,13 @@ class ScoredToken(NamedTuple):
 
     Attributes:
         token_id: The token.
-        text_offset: Characters of the output before it.
-        logprobs: Its own, and the likeliest ones.
+        text_offset: Characters of the choice's text before it.
+        logprobs: Its own, and the likeliest ones; None for the first token of a prompt.
     """
 
     token_id: int
     text_offset: int
-    logprobs: TokenLogprobs
+    logprobs: TokenLogprobs | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ class TextDelta:
         stop_reason: Beside the finish reason, the client's own stop string or stop token that ended
             the output, if one did.
         num_cached_tokens: Set on the first delta of the output, and only there; see `TokenEvent`.
+        prompt_logprobs: The same.
     """
 
     index: int
@@ -60,6 +61,7 @@ class TextDelta:
     calls: tuple[CallDelta, ...] = ()
     stop_reason: str | int | None = None
     num_cached_tokens: int | None = None
+    prompt_logprobs: bytes | None = None
 
 
 async def text_deltas(
@@ -111,6 +113,7 @@ def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokeniz
         tuple(scored),
         stop_reason=stop_reason,
         num_cached_tokens=events[0].num_cached_tokens,
+        prompt_logprobs=events[0].prompt_logprobs,
     )
 
 
@@ -136,7 +139,8 @@ async def with_tool_calls(
             pieces = parser.step(delta.text)
             if delta.finish_reason is not None:
                 pieces += parser.flush()
-            num_tokens, scored, num_cached = delta.num_tokens, delta.scored, delta.num_cached_tokens
+            num_tokens, scored = delta.num_tokens, delta.scored
+            of_prompt = delta.num_cached_tokens, delta.prompt_logprobs
             for piece in pieces:
                 text, calls = "", ()
                 if isinstance(piece, str):
@@ -145,15 +149,15 @@ async def with_tool_calls(
                     num_calls += piece.name is not None
                     calls = (piece,) if use.is_parallel or num_calls <= 1 else ()
                 yield TextDelta(
-                    delta.index, text, num_tokens, None, scored, calls, None, num_cached
+                    delta.index, text, num_tokens, None, scored, calls, None, *of_prompt
                 )
-                num_tokens, scored, num_cached = 0, (), None
+                num_tokens, scored, of_prompt = 0, (), (None, None)
             reason = delta.finish_reason
             if num_calls and use.finishes_with_calls and reason is FinishReason.STOP:
                 reason = "tool_calls"
             if num_tokens or scored or reason is not None:
                 stop = delta.stop_reason
-                yield TextDelta(delta.index, "", num_tokens, reason, scored, (), stop, num_cached)
+                yield TextDelta(delta.index, "", num_tokens, reason, scored, (), stop, *of_prompt)
 
 
 def _failure(event: TokenEvent) -> GllmRayError:
@@ -213,6 +217,7 @@ async def collect_outputs(
             tuple(merge_calls(chain.from_iterable(delta.calls for delta in output))),
             output[-1].stop_reason,
             output[0].num_cached_tokens,
+            output[0].prompt_logprobs,
         )
         for index, output in enumerate(grown)
     ]
