@@ -90,10 +90,12 @@ def run_rounds(
     num_prompt_logprobs: int | None = None,
     prefix_caching: bool = True,
     aborted: frozenset[int] = frozenset(),
+    silent: frozenset[int] = frozenset(),
 ) -> Run:
     """Run the prompts of each round side by side, after those of the round before have ended.
 
-    The requests of the indices in `aborted` are aborted at their second token.
+    The requests of the indices in `aborted` are aborted at their second token, those of the indices
+    in `silent` ask for no log probabilities.
     """
     poison_kv_cache(pipeline)
     scheduler = make_scheduler(
@@ -108,15 +110,15 @@ def run_rounds(
         prefix_caching=prefix_caching,
     )
     recorder = RecordingPipeline(pipeline)
-    names = map(str, itertools.count())
+    numbers = itertools.count()
     requests = [
         [
             GenerationRequest(
-                request_id=next(names),
+                request_id=str(number := next(numbers)),
                 prompt_token_ids=tuple(prompt),
                 max_tokens=max_tokens,
                 sampling=sampling,
-                num_prompt_logprobs=num_prompt_logprobs,
+                num_prompt_logprobs=None if number in silent else num_prompt_logprobs,
             )
             for prompt in prompts
         ]

@@ -1,6 +1,7 @@
 """The log probabilities of prompts are those that transformers computes, however they are cut."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from gllm_ray.model.checkpoint import find_directory
 from gllm_ray.model.prompt_logprobs import read_prompt_logprobs
 from gllm_ray.stages.local_pipeline import LocalPipeline
 from tests.numerics.models import CONFIGS, MAX_TOKENS
-from tests.numerics.serving import WHOLE, chunks_of, run, run_rounds, service_config
+from tests.numerics.serving import chunks_of, run, run_rounds, service_config
 
 NUM_LIKELY = 5
 DEMO_MODEL = "package://gllm_ray/demo/model"
@@ -127,10 +128,17 @@ def test_a_prompt_that_is_told_of_reads_no_cache_and_may_be_read(
 ):
     model = small_model("llama")
     prompts, pipeline = model.prompts, local_pipeline("llama", 2)
-    options = {"ring": ring, "policy": chunks_of(7)}
-    result = run_rounds(
-        pipeline, [prompts] * 2, MAX_TOKENS, num_prompt_logprobs=NUM_LIKELY, **options
-    )
+    options = {"num_prompt_logprobs": NUM_LIKELY, "ring": ring, "policy": chunks_of(7)}
+    result = run_rounds(pipeline, [prompts] * 2, MAX_TOKENS, **options)
     check(result, prompts * 2, functools.partial(expected, "llama"))
     assert result.num_prefix_hit_tokens == 0
     assert result.tokens == model.continuations * 2
+    # As the outputs of one prompt do: one asks, and the others read what it writes.
+    pairs = [prompt for prompt in prompts for _ in range(2)]
+    silent = frozenset(range(1, len(pairs), 2))
+    result = run(pipeline, pairs, MAX_TOKENS, silent=silent, **options)
+    assert result.prompt_logprobs[1::2] == [[]] * len(prompts)
+    told = replace(result, prompt_logprobs=result.prompt_logprobs[::2])
+    check(told, prompts, functools.partial(expected, "llama"))
+    assert result.num_prefix_hit_tokens == sum(len(prompt) - 1 for prompt in prompts)
+    assert result.tokens[::2] == result.tokens[1::2] == model.continuations
