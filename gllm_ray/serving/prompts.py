@@ -62,7 +62,8 @@ class _Echo:
         self._is_all = body.max_tokens == 0
         self._tokenizer = tokenizer
         # The first output is told, for all of them.
-        self._scored: asyncio.Future[tuple[ScoredToken, ...]] = asyncio.Future()
+        self._scored: asyncio.Future[tuple[ScoredToken, ...]]
+        self._scored = asyncio.get_running_loop().create_future()
 
     async def begin(self, output: Deltas) -> Deltas:
         """An output of the prompt, and the prompt before it."""
