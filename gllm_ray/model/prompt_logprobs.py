@@ -1,6 +1,6 @@
 """How the log probabilities of a prompt travel: as bytes, which who passes them on need not read.
 
-A record for each token, all of one length. As Python's numbers they would be more than ten times as large.
+A record for each token, all of one length. As numbers of Python they would be ten times as large.
 """
 
 from typing import NamedTuple
