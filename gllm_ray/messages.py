@@ -29,6 +29,9 @@ class LogitRules(NamedTuple):
     As in vLLM, each acts on what those before it left, in this order.
 
     Attributes:
+        allowed_token_ids: The only tokens that may be drawn; empty: all may.
+        bad_words: Tokens of texts that may not be drawn: where an output ends with all of one but
+            its last token, that one may not follow.
         end_token_ids: Tokens that may not be drawn yet at positions before `min_end`.
         min_end: The least position at which the output may end.
         logit_bias: Token ids, each once, and what is added to their logits.
@@ -38,6 +41,8 @@ class LogitRules(NamedTuple):
         presence_penalty: Taken off the logits of tokens that the output has.
     """
 
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     end_token_ids: tuple[int, ...] = ()
     min_end: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -47,8 +52,13 @@ class LogitRules(NamedTuple):
 
     @property
     def has_penalties(self) -> bool:
-        """Whether they depend on the tokens before."""
+        """Whether there are any, which count the tokens before."""
         return self.repetition_penalty != 1 or bool(self.frequency_penalty or self.presence_penalty)
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether they depend on the output so far."""
+        return self.has_penalties or bool(self.bad_words)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +92,7 @@ class SamplingParams:
     def needs_output(self) -> bool:
         """Whether a draw depends on the output so far."""
         return bool(self.grammar) or (
-            self.logit_rules is not None and self.logit_rules.has_penalties
+            self.logit_rules is not None and self.logit_rules.needs_output
         )
 
     @property

@@ -57,6 +57,12 @@ class RequestChecks:
                 "no tool calls; write JSONL for them",
                 param="tools",
             )
+        if self.is_single and body.return_token_ids:
+            raise InvalidRequestError(
+                "return_token_ids=True: must be left out, a table has one text a row, and no token "
+                "ids; write JSONL for them",
+                param="return_token_ids",
+            )
         return body
 
     async def check(self, row: BatchRow) -> None:

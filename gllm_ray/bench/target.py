@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import shlex
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class TargetOptions:
 
     Attributes:
         model: What `{model}` in a command stands for, and which model is asked where the service
-            lists it or lists none; of others, the first one is.
+            lists several, or none; None: the first one.
         pid: The root of the processes of a service that runs already; None: not known.
         ignore_eos: Ask for whole outputs.
         extra_body: Added to each request.
@@ -164,7 +164,7 @@ async def _wait_until_ready(
         async with asyncio.timeout(options.timeout_s):
             while failure:
                 raise_if_ended()
-                client.model = await _served_model(base_url, options.model) or ""
+                client.model = _choose_model(await _listed_models(base_url), options.model)
                 failure = await _probe(client)
                 if failure.startswith(_REFUSALS):
                     raise RuntimeError(f"{name}: {failure}")  # which time does not change
@@ -185,13 +185,21 @@ async def _probe(client: CompletionsClient) -> str:
     return ""
 
 
-async def _served_model(base_url: str, model: str | None) -> str | None:
-    """The model if a service lists it, else the first that it lists; the model if it lists none."""
+async def _listed_models(base_url: str) -> list[str]:
+    """Names of what a service serves; none where it does not tell."""
     with contextlib.suppress(aiohttp.ClientError, ValueError, LookupError, TypeError):
         async with (
             aiohttp.ClientSession(headers=key_headers()) as session,
             session.get(f"{base_url}/v1/models") as response,
         ):
-            names = [str(card["id"]) for card in (await response.json())["data"]]
-            return model if model in names else names[0]
-    return model
+            return [str(card["id"]) for card in (await response.json())["data"]]
+    return []
+
+
+def _choose_model(listed: Sequence[str], model: str | None) -> str:
+    if model in listed or not listed:
+        return model or ""
+    # An only model may be named otherwise: `{model}` is a directory for most commands.
+    if model is None or len(listed) == 1:
+        return listed[0]
+    raise RuntimeError(f"it serves {', '.join(listed)}, but not {model!r}: name one by --model")

@@ -13,6 +13,7 @@ from typing import Any
 from gllm_ray.config import PACKAGE_SCHEME, ModelConfig, resolve_package_path
 from gllm_ray.errors import ConfigError
 from gllm_ray.model.architectures import refusal_reason
+from gllm_ray.model.quantized_checkpoint import quantized_format
 
 _METADATA_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 # Subfolders and consolidated files hold the same weights once more, in other layouts.
@@ -45,17 +46,17 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
 
     Raises:
         ConfigError: The path is missing, holds no safetensors weights, needs code of its own, is
-            quantized, is of an unsupported architecture, or is too short for `max_model_len`.
+            quantized in a way that cannot be read, is of an unsupported architecture, or is too
+            short for `max_model_len`.
     """
     reads_weights = model.load_format != "dummy"
     directory = find_directory(model.path, model.revision)
     config = read_json(directory / "config.json")
     if (quantization := config.get("quantization_config")) and reads_weights:
-        method = quantization.get("quant_method")
-        raise ConfigError(
-            f"model.path={model.path!r}: its weights are quantized ({method}), which is not "
-            "supported; use the unquantized checkpoint"
-        )
+        try:
+            quantized_format(quantization)
+        except ConfigError as error:
+            raise ConfigError(f"model.path={model.path!r}: {error}") from None
     model_type = str(config.get("model_type"))
     reason = refusal_reason(model_type, config)
     if reason is not None:

@@ -1,6 +1,6 @@
 """What the logit rules of a micro-batch's sequences do to their logits, before any draw."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Self
 
@@ -9,21 +9,33 @@ import torch
 
 from gllm_ray.messages import LogitRules, ScheduledSequence
 from gllm_ray.model.inputs import to_device
-from gllm_ray.model.token_counts import RunningCounts, TokenCounts
+from gllm_ray.model.running_outputs import RunningOutput, RunningOutputs
 
 # Of a repetition penalty, either way: as a float32 it is neither 0 nor infinite, so what is ruled
 # out stays so, for minus infinity times 0 is no number.
 _MAX_FACTOR = 1e30
+_NONE_LEFT = (
+    "no token is left that may come next: allowed_token_ids, bad_words, min_tokens and what the "
+    "output has to match rule out all of them; relax one of these"
+)
 
 
 class _Change(NamedTuple):
     rules: LogitRules
-    may_end: bool
-    counts: TokenCounts | None  # where there are penalties
+    forbidden: Sequence[int]  # tokens, whatever is allowed
+    output: RunningOutput | None  # where the rules depend on it
+
+    @property
+    def forbids_some(self) -> bool:
+        return bool(self.forbidden or self.rules.allowed_token_ids)
+
+    def permits(self, token_id: int) -> bool:
+        allowed = self.rules.allowed_token_ids
+        return token_id not in self.forbidden and (not allowed or token_id in allowed)
 
 
 class LogitChanges:
-    """The rules of some rows, and the counts of the tokens before.
+    """The rules of some rows, and what these depend on.
 
     Args:
         changes: By row.
@@ -37,24 +49,40 @@ class LogitChanges:
         self._changes = changes
 
     @classmethod
-    def of(cls, drawn: Sequence[ScheduledSequence], counts: RunningCounts) -> Self:
+    def of(cls, drawn: Sequence[ScheduledSequence], outputs: RunningOutputs) -> Self:
         """Those of the sequences that draw, one per row of the logits."""
         changes = {}
         for row, sequence in enumerate(drawn):
             rules = sequence.sampling.logit_rules
             if rules is None:
                 continue
-            may_end = sequence.end >= rules.min_end
-            known = counts.of(sequence) if rules.has_penalties else None
-            if not may_end or rules.logit_bias or known is not None:
-                changes[row] = _Change(rules, may_end, known)
+            forbidden = list(rules.end_token_ids) if sequence.end < rules.min_end else []
+            output = outputs.of(sequence) if rules.needs_output else None
+            if output is not None and output.bad_words is not None:
+                forbidden += output.bad_words.next_tokens()
+            change = _Change(rules, forbidden, output)
+            if change.forbids_some or rules.logit_bias or output is not None:
+                changes[row] = change
         return cls(changes)
 
-    def count(self, token_ids: Sequence[int]) -> None:
-        """Note what was drawn, a token for each row of the logits."""
+    def note(self, token_ids: Sequence[int], refused: Container[int] = ()) -> dict[int, str]:
+        """Note what was drawn.
+
+        Args:
+            token_ids: A token for each row of the logits.
+            refused: The rows whose grammar did not take it.
+
+        Returns:
+            The rows that had no token left to draw, and why: any other is drawn before one that is
+            ruled out.
+        """
+        failures = {}
         for row, change in self._changes.items():
-            if change.counts is not None:
-                change.counts.add(token_ids[row])
+            if not change.permits(token_ids[row]) or (change.forbids_some and row in refused):
+                failures[row] = _NONE_LEFT
+            if change.output is not None:
+                change.output.add(token_ids[row])
+        return failures
 
     def apply(self, logits: torch.Tensor, rows: Sequence[int]) -> None:
         """Change some rows' logits in place, as vLLM does.
@@ -68,17 +96,31 @@ class LogitChanges:
         numbered = [
             (number, self._changes[row]) for number, row in enumerate(rows) if row in self._changes
         ]
-        _forbid_ends(logits, [(number, c.rules) for number, c in numbered if not c.may_end])
-        _add_biases(logits, [(number, c.rules) for number, c in numbered if c.rules.logit_bias])
-        _penalize(logits, [(number, c) for number, c in numbered if c.counts is not None])
+        _keep_allowed(logits, [(n, c.rules) for n, c in numbered if c.rules.allowed_token_ids])
+        _forbid(logits, [(n, c.forbidden) for n, c in numbered if c.forbidden])
+        _add_biases(logits, [(n, c.rules) for n, c in numbered if c.rules.logit_bias])
+        _penalize(logits, [(n, c) for n, c in numbered if c.rules.has_penalties])
 
 
 NO_CHANGES = LogitChanges({})
 
 
-def _forbid_ends(logits: torch.Tensor, rows: Sequence[tuple[int, LogitRules]]) -> None:
-    ends = ((number, np.array([rules.end_token_ids])) for number, rules in rows)
-    if (cells := _cells(logits, ends)) is not None:
+def _keep_allowed(logits: torch.Tensor, rows: Sequence[tuple[int, LogitRules]]) -> None:
+    allowed = ((number, _one_row(rules.allowed_token_ids)) for number, rules in rows)
+    if (cells := _cells(logits, allowed)) is not None:
+        kept = logits[cells.index]
+        logits[to_device(np.array([number for number, _ in rows]), logits.device)] = -torch.inf
+        logits[cells.index] = kept
+
+
+@lru_cache(maxsize=256)  # they are the same at every draw
+def _one_row(token_ids: tuple[int, ...]) -> np.ndarray:
+    return np.array([token_ids])
+
+
+def _forbid(logits: torch.Tensor, rows: Sequence[tuple[int, Sequence[int]]]) -> None:
+    forbidden = ((number, np.array([token_ids])) for number, token_ids in rows)
+    if (cells := _cells(logits, forbidden)) is not None:
         logits[cells.index] = -torch.inf
 
 
@@ -94,7 +136,7 @@ def _bias_columns(biases: tuple[tuple[int, float], ...]) -> np.ndarray:
 
 
 def _penalize(logits: torch.Tensor, rows: Sequence[tuple[int, _Change]]) -> None:
-    counts = ((number, change.counts.columns) for number, change in rows)
+    counts = ((number, change.output.counts.columns) for number, change in rows)
     if (cells := _cells(logits, counts)) is None:
         return
     penalties = np.ones((3, len(logits)))

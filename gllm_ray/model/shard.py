@@ -17,6 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from gllm_ray.errors import ConfigError
 from gllm_ray.model.attention.interface import PAGED, PROBE, probe_forward
 from gllm_ray.model.attention.latent_projection import cache_latents
+from gllm_ray.model.expert_stacks import stack_experts
 from gllm_ray.model.inputs import PackedInputs
 from gllm_ray.model.kv_cache import AttentionGeometry
 from gllm_ray.model.last_layer import skip_unread_rows
@@ -117,7 +118,7 @@ class Shard:
         model, report = self._pruned_class().from_pretrained(
             None,
             config=self._config,
-            state_dict=dict(tensors),
+            state_dict=stack_experts(tensors, self._config, self.dtype, self.device),
             dtype=self.dtype,
             device_map={"": self.device},
             attn_implementation=PAGED,

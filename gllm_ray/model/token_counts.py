@@ -1,14 +1,8 @@
-"""Which tokens the sequences with penalties have, at the stage that draws tokens.
+"""Which tokens a sequence with penalties has, and how often."""
 
-As a grammar's matcher does, the counts of a sequence begin where its prompt ends, from its output
-so far, and grow by each token that is drawn.
-"""
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
-
-from gllm_ray.messages import ScheduledSequence
 
 
 class TokenCounts:
@@ -51,29 +45,3 @@ class TokenCounts:
         self._columns[0, self._size] = token_id
         self._size += 1
         return self._size - 1
-
-
-class RunningCounts:
-    """The counts of each sequence with penalties, from the end of its prompt to its own end."""
-
-    def __init__(self) -> None:
-        self._counts: dict[int, TokenCounts] = {}
-
-    def __len__(self) -> int:
-        return len(self._counts)
-
-    def clear(self) -> None:
-        """Forget all sequences."""
-        self._counts.clear()
-
-    def forget(self, seq_ids: Sequence[int]) -> None:
-        """Forget sequences that ended; unknown ones are ignored."""
-        for seq_id in seq_ids:
-            self._counts.pop(seq_id, None)
-
-    def of(self, sequence: ScheduledSequence) -> TokenCounts:
-        """The counts of a sequence with penalties, which whoever draws for it goes on with."""
-        if sequence.output_token_ids is not None:
-            counts = TokenCounts(sequence.prompt_token_ids, sequence.output_token_ids)
-            self._counts[sequence.seq_id] = counts
-        return self._counts[sequence.seq_id]

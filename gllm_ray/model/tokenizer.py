@@ -269,9 +269,20 @@ class Tokenizer:
         prompt_ids: Sequence[int],
         rule: StopRule = StopRule(),  # noqa: B008 - it is a tuple
         shown_tokens: Collection[str] = (),
+        *,
+        skips_special: bool = True,
     ) -> Detokenizer:
-        """A detokenizer for one output; special tokens have no text but for `shown_tokens`."""
-        shown = self._special_ids & set(map(self._backend.token_to_id, shown_tokens))
+        """A detokenizer for one output.
+
+        Args:
+            prompt_ids: What the output continues.
+            rule: Where its text ends.
+            shown_tokens: The special tokens that have text in any case.
+            skips_special: Whether the others have none; else the text of each is its name.
+        """
+        shown = self._special_ids
+        if skips_special:
+            shown = shown & set(map(self._backend.token_to_id, shown_tokens))
         decoder: TextDecoder
         if self.vocabulary.is_byte_level:
             bytes_of = self.vocabulary.text_bytes

@@ -5,7 +5,7 @@ stage touches its own tensors alone.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class _LazyTensor:
     def __init__(self, piece: Any, read_sizes: list[int]) -> None:  # noqa: ANN401 - untyped there
         self._piece = piece
         self._read_sizes = read_sizes
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return self._piece.get_shape()
 
     def __getitem__(self, index: Any) -> torch.Tensor:  # noqa: ANN401 - any way to index a tensor
         tensor = self._piece[index]

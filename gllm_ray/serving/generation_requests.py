@@ -10,7 +10,7 @@ from gllm_ray.errors import InvalidRequestError
 from gllm_ray.messages import GenerationRequest, LogitRules, SamplingParams
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.serving.conversation import Conversation
-from gllm_ray.serving.logit_rules import logit_rules, stop_token_ids
+from gllm_ray.serving.logit_rules import bad_word_tokens, logit_rules, stop_token_ids
 from gllm_ray.serving.openai_protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -107,7 +107,10 @@ class RequestBuilder:
 
     async def _wanted(self, body: GenerationParams) -> _Wanted:
         ends = stop_token_ids(body, self.tokenizer)
-        rules = logit_rules(body, self.tokenizer, ends)
+        words = body.bad_words or ()
+        # In a thread, as below, because long texts take long.
+        bad = await asyncio.to_thread(bad_word_tokens, words, self.tokenizer) if words else ()
+        rules = logit_rules(body, self.tokenizer, ends, bad)
         return _Wanted(await self._grammar(body), ends, rules)
 
     async def _grammar(self, body: GenerationParams) -> str:
@@ -123,18 +126,7 @@ class RequestBuilder:
         wanted = await asyncio.to_thread(_wanted_grammar, body)
         if wanted is None:
             return ""
-        if body.ignore_eos:
-            raise InvalidRequestError(
-                f"ignore_eos=True: an output that follows {wanted.param} has to end where it is "
-                "complete; leave one of them out",
-                param="ignore_eos",
-            )
-        if body.min_tokens:
-            raise InvalidRequestError(
-                f"min_tokens={body.min_tokens}: an output that follows {wanted.param} has to end "
-                "where it is complete; leave one of them out",
-                param="min_tokens",
-            )
+        _check_may_end(body, wanted.param, self.tokenizer.stop_token_ids)
         try:
             await asyncio.to_thread(lambda: self.tokenizer.grammars.compile(wanted.grammar))
         except InvalidRequestError as error:
@@ -232,6 +224,23 @@ def _wanted_grammar(body: GenerationParams) -> OutputGrammar | None:
             param="tool_choice",
         )
     return wanted or calls
+
+
+def _check_may_end(body: GenerationParams, followed: str, end_token_ids: frozenset[int]) -> None:
+    """An output that follows a parameter has to end where it is complete."""
+    for name in ("ignore_eos", "min_tokens"):
+        if value := getattr(body, name):
+            raise InvalidRequestError(
+                f"{name}={value}: an output that follows {followed} has to end where it is "
+                "complete; leave one of them out",
+                param=name,
+            )
+    if body.allowed_token_ids and end_token_ids.isdisjoint(body.allowed_token_ids):
+        raise InvalidRequestError(
+            f"allowed_token_ids has none of {sorted(end_token_ids)}, but an output that follows "
+            f"{followed} has to end, with one of these, where it is complete; add one",
+            param="allowed_token_ids",
+        )
 
 
 def _seed_of_output(seed: int, output: int) -> int:

@@ -131,10 +131,11 @@ async def whole_response(
     """
     outputs = await collect_outputs(_deltas(service, body, requests), len(requests))
     meter = UsageMeter(requests, body.outputs_per_prompt)
+    prompts = _prompts_to_tell(body, requests)
     if body.num_prompt_logprobs is None:
-        return response_body(head, outputs, meter)
+        return response_body(head, outputs, meter, prompts)
     # In a thread, because a long prompt takes long.
-    response = await asyncio.to_thread(response_body, head, outputs, meter)
+    response = await asyncio.to_thread(response_body, head, outputs, meter, prompts)
     if body.prompt_logprobs is not None:
         await asyncio.to_thread(
             add_prompt_logprobs, response, head, body.prompt_logprobs, requests, outputs
@@ -181,9 +182,16 @@ async def _respond(
         UsageMeter(requests, body.outputs_per_prompt),
         include_usage=bool(options.include_usage),
         is_usage_continuous=bool(options.continuous_usage_stats),
+        prompts=_prompts_to_tell(body, requests),
     )
     deltas = _deltas(service, body, requests)
     return await stream_response(deltas, writer, http_request.app.state.stream_keep_alive_s)
+
+
+def _prompts_to_tell(
+    body: GenerationParams, requests: Sequence[GenerationRequest]
+) -> list[tuple[int, ...]]:
+    return [request.prompt_token_ids for request in requests] if body.return_token_ids else []
 
 
 def _deltas(
@@ -209,7 +217,10 @@ def _output_deltas(
         token_ids=body.stop_token_ids or (),
     )
     detokenizer = tokenizer.new_detokenizer(
-        request.prompt_token_ids, rule, parser.markers if parser else ()
+        request.prompt_token_ids,
+        rule,
+        parser.markers if parser else (),
+        skips_special=body.skip_special_tokens is not False,
     )
     deltas = text_deltas(index, service.generate(request), detokenizer)
     return with_tool_calls(deltas, parser, use) if use and parser else deltas

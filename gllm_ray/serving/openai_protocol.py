@@ -22,6 +22,8 @@ _MAX_STOP_STRINGS = 16
 _MAX_STOP_CHARS = 1024
 _MAX_STOP_TOKENS = 128
 _MAX_BIASES = 1024
+_MAX_ALLOWED_TOKENS = 1024
+_MAX_BAD_WORDS = 128
 _MAX_NAME_CHARS = 1024
 _MAX_OUTPUTS = 128
 _MAX_LOGPROBS = 20
@@ -83,9 +85,10 @@ class GenerationParams(RequestSchema):
     """What both endpoints take.
 
     `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `include_stop_str_in_output`,
-    `min_tokens`, `ignore_eos`, `prompt_logprobs`, `cache_salt`, `priority`,
-    `expected_output_tokens`, `queue_timeout_s`, `structured_outputs` and the `response_format` of a
-    completion are not OpenAI's.
+    `min_tokens`, `ignore_eos`, `prompt_logprobs`, `allowed_token_ids`, `bad_words`,
+    `skip_special_tokens`, `return_token_ids`, `cache_salt`, `priority`, `expected_output_tokens`,
+    `queue_timeout_s`, `structured_outputs` and the `response_format` of a completion are not
+    OpenAI's.
     """
 
     model: str | None = None
@@ -112,6 +115,15 @@ class GenerationParams(RequestSchema):
         dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, at_most(_MAX_BIASES)
     ] = None
     prompt_logprobs: int | None = Field(default=None, ge=0, le=_MAX_LOGPROBS)
+    allowed_token_ids: list[int] | None = Field(
+        default=None, min_length=1, max_length=_MAX_ALLOWED_TOKENS
+    )
+    bad_words: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]] | None,
+        Field(max_length=_MAX_BAD_WORDS),
+    ] = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
     cache_salt: str | None = Field(default=None, min_length=1, max_length=_MAX_NAME_CHARS)
     user: str | None = Field(default=None, max_length=_MAX_NAME_CHARS)
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
@@ -127,8 +139,6 @@ class GenerationParams(RequestSchema):
     store: Annotated[object, only(False)] = None
 
     # vLLM's, whose clients send their defaults, too.
-    allowed_token_ids: Annotated[object, only()] = None
-    bad_words: Annotated[object, only([])] = None
     guided_choice: Annotated[object, only(instead="structured_outputs.choice")] = None
     guided_grammar: Annotated[object, only(instead="structured_outputs.grammar")] = None
     guided_json: Annotated[object, only(instead="structured_outputs.json")] = None
@@ -139,9 +149,7 @@ class GenerationParams(RequestSchema):
     logprob_token_ids: Annotated[object, only()] = None
     repetition_detection: Annotated[object, only()] = None
     request_id: Annotated[object, only()] = None
-    return_token_ids: Annotated[object, only(False)] = None
     return_tokens_as_token_ids: Annotated[object, only(False)] = None
-    skip_special_tokens: Annotated[object, only(True)] = None
     spaces_between_special_tokens: Annotated[object, only(True)] = None
     thinking_token_budget: Annotated[object, only(-1)] = None
     truncate_prompt_tokens: Annotated[object, only()] = None

@@ -53,9 +53,19 @@ class ResponseHead:
 
 
 def response_body(
-    head: ResponseHead, outputs: Sequence[TextDelta], meter: UsageMeter
+    head: ResponseHead,
+    outputs: Sequence[TextDelta],
+    meter: UsageMeter,
+    prompts: Sequence[Sequence[int]] = (),
 ) -> dict[str, Any]:
-    """The body of a response that is not streamed."""
+    """The body of a response that is not streamed.
+
+    Args:
+        head: What it begins with.
+        outputs: All of each.
+        meter: Counts them.
+        prompts: The tokens that each continues, where token ids are asked for; else none.
+    """
     choices = [
         {
             "index": output.index,
@@ -68,7 +78,12 @@ def response_body(
     ]
     for output in outputs:
         meter.add(output)
-    return {**head.fields("chat.completion"), "choices": choices, "usage": meter.usage()}
+    body = {**head.fields("chat.completion"), "choices": choices, "usage": meter.usage()}
+    if prompts:
+        for choice, output, prompt in zip(choices, outputs, prompts, strict=True):
+            choice["token_ids"] = output.token_ids
+            (body if head.is_chat else choice)["prompt_token_ids"] = prompt
+    return body
 
 
 def _message(output: TextDelta) -> dict[str, Any]:
@@ -95,6 +110,7 @@ class ChunkWriter:
         meter: Counts what is written.
         include_usage: Chunks carry `usage`, which is null but in the last.
         is_usage_continuous: It is that of all outputs so far.
+        prompts: As for `response_body`.
     """
 
     def __init__(
@@ -104,36 +120,51 @@ class ChunkWriter:
         *,
         include_usage: bool = False,
         is_usage_continuous: bool = False,
+        prompts: Sequence[Sequence[int]] = (),
     ) -> None:
         self._is_chat = head.is_chat
         self._logprobs = head.logprobs
         self._meter = meter
         self._include_usage = include_usage
         self._is_usage_continuous = include_usage and is_usage_continuous
-        self._head = _dumps(head.fields("chat.completion.chunk"))[:-1] + ',"choices":['
+        self._prompts = prompts
+        self._head = _dumps(head.fields("chat.completion.chunk"))[:-1]
         self._tail = '],"usage":null}' if include_usage else "]}"
         self._begun: set[int] = set()
         self._num_calls: Counter[int] = Counter()  # of each output
 
     def write(self, delta: TextDelta) -> str:
         """The events for a delta: role, new text, tokens or calls, how it ended, as there are."""
-        events = ""
-        if self._is_chat and delta.index not in self._begun:
+        events, prompt = "", ""
+        if delta.index not in self._begun:
             self._begun.add(delta.index)
-            events += self._chunk(delta.index, '"delta":{"role":"assistant","content":""}')
+            prompt = self._spell_prompt(delta.index)
+            if self._is_chat:
+                role = '"delta":{"role":"assistant","content":""}' + self._spell_tokens(())
+                events += self._chunk(delta.index, role, outside=prompt)
+                prompt = ""
         self._meter.add(delta)
-        if delta.text or delta.scored or delta.calls:
+        if delta.text or delta.scored or delta.calls or (self._prompts and delta.token_ids):
             text = _dumps(delta.text)
             content = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
             if delta.calls:
                 content = f'"delta":{{"tool_calls":{_dumps(self._spell_calls(delta))}}}'
+            content += self._spell_tokens(delta.token_ids) + prompt
             logprobs = _dumps(self._logprobs(delta.scored)) if delta.scored else "null"
             events += self._chunk(delta.index, content, logprobs=logprobs)
         if delta.finish_reason is not None:
             content = '"delta":{}' if self._is_chat else '"text":""'
+            content += self._spell_tokens(())
             reasons = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
             events += self._chunk(delta.index, content, reasons=_dumps(reasons)[1:-1])
         return events
+
+    def _spell_prompt(self, index: int) -> str:
+        """One more field, where token ids are asked for; so is the next."""
+        return f',"prompt_token_ids":{_dumps(self._prompts[index])}' if self._prompts else ""
+
+    def _spell_tokens(self, token_ids: Sequence[int]) -> str:
+        return f',"token_ids":{_dumps(token_ids)}' if self._prompts else ""
 
     def _spell_calls(self, delta: TextDelta) -> list[dict[str, Any]]:
         spelled = []
@@ -150,7 +181,7 @@ class ChunkWriter:
         done = _event("[DONE]")
         if not self._include_usage:
             return done
-        return _event(f"{self._head}{self._usage_tail()}") + done
+        return _event(f'{self._head},"choices":[{self._usage_tail()}') + done
 
     def _usage_tail(self) -> str:
         return f'],"usage":{_dumps(self._meter.usage())}}}'
@@ -162,10 +193,12 @@ class ChunkWriter:
         *,
         logprobs: str = "null",
         reasons: str = '"finish_reason":null',
+        outside: str = "",
     ) -> str:
         ends = f'"logprobs":{logprobs},{reasons}}}'
         tail = self._usage_tail() if self._is_usage_continuous else self._tail
-        return _event(f'{self._head}{{"index":{index},{content},{ends}{tail}')
+        choice = f'{{"index":{index},{content},{ends}'
+        return _event(f'{self._head}{outside},"choices":[{choice}{tail}')
 
 
 def _event(data: str) -> str:

@@ -84,7 +84,7 @@ class _Echo:
             return replace(
                 delta,
                 text=self._text,
-                num_tokens=0,
+                token_ids=(),
                 finish_reason=FinishReason.LENGTH,
                 scored=scored,
                 stop_reason=None,

@@ -39,8 +39,7 @@ async def stream_response(
     try:
         await asyncio.wait([first], timeout=keep_alive_s)
     except asyncio.CancelledError:
-        await _cancel(first)
-        await deltas.aclose()  # the first may have come at the same time
+        await _close(first, deltas)  # the first may have come at the same time
         raise
     if first.done():
         first.result()
@@ -103,8 +102,7 @@ class SseResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()
-            await _cancel(self._first)
-            await self._rest.aclose()
+            await _close(self._first, self._rest)
 
     async def stream_response(self, send: Send) -> None:
         """Send the events, and comments where they keep the client waiting."""
@@ -143,6 +141,12 @@ class _AliveSender:
                     self._latest_s = self._now_s()
 
 
-async def _cancel(future: asyncio.Future[TextDelta]) -> None:
-    future.cancel()
-    await asyncio.wait([future])
+async def _close(first: asyncio.Future[TextDelta], rest: AsyncGenerator[TextDelta, None]) -> None:
+    """Close both, however often whoever waits for it is cancelled."""
+
+    async def close() -> None:
+        first.cancel()
+        await asyncio.wait([first])
+        await rest.aclose()
+
+    await asyncio.shield(asyncio.create_task(close()))

@@ -41,7 +41,7 @@ class TextDelta:
     Attributes:
         index: Which of the response's outputs, from 0.
         text: The new text, possibly empty.
-        num_tokens: The new tokens.
+        token_ids: The new tokens.
         finish_reason: Set on the last delta of the output, and only there; `tool_calls` if it ended
             after such.
         scored: Each of the new tokens, whether its text is here, held back or never to come; empty
@@ -55,13 +55,18 @@ class TextDelta:
 
     index: int
     text: str
-    num_tokens: int
+    token_ids: tuple[int, ...]
     finish_reason: FinishReason | Literal["tool_calls"] | None = None
     scored: tuple[ScoredToken, ...] = ()
     calls: tuple[CallDelta, ...] = ()
     stop_reason: str | int | None = None
     num_cached_tokens: int | None = None
     prompt_logprobs: bytes | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are new."""
+        return len(self.token_ids)
 
 
 async def text_deltas(
@@ -88,13 +93,14 @@ async def text_deltas(
 
 
 def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokenizer) -> TextDelta:
-    text, num_tokens = "", 0
+    text = ""
+    token_ids: list[int] = []
     scored: list[ScoredToken] = []
     for event in events:
         if event.finish_reason not in (None, FinishReason.STOP, FinishReason.LENGTH):
             raise _failure(event)
         if event.token_id is not None:
-            num_tokens += 1
+            token_ids.append(event.token_id)
             if event.logprobs is not None:
                 scored.append(ScoredToken(event.token_id, detokenizer.num_chars, event.logprobs))
             # A token that ends the output has no text, unless that is asked for.
@@ -108,7 +114,7 @@ def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokeniz
     return TextDelta(
         index,
         text,
-        num_tokens,
+        tuple(token_ids),
         reason,
         tuple(scored),
         stop_reason=stop_reason,
@@ -139,7 +145,7 @@ async def with_tool_calls(
             pieces = parser.step(delta.text)
             if delta.finish_reason is not None:
                 pieces += parser.flush()
-            num_tokens, scored = delta.num_tokens, delta.scored
+            token_ids, scored = delta.token_ids, delta.scored
             of_prompt = delta.num_cached_tokens, delta.prompt_logprobs
             for piece in pieces:
                 text, calls = "", ()
@@ -148,16 +154,14 @@ async def with_tool_calls(
                 else:
                     num_calls += piece.name is not None
                     calls = (piece,) if use.is_parallel or num_calls <= 1 else ()
-                yield TextDelta(
-                    delta.index, text, num_tokens, None, scored, calls, None, *of_prompt
-                )
-                num_tokens, scored, of_prompt = 0, (), (None, None)
+                yield TextDelta(delta.index, text, token_ids, None, scored, calls, None, *of_prompt)
+                token_ids, scored, of_prompt = (), (), (None, None)
             reason = delta.finish_reason
             if num_calls and use.finishes_with_calls and reason is FinishReason.STOP:
                 reason = "tool_calls"
-            if num_tokens or scored or reason is not None:
+            if token_ids or reason is not None:
                 stop = delta.stop_reason
-                yield TextDelta(delta.index, "", num_tokens, reason, scored, (), stop, *of_prompt)
+                yield TextDelta(delta.index, "", token_ids, reason, scored, (), stop, *of_prompt)
 
 
 def _failure(event: TokenEvent) -> GllmRayError:
@@ -211,7 +215,7 @@ async def collect_outputs(
         TextDelta(
             index,
             "".join(delta.text for delta in output),
-            sum(delta.num_tokens for delta in output),
+            tuple(chain.from_iterable(delta.token_ids for delta in output)),
             output[-1].finish_reason,
             tuple(chain.from_iterable(delta.scored for delta in output)),
             tuple(merge_calls(chain.from_iterable(delta.calls for delta in output))),

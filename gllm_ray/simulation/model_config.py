@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gllm_ray.errors import ConfigError
+from gllm_ray.model.quantized_checkpoint import quantized_format
 from gllm_ray.simulation.model_shape import (
     DTYPE_BYTES,
     AttentionShape,
@@ -56,7 +57,8 @@ def parse_model_shape(config: Mapping[str, Any]) -> ModelShape:
     """Describe the language model of a config.json; of a model that also sees, its text part.
 
     Raises:
-        ConfigError: The architecture is not known, a size is missing, or the weights are quantized.
+        ConfigError: The architecture is not known, a size is missing, or the weights are quantized
+            in a way that cannot be read.
     """
     text = config.get("text_config")
     return _Reader({**config, **text} if isinstance(text, Mapping) else config).model()
@@ -73,11 +75,8 @@ class _Reader:
                 f"model_type={self._type!r}: the shape of this architecture is not known; must be "
                 f"one of {', '.join(sorted(_GATED | _UNGATED))}"
             )
-        if config.get("quantization_config"):
-            raise ConfigError(
-                "quantization_config: the cost of quantized weights is not known; use the "
-                "config.json of the unquantized checkpoint"
-            )
+        if quantization := config.get("quantization_config"):
+            quantized_format(quantization)  # at load its weights become full numbers
         for key in _LISTS:
             value = self._get(key)
             if value is not None and not isinstance(value, list | tuple):

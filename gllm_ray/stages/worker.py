@@ -2,9 +2,10 @@
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,7 @@ from gllm_ray.model.decode_graphs import (
     cuda_capture,
     graph_sizes,
 )
+from gllm_ray.model.dequantization import dequantized
 from gllm_ray.model.experts import speed_up_experts
 from gllm_ray.model.fusion import fuse_operators
 from gllm_ray.model.inputs import PackedInputs, pack
@@ -50,8 +52,9 @@ from gllm_ray.model.linear import quantize_linears, speed_up_linears
 from gllm_ray.model.next_tokens import draw_tokens
 from gllm_ray.model.operators.build import OperatorsUnavailableError
 from gllm_ray.model.prompt_scoring import decoding_once, score_prompts
+from gllm_ray.model.quantized_checkpoint import quantized_format
+from gllm_ray.model.running_outputs import RunningOutputs
 from gllm_ray.model.shard import Shard
-from gllm_ray.model.token_counts import RunningCounts
 from gllm_ray.model.tokenizer import Tokenizer
 from gllm_ray.model.weights import SafetensorsReader, dummy_tensors
 from gllm_ray.stages.shard_settings import choose_dtype, choose_layers, prepare_device
@@ -77,7 +80,7 @@ class StageWorker:
         self._caches: dict[nn.Module, LayerKvCache] = {}
         self._graphs: DecodeGraphs | None = None
         self._grammars = RunningGrammars(lambda: Tokenizer.for_model(config.model).grammars)
-        self._counts = RunningCounts()
+        self._outputs = RunningOutputs()
         self._held_by_others = 0  # bytes of the GPU, by other stages of this process
         self.bytes_read = 0
 
@@ -125,9 +128,11 @@ class StageWorker:
         model_config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
         layers = choose_layers(self._config, model_config, self._stage_id)
         dtype = choose_dtype(self._config, model_config, self._device)
+        # transformers is not to dequantize what we do, or not to run it as it is stored.
+        quantization = vars(model_config).pop("quantization_config", None)
         shard = Shard(model_config, layers, dtype, self._device)
         clock.end("model")
-        self._load_weights(shard, range(*layers))
+        self._load_weights(shard, range(*layers), quantization)
         num_parameters = shard.num_parameters
         clock.end("weights")
         self._convert_weights(shard)
@@ -202,7 +207,7 @@ class StageWorker:
         return self._draw(logits, batch)._replace(prompt_logprobs=prompt_logprobs)
 
     def _draw(self, logits: torch.Tensor, batch: MicroBatch) -> SampledTokens:
-        sampled = draw_tokens(logits, batch, self._grammars, self._counts)
+        sampled = draw_tokens(logits, batch, self._grammars, self._outputs)
         if not sampled.token_ids and self._device.type == "cuda":
             # Its answer says that all stages are through with it; tokens were waited for.
             torch.cuda.current_stream(self._device).synchronize()
@@ -211,15 +216,18 @@ class StageWorker:
     def forget_sequences(self) -> None:
         """All that goes on is going to be prefilled again."""
         self._grammars.clear()
-        self._counts.clear()
+        self._outputs.clear()
 
-    def _load_weights(self, shard: Shard, layers: range) -> None:
+    def _load_weights(
+        self, shard: Shard, layers: range, quantization: Mapping[str, Any] | None
+    ) -> None:
         if self._config.model.load_format == "dummy":
             shard.load(dummy_tensors(shard.parameters_to_load(), shard.dtype, self._device))
-        else:
-            reader = SafetensorsReader(find_weight_files(self._config.model, layers))
-            shard.load(reader.tensors)
-            self.bytes_read = reader.bytes_read
+            return
+        reader = SafetensorsReader(find_weight_files(self._config.model, layers))
+        stored = quantized_format(quantization) if quantization else None
+        shard.load(dequantized(reader.tensors, stored, shard.dtype))
+        self.bytes_read = reader.bytes_read
 
     def _convert_weights(self, shard: Shard) -> None:
         if self._config.model.quantization == "int8":

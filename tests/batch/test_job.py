@@ -1,6 +1,7 @@
 """The job on a real engine: what is refused, what fails by row, what resumes."""
 
 import asyncio
+import itertools
 import json
 from contextlib import asynccontextmanager
 
@@ -165,6 +166,27 @@ def test_a_table_has_no_room_for_what_the_model_finds_of_prompts():
         checks.parse_body(row)
 
 
+def test_a_row_may_rule_out_tokens_and_ask_for_token_ids(tmp_path, tokenizer):
+    j, q, user, end = *(tokenizer.encode(text)[0] for text in "jq"), 3, *tokenizer.stop_token_ids
+    asked = {"allowed_token_ids": [j, q, user], "bad_words": ["jj", "qq", "<|user|>" * 2]}
+    asked |= {"max_tokens": 9, "skip_special_tokens": False, "return_token_ids": True}
+    asked |= {"logit_bias": {str(end): 100}}
+    source = write_lines(tmp_path / "in.jsonl", [make_line(name, **asked) for name in "ab"])
+    run(source, tmp_path / "out.jsonl", tokenizer)
+    for answer in read_lines(tmp_path / "out.jsonl"):
+        body = answer["response"]["body"]
+        (choice,) = body["choices"]
+        output = choice["token_ids"]
+        assert len(output) == 9
+        assert set(output) <= {j, q, user}
+        assert all(before != after for before, after in itertools.pairwise(output))
+        assert choice["message"]["content"] == tokenizer.decode(output)
+        assert len(body["prompt_token_ids"]) == body["usage"]["prompt_tokens"]
+    source = write_lines(tmp_path / "bad.jsonl", [make_line("a", allowed_token_ids=[])])
+    with pytest.raises(ConfigError, match=r"bad\.jsonl:1: .*1 or more items"):
+        run(source, tmp_path / "bad.out.jsonl", tokenizer)
+
+
 def test_two_jobs_never_write_one_journal(tmp_path):
     journal = Journal(tmp_path / "part")
     with pytest.raises(ConfigError, match="another job writes it"):
@@ -216,6 +238,15 @@ def test_a_row_with_tools_is_answered_with_calls(tmp_path):
     function = called["message"]["tool_calls"][0]["function"]
     assert (function["name"], json.loads(function["arguments"])) == ("now", {})
     assert "tool_calls" not in other["message"]
+
+
+def test_a_table_has_no_room_for_token_ids():
+    body = make_line("x", return_token_ids=True)["body"]
+    row = BatchRow(number=1, custom_id="x", url="/v1/chat/completions", body=body)
+    checks = RequestChecks(model_name=MODEL, builder=None, is_single=True)
+    with pytest.raises(InvalidRequestError, match="return_token_ids=True: must be left out"):
+        checks.parse_body(row)
+    assert RequestChecks(model_name=MODEL, builder=None).parse_body(row).return_token_ids
 
 
 def test_a_table_has_no_room_for_tool_calls():

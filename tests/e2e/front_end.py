@@ -39,7 +39,8 @@ STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 # Among all tokens, some are as likely as others but for the rounding, which the batch decides on.
 SAMPLED = {"temperature": 1.0, "seed": 17, "top_k": 8}
 PENALIZED = {"repetition_penalty": 1.2, "frequency_penalty": 0.2, "min_tokens": NUM_TOKENS // 2}
-NOT_OPENAIS = {"top_k", "repetition_penalty", "min_tokens"}
+PENALIZED |= {"bad_words": ["def", "if not"]}
+NOT_OPENAIS = {"top_k", "repetition_penalty", "min_tokens", "bad_words"}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Count the lines of a file."}]}
 SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 20, "maxItems": 20}
 STRUCTURED = {

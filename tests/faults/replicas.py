@@ -53,6 +53,11 @@ def make_requests():
     penalties = LogitRules(
         repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3, logit_bias=((50, 2.0),)
     )
+    few = range(300, 308)
+    no_repetition = LogitRules(
+        allowed_token_ids=tuple(few),
+        bad_words=tuple((a, b, a) for a in few for b in few) + tuple((a, a) for a in few),
+    )
     return [
         make_request(name, **options)
         for name, options in [
@@ -62,6 +67,7 @@ def make_requests():
             ("sampled d", {"sampling": sampled}),
             ("greedy e", {"sampling": SamplingParams(logit_rules=penalties)}),
             ("sampled f", {"sampling": replace(sampled, logit_rules=penalties)}),
+            ("greedy g", {"sampling": SamplingParams(logit_rules=no_repetition)}),
         ]
     ]
 

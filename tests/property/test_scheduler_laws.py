@@ -71,11 +71,11 @@ class Request:
     grammar: str = ""
     min_tokens: int = 0
     num_prompt_logprobs: int | None = None
-    penalties: LogitRules = field(default_factory=LogitRules)
+    rules: LogitRules = LogitRules()  # noqa: RUF009 - it is a tuple
 
     @property
     def sampling(self):
-        rules = self.penalties._replace(min_end=len(self.prompt) + self.min_tokens)
+        rules = self.rules._replace(min_end=len(self.prompt) + self.min_tokens)
         return SamplingParams(grammar=self.grammar, logit_rules=rules)
 
 
@@ -164,8 +164,13 @@ requests = st.builds(
     grammar=st.sampled_from(["", "start: /[0-9]+/"]),
     min_tokens=st.sampled_from([0, 0, 1, 3]),
     num_prompt_logprobs=st.sampled_from([None, None, 0, 2]),
-    penalties=st.sampled_from([{}, {"presence_penalty": 1.0}, {"repetition_penalty": 1.1}]).map(
-        lambda penalties: LogitRules(**penalties)
+    rules=st.sampled_from(
+        [
+            LogitRules(),
+            LogitRules(presence_penalty=1.0),
+            LogitRules(repetition_penalty=1.1),
+            LogitRules(bad_words=((1, 2),)),
+        ]
     ),
 )
 # An action is a request to add, the index of one to abort, a number of results to commit, seconds

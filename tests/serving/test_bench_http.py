@@ -1,6 +1,7 @@
 """`gllm-ray bench serve` and `compare` against processes that serve, and our own routes."""
 
 import asyncio
+import contextlib
 import json
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from gllm_ray.bench.prompts import LoadRequest
 from gllm_ray.bench.request_figures import RequestFigures
 from gllm_ray.bench.target import TargetOptions, start_target
 from gllm_ray.cli import main
+from gllm_ray.errors import PipelineError
 from tests.fakes import LocalService, ScriptedPipeline
 from tests.serving.local_api import listening
 
@@ -156,19 +158,34 @@ def test_a_service_that_refuses_what_is_sent_is_not_waited_for(tokenizer, path):
     assert "waiting" not in errors
 
 
-@pytest.mark.parametrize(("model", "asked"), [(None, 0), ("second", 1), ("not-listed", 0)])
-def test_one_of_several_models_is_asked_by_its_name(tokenizer, model, asked):
-    async def run():
-        async with (
-            LocalService(tokenizer, ScriptedPipeline([5])) as first,
-            LocalService(tokenizer, ScriptedPipeline([5])) as second,
-        ):
-            second.model_name = "second"
-            options = TargetOptions(model=model, extra_body={}, timeout_s=20.0)
-            async with listening(first, second) as url, start_target(url, options):
-                return [len(first.requests), len(second.requests)]
+async def ask(tokenizer, model, *, others=()):
+    """Start a service of the model `LocalService` has and others; how often each was asked."""
+    async with contextlib.AsyncExitStack() as stack:
+        names = [LocalService.model_name, *others]
+        services = []
+        for name in names:
+            service = LocalService(tokenizer, ScriptedPipeline([5]))
+            services.append(await stack.enter_async_context(service))
+            service.model_name = name
+        options = TargetOptions(model=model, extra_body={}, timeout_s=20.0)
+        url = await stack.enter_async_context(listening(*services))
+        await stack.enter_async_context(start_target(url, options))
+        return [len(service.requests) for service in services]
 
-    assert asyncio.run(run())[asked] == 1
+
+@pytest.mark.parametrize(("model", "asked"), [(None, [1, 0]), ("second", [0, 1])])
+def test_one_of_several_models_is_asked_by_its_name(tokenizer, model, asked):
+    assert asyncio.run(ask(tokenizer, model, others=["second"])) == asked
+
+
+def test_a_model_that_is_not_among_several_is_refused_with_their_names(tokenizer):
+    names = f"{LocalService.model_name}, second, but not 'third'"
+    with pytest.raises(PipelineError, match=f"serves {names}: name one by --model"):
+        asyncio.run(ask(tokenizer, "third", others=["second"]))
+
+
+def test_an_only_model_is_asked_whatever_it_is_named(tokenizer):
+    assert asyncio.run(ask(tokenizer, "directory/of/the/model")) == [1]
 
 
 def measure_own(tokenizer, script, requests, **options):

@@ -94,7 +94,7 @@ def test_it_is_told_once_every_output_has_begun_and_is_the_least_that_one_found(
     requests = [make_request(str(index)) for index in range(4)]  # of eight tokens each
     meter, told = UsageMeter(requests, 2), []
     for index, found in [(1, 7), (1, None), (0, 4), (3, 0), (3, None), (2, 7), (0, None)]:
-        meter.add(TextDelta(index, "x", 1, num_cached_tokens=found))
+        meter.add(TextDelta(index, "x", (7,), num_cached_tokens=found))
         told.append(meter.usage()["prompt_tokens_details"])
     assert told == [None] * 5 + [{"cached_tokens": 4}] * 2
     assert meter.usage()["total_tokens"] == 16 + 7

@@ -17,7 +17,7 @@ from tests.serving.local_api import BODIES, CHAT
 MODEL = LocalService.model_name
 PROMPT = "def add(a, b):\n"
 VLLMS = {"repetition_penalty", "min_tokens", "stop_token_ids", "include_stop_str_in_output"}
-VLLMS |= {"ignore_eos"}
+VLLMS |= {"ignore_eos", "allowed_token_ids", "bad_words", "structured_outputs"}
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_outputs_do_not_depend_on_how_they_are_scheduled(tokenizer, pipeline, tw
 
 
 def test_nothing_is_kept_of_outputs_that_ended_or_were_given_up(tokenizer, pipeline):
-    counts = pipeline._workers[-1]._counts
+    counts = pipeline._workers[-1]._outputs
 
     async def scenario(service, client):
         for number in range(3):

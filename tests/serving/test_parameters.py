@@ -39,6 +39,7 @@ OURS = {"top_k", "min_p", "ignore_eos", "cache_salt"}
 OURS |= {"priority", "expected_output_tokens", "queue_timeout_s", "structured_outputs"}
 OURS |= {"repetition_penalty", "stop_token_ids", "include_stop_str_in_output", "min_tokens"}
 OURS |= {"prompt_logprobs"}
+OURS |= {"allowed_token_ids", "bad_words", "skip_special_tokens", "return_token_ids"}
 OWN = {
     CHAT_PATH: OURS | {"add_generation_prompt", "continue_final_message", "chat_template_kwargs"},
     COMPLETION_PATH: OURS | {"response_format"},
@@ -85,6 +86,9 @@ NEUTRAL = {
     "min_tokens": 0,
     "stop_token_ids": [],
     "include_stop_str_in_output": False,
+    "bad_words": [],
+    "skip_special_tokens": True,
+    "return_token_ids": False,
     "response_format": {"type": "text"},
     "service_tier": "auto",
     "store": False,
@@ -97,8 +101,6 @@ NEUTRAL = {
 }
 # Of vLLM's parameters the values that ask for nothing, and such as ask for something.
 VLLMS_OF_BOTH = {
-    "allowed_token_ids": (None, [1]),
-    "bad_words": ([], ["no"]),
     "guided_choice": (None, ["a"]),
     "guided_grammar": (None, "x"),
     "guided_json": (None, {}),
@@ -110,10 +112,8 @@ VLLMS_OF_BOTH = {
     "metadata": ({}, {"key": "value"}),
     "repetition_detection": (None, {"max_pattern_size": 2}),
     "request_id": (None, "mine"),
-    "return_token_ids": (False, True),
     "return_tokens_as_token_ids": (False, True),
     "service_tier": ("auto", "priority"),
-    "skip_special_tokens": (True, False),
     "spaces_between_special_tokens": (True, False),
     "store": (False, True),
     "thinking_token_budget": (-1, 0),
@@ -260,6 +260,21 @@ def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
         ({"stop_token_ids": 5}, "stop_token_ids"),
         ({"stop_token_ids": [5] * 129}, "stop_token_ids"),
         ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [5, 99999]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [10**400]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [True]}, "allowed_token_ids[0]"),
+        ({"allowed_token_ids": [5] * 1025}, "allowed_token_ids"),
+        ({"bad_words": "no"}, "bad_words"),
+        ({"bad_words": [""]}, "bad_words[0]"),
+        ({"bad_words": [" \n"]}, "bad_words"),
+        ({"bad_words": ["\ud800"]}, "bad_words[0]"),
+        ({"bad_words": ["a" * 1025]}, "bad_words[0]"),
+        ({"bad_words": ["a"] * 129}, "bad_words"),
+        ({"bad_words": [f"{i} is not a number" for i in range(128)]}, "bad_words"),
+        ({"skip_special_tokens": 0}, "skip_special_tokens"),
+        ({"return_token_ids": "yes"}, "return_token_ids"),
         ({"cache_salt": ""}, "cache_salt"),
         ({"cache_salt": "a" * 1025}, "cache_salt"),
         ({"cache_salt": "\ud800"}, "cache_salt"),
@@ -511,6 +526,25 @@ def test_as_many_biases_and_stop_tokens_as_may_be_are_accepted(tokenizer, path):
     request = request_for(tokenizer, path, change)
     assert len(request.sampling.logit_rules.logit_bias) == 1024
     assert request.stop_token_ids >= set(range(128))
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_what_is_allowed_and_what_is_bad_reaches_the_engine(tokenizer, path):
+    change = {"allowed_token_ids": [9, 5, 9, 0], "bad_words": ["def", " def", "import x"]}
+    rules = request_for(tokenizer, path, change).sampling.logit_rules
+    assert rules.allowed_token_ids == (0, 5, 9)
+    spellings = ["def", " def", "import x", " import x"]
+    assert set(rules.bad_words) == {tuple(tokenizer.encode(text)) for text in spellings}
+    assert {len(word) for word in rules.bad_words} > {1}
+    assert len(rules.bad_words) == 4
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_as_many_allowed_tokens_and_bad_words_as_may_be_are_accepted(tokenizer, path):
+    change = {"allowed_token_ids": list(range(1024)), "bad_words": [f"{i}" for i in range(128)]}
+    rules = request_for(tokenizer, path, change).sampling.logit_rules
+    assert len(rules.allowed_token_ids) == 1024
+    assert len(rules.bad_words) == 256
 
 
 def test_the_end_tokens_stop_unless_they_are_ignored(tokenizer):

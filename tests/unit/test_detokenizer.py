@@ -52,14 +52,16 @@ BYTE_FALLBACK = ServedTokenizer(PreTrainedTokenizerFast(tokenizer_object=byte_fa
 BYTE_FALLBACK_TEXT = range(257, BYTE_FALLBACK.vocab_size)
 
 
-def plain_decode(tokenizer, ids):
-    return tokenizer._backend.decode(list(ids), skip_special_tokens=True)
+def plain_decode(tokenizer, ids, *, skips_special=True):
+    return tokenizer._backend.decode(list(ids), skip_special_tokens=skips_special)
 
 
-def detokenize(tokenizer, ids, stop_strings=(), prompt_ids=(), shown_tokens=(), **rule):
+def detokenize(
+    tokenizer, ids, stop_strings=(), prompt_ids=(), shown_tokens=(), skips_special=True, **rule
+):
     """The pieces handed over for each token, and at the end."""
     detokenizer = tokenizer.new_detokenizer(
-        prompt_ids, StopRule(stop_strings, **rule), shown_tokens
+        prompt_ids, StopRule(stop_strings, **rule), shown_tokens, skips_special=skips_special
     )
     pieces = []
     for token_id in ids:
@@ -199,6 +201,24 @@ def test_the_offsets_of_words_that_begin_with_a_space_are_those_of_the_text():
     assert BYTE_FALLBACK.text_offsets(ids, "ab abA ab") == [0, 2, 5, 6]
     # A text that its tokenizer spells in another way is the limit.
     assert BYTE_FALLBACK.text_offsets(ids, "ab") == [0, 2, 2, 2]
+
+
+@settings(deadline=None)
+@given(byte_level_ids, stops | st.just(["<|end|>"]) | st.just(["d|><|"]))
+def test_byte_level_text_may_have_the_names_of_special_tokens(ids, stop_strings):
+    pieces = detokenize(BYTE_LEVEL, ids, stop_strings, skips_special=False)
+    whole = plain_decode(BYTE_LEVEL, ids, skips_special=False)
+    assert "".join(pieces) == cut(whole, stop_strings)
+
+
+@settings(deadline=None)
+@given(byte_fallback_ids, byte_fallback_ids, stops | st.just(["<|end|>"]))
+def test_byte_fallback_text_may_have_the_names_of_special_tokens(prompt, ids, stop_strings):
+    whole, before = (
+        plain_decode(BYTE_FALLBACK, part, skips_special=False) for part in (prompt + ids, prompt)
+    )
+    pieces = detokenize(BYTE_FALLBACK, ids, stop_strings, prompt, skips_special=False)
+    assert "".join(pieces) == cut(whole.removeprefix(before), stop_strings)
 
 
 def test_special_tokens_have_no_text_wherever_they_stand():

@@ -12,7 +12,12 @@ from gllm_ray.messages import LogitRules, MicroBatch, SamplingParams, ScheduledS
 from gllm_ray.stages.metadata import MetadataDecoder, MetadataEncoder
 
 RULES = LogitRules(
-    end_token_ids=(1, 2), min_end=9, logit_bias=((7, -1.5), (8, 2.0)), repetition_penalty=1.05
+    allowed_token_ids=(1, 2, 7),
+    bad_words=((7,), (1, 2)),
+    end_token_ids=(1, 2),
+    min_end=9,
+    logit_bias=((7, -1.5), (8, 2.0)),
+    repetition_penalty=1.05,
 )
 _SAMPLINGS = (
     None,

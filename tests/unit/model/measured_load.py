@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401 - code is no part of the shard
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from gllm_ray.model.operators.build import OperatorsUnavailableError, load_operators
 from gllm_ray.stages.worker import StageWorker
@@ -62,12 +62,14 @@ def measure(path, stage_id, settings):
     }
 
 
-def main(path, loads):
+def main(loads):
+    # What a load imports is no part of its shard.
     load_operators()
+    for path in {path for path, *_ in loads}:
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(path))]
     for load in loads:
-        # What all of them import is there already, and counts for none.
         if (child := os.fork()) == 0:
-            sys.stdout.write(json.dumps(measure(path, *load)) + "\n")
+            sys.stdout.write(json.dumps(measure(*load)) + "\n")
             sys.stdout.flush()
             os._exit(0)
         _, status = os.waitpid(child, 0)
@@ -77,4 +79,4 @@ def main(path, loads):
 
 if __name__ == "__main__":
     with suppress(OperatorsUnavailableError):
-        main(sys.argv[1], json.loads(sys.argv[2]))
+        main(json.loads(sys.argv[1]))

@@ -96,10 +96,41 @@ def test_a_checkpoint_of_pickles_alone_is_refused(checkpoint_dir):
         open_path(path)
 
 
-def test_a_quantized_checkpoint_is_refused_by_its_method(checkpoint_dir):
-    path = checkpoint_dir(LLAMA | {"quantization_config": {"quant_method": "awq"}})
-    with pytest.raises(ConfigError, match=r"quantized \(awq\)"):
+@pytest.mark.parametrize(
+    ("quantization", "reason"),
+    [
+        ({"quant_method": "awq"}, "by awq cannot be read; must be fp8, mxfp4 or"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            "by compressed-tensors, pack-quantized cannot be read",
+        ),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"a block is \[128\]; must be two"),
+        ({"bits": 4}, "by an unknown method cannot be read"),
+        ("fp8", "by an unknown method cannot be read"),
+    ],
+)
+def test_a_quantization_that_cannot_be_read_is_refused(quantization, reason, checkpoint_dir):
+    path = checkpoint_dir(LLAMA | {"quantization_config": quantization})
+    with pytest.raises(ConfigError, match=f"model.path=.*quantization_config: .*{reason}"):
         open_path(path)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {"group_0": {"weights": {"num_bits": 8, "block_structure": None}}},
+        },
+    ],
+)
+def test_a_quantization_that_is_undone_at_load_is_accepted(quantization, checkpoint_dir):
+    path = checkpoint_dir(LLAMA | {"quantization_config": quantization})
+    assert open_path(path).max_model_len
 
 
 def test_a_quantization_that_is_null_is_none(checkpoint_dir):

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, grammar_from
 
 from gllm_ray.errors import ConfigError, InvalidRequestError
-from gllm_ray.messages import MicroBatch, SamplingParams, ScheduledSequence
+from gllm_ray.messages import LogitRules, MicroBatch, SamplingParams, ScheduledSequence
 from gllm_ray.model.constraints import RunningGrammars
 from gllm_ray.model.generation_config import MAX_TEMPERATURE
 from gllm_ray.model.grammar import GrammarCompiler
 from gllm_ray.model.next_tokens import draw_tokens
-from gllm_ray.model.token_counts import RunningCounts
+from gllm_ray.model.running_outputs import RunningOutputs
 from gllm_ray.model.tokenizer import Tokenizer
 
 SCHEMA = {
@@ -44,6 +44,14 @@ VOCAB_SIZE = TOKENIZER.vocab_size + MORE_ROWS
 (END,) = TOKENIZER.stop_token_ids
 
 
+def tokens_from(text):
+    """Those whose own text begins with it."""
+    bytes_of = TOKENIZER.vocabulary.text_bytes
+    return [
+        token for token in range(TOKENIZER.vocab_size) if bytes_of(token).startswith(text.encode())
+    ]
+
+
 def running():
     return RunningGrammars(lambda: TOKENIZER.grammars)
 
@@ -62,7 +70,7 @@ def sequence(seq_id, grammar, output=None, **sampling):
 
 
 def draw(logits, batch, grammars):
-    return draw_tokens(logits, batch, grammars, RunningCounts())
+    return draw_tokens(logits, batch, grammars, RunningOutputs())
 
 
 def batch_of(*sequences, ended=()):
@@ -195,12 +203,31 @@ def test_a_sequence_whose_grammar_cannot_go_on_fails_alone():
     assert drawn.failures == ()
 
 
-def test_a_stage_that_finds_no_tokenizer_fails_the_sequence_and_goes_on():
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        LogitRules(allowed_token_ids=(END, *TOKENIZER.encode("maybe"))),
+        LogitRules(bad_words=tuple((token,) for text in "ny" for token in tokens_from(text))),
+    ],
+    ids=["allowed", "bad"],
+)
+def test_a_sequence_that_grammar_and_rules_leave_no_token_fails_by_the_rules(rules, temperature):
+    options = {"temperature": temperature, "logit_rules": rules}
+    items = sequence(0, GRAMMARS[2], (), **options), sequence(1, GRAMMARS[2], ())
+    drawn = draw(torch.zeros(2, VOCAB_SIZE), batch_of(*items), running())
+    ((row, reason),) = drawn.failures
+    assert row == 0
+    assert reason.startswith("no token is left that may come next: allowed_token_ids, bad_words")
+
+
+@pytest.mark.parametrize("rules", [None, LogitRules(allowed_token_ids=(END, 7))])
+def test_a_stage_that_finds_no_tokenizer_fails_the_sequence_and_goes_on(rules):
     def load():
         raise ConfigError("no usable tokenizer at /where/it/was")
 
     grammars = RunningGrammars(load)
-    items = sequence(0, GRAMMARS[2], ()), sequence(1, "")
+    items = sequence(0, GRAMMARS[2], (), logit_rules=rules), sequence(1, "")
     drawn = draw(torch.zeros(2, VOCAB_SIZE), batch_of(*items), grammars)
     assert drawn.failures == ((0, "grammars cannot be followed by this service now"),)
     after = sequence(0, GRAMMARS[2]), sequence(1, "")

@@ -115,6 +115,11 @@ def test_values_have_the_bytes_of_the_data_type(dtype, num_bytes):
     assert parse_model_shape(LLAMA_2_7B | {"torch_dtype": dtype}).value_bytes == num_bytes
 
 
+def test_a_checkpoint_that_is_dequantized_at_load_costs_as_much_as_a_plain_one():
+    quantized = LLAMA_2_7B | {"quantization_config": {"quant_method": "fp8"}}
+    assert parse_model_shape(quantized) == parse_model_shape(LLAMA_2_7B)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -124,7 +129,7 @@ def test_values_have_the_bytes_of_the_data_type(dtype, num_bytes):
         ({"num_hidden_layers": "32"}, r"num_hidden_layers='32': must be an integer"),
         ({"intermediate_size": -1}, r"intermediate_size=-1: must be an integer >= 0"),
         ({"torch_dtype": "int8"}, r"dtype='int8': must be one of float32, float16, bfloat16"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"quantization_config: .*unquantized"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantization_config: .*by awq cannot"),
         ({"sliding_window": 512}, r"layer_types: required where there is a sliding_window"),
         (
             {"sliding_window": 512, "layer_types": ["linear_attention"] * 32},
