@@ -165,6 +165,25 @@ def test_a_prompt_may_be_scored_and_not_continued(tokenizer, pipeline, reference
     assert usage.prompt_tokens == len(IDS) + len(prompts[-1])
 
 
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_token_ids_are_those_of_the_output_and_an_echo_adds_none(tokenizer, pipeline, max_tokens):
+    asked = {"model": MODEL, "prompt": IDS, "echo": True, "max_tokens": max_tokens, "seed": 1}
+    asked["extra_body"] = {"return_token_ids": True, "ignore_eos": True}
+
+    async def scenario(_, client):
+        answer = await client.completions.create(**asked)
+        stream = await client.completions.create(stream=True, **asked)
+        return answer.choices[0], [chunk.choices[0] async for chunk in stream]
+
+    whole, chunks = ask_demo(tokenizer, pipeline, scenario)
+    assert whole.prompt_token_ids == chunks[0].prompt_token_ids == IDS
+    assert len(whole.token_ids) == max_tokens
+    told = [token_id for chunk in chunks for token_id in getattr(chunk, "token_ids", None) or ()]
+    assert told == whole.token_ids
+    assert whole.text == tokenizer.decode(IDS + whole.token_ids)
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+
+
 def test_a_harness_finds_how_likely_a_continuation_is(tokenizer, pipeline, reference):
     """As lm-evaluation-harness asks, and reads what it gets."""
     contexts = [tokenizer.encode(text) for text in ("def f(x):\n    return", "import os\nimport")]
