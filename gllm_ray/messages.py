@@ -117,6 +117,8 @@ class GenerationRequest:
         queue_timeout_s: Seconds the request may wait for its first micro-batch; None: as long as
             the service allows. Where no scheduler was there to take it, the time in its queue
             begins anew.
+        num_prompt_logprobs: How many of the most likely tokens to tell with each token of the
+            prompt, and what each of them had for a log probability; None: nothing is told.
     """
 
     request_id: str
@@ -129,6 +131,7 @@ class GenerationRequest:
     tenant: str = ""
     expected_output_tokens: int | None = None
     queue_timeout_s: float | None = None
+    num_prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +170,8 @@ class TokenEvent(NamedTuple):
         logprobs: Those of the token, where the request asks for them.
         num_cached_tokens: With the request's first token alone, how many tokens of its prompt were
             found in the prefix cache when it was first admitted.
+        prompt_logprobs: With it, those of the prompt's tokens but the first, where the request asks
+            for them; `model.prompt_logprobs` reads them.
     """
 
     request_id: str
@@ -176,6 +181,7 @@ class TokenEvent(NamedTuple):
     retry_after_s: float | None = None
     logprobs: TokenLogprobs | None = None
     num_cached_tokens: int | None = None
+    prompt_logprobs: bytes | None = None
 
 
 class ScheduledSequence(NamedTuple):
@@ -228,6 +234,9 @@ class MicroBatch:
             stands for the i-th token of it. None: all token ids are known.
         ended: Sequences whose draws depend on their output that ended since the micro-batch before,
             and are in none any more.
+        scored_chunks: Of prefill chunks whose tokens are told log probabilities of: the index of
+            the sequence, how many of the most likely tokens to tell with each, and the prompt's
+            token after the chunk, None where the prompt ends.
     """
 
     batch_id: int
@@ -235,6 +244,7 @@ class MicroBatch:
     block_copies: tuple[tuple[int, int], ...] = ()
     continues: int | None = None
     ended: tuple[int, ...] = ()
+    scored_chunks: tuple[tuple[int, int, int | None], ...] = ()
 
     @cached_property
     def num_tokens(self) -> int:
@@ -248,6 +258,7 @@ class SampledTokens(NamedTuple):
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     failures: tuple[tuple[int, str], ...] = ()
+    prompt_logprobs: tuple[bytes, ...] = ()
 
 
 class StageTime(NamedTuple):
@@ -268,6 +279,8 @@ class MicroBatchResult:
         logprobs: Those of each token, None where its sequence wants none; empty where none does.
         failures: Which of the tokens are none, by their index, and why: their sequences cannot go
             on.
+        prompt_logprobs: Of each of `MicroBatch.scored_chunks`, those of the tokens that follow its
+            rows in the prompt.
         stage_times: What the stages measured since the last result, of this micro-batch or of
             earlier ones; a device that computes asynchronously tells late.
     """
@@ -276,6 +289,7 @@ class MicroBatchResult:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     failures: tuple[tuple[int, str], ...] = ()
+    prompt_logprobs: tuple[bytes, ...] = ()
     stage_times: tuple[StageTime, ...] = ()
 
 

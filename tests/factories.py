@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult
+from gllm_ray.model.prompt_logprobs import pack_prompt_logprobs
 from gllm_ray.policy_config import PolicyConfig, TokenThrottlingConfig
 from gllm_ray.scheduling import QueueLimits, Scheduler, SchedulerSettings, make_policy
 from gllm_ray.scheduling.learnt_cost_model import LearntCostModel
@@ -76,4 +79,22 @@ def result_of(batch: MicroBatch) -> MicroBatchResult:
             for item in batch.sequences
             if item.sampling is not None
         ),
+        prompt_logprobs=prompt_logprobs_of(batch),
     )
+
+
+def told_of(token_ids: Sequence[int], num_likely: int) -> bytes:
+    """What a model tells of tokens that finds each likely by its number, and nothing else."""
+    ids = np.array(token_ids, dtype=int)
+    likely = np.repeat(ids[:, None], num_likely, axis=1)
+    return pack_prompt_logprobs(-ids, ids, likely, -likely)
+
+
+def prompt_logprobs_of(batch: MicroBatch) -> tuple[bytes, ...]:
+    """What that model tells of the prompts in a micro-batch."""
+    told = []
+    for index, num_likely, following in batch.scored_chunks:
+        targets = batch.sequences[index].token_ids[1:]
+        targets += () if following is None else (following,)
+        told.append(told_of(targets, num_likely))
+    return tuple(told)

@@ -7,7 +7,7 @@ from gllm_ray.engine.client import EngineClient
 from gllm_ray.engine.engine import Engine
 from gllm_ray.errors import PipelineError
 from gllm_ray.messages import GenerationRequest, MicroBatch, MicroBatchResult, TokenEvent
-from tests.factories import make_scheduler
+from tests.factories import make_scheduler, prompt_logprobs_of
 
 
 class ScriptedPipeline:
@@ -44,7 +44,11 @@ class ScriptedPipeline:
         token_ids = tuple(
             self._say(item.seq_id) for item in batch.sequences if item.sampling is not None
         )
-        return MicroBatchResult(batch_id=batch.batch_id, token_ids=token_ids)
+        return MicroBatchResult(
+            batch_id=batch.batch_id,
+            token_ids=token_ids,
+            prompt_logprobs=prompt_logprobs_of(batch),
+        )
 
     def _say(self, seq_id: int) -> int:
         position = self._said.get(seq_id, 0)

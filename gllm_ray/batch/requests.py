@@ -45,6 +45,12 @@ class RequestChecks:
             raise InvalidRequestError(
                 f"n={body.outputs_per_prompt}: must be 1, a table has one text a row", param="n"
             )
+        if self.is_single and body.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                f"prompt_logprobs={body.prompt_logprobs}: must be left out, a table has one text a "
+                "row; write JSONL for them",
+                param="prompt_logprobs",
+            )
         if self.is_single and body.tool_use is not None:
             raise InvalidRequestError(
                 "tools: must be left out, or tool_choice be none: a table has one text a row, and "

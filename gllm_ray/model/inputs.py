@@ -82,6 +82,7 @@ class PackedInputs:
         sample_rows: `[num_samples]` their last rows, whose logits are drawn from.
         copied_slots: The slots of `MicroBatch.block_copies`, those copied from and those copied
             to, each `[num_copies * block_size]`; None where nothing is copied.
+        reads_prompts: Whether the logits of more rows are read than of `sample_rows`.
     """
 
     input_ids: torch.Tensor
@@ -95,6 +96,7 @@ class PackedInputs:
     drawn: torch.Tensor
     sample_rows: torch.Tensor
     copied_slots: tuple[torch.Tensor, torch.Tensor] | None
+    reads_prompts: bool = False
 
     @property
     def num_sequences(self) -> int:
@@ -189,6 +191,7 @@ def pack(
         drawn=torch.from_numpy(drawn),
         sample_rows=sample_rows,
         copied_slots=_copied_slots(batch, block_size, device),
+        reads_prompts=bool(batch.scored_chunks),
     )
 
 

@@ -1,7 +1,8 @@
 """The last layer of a model, of whose output only the rows that tokens are drawn from are read.
 
 The other rows of a prompt leave their keys and values there, and nothing else. So they go through
-the layer as far as its attention, and the rows to draw from then go through all of it.
+the layer as far as its attention, and the rows to draw from then go through all of it. Where log
+probabilities of prompts are told, all rows do.
 
 Source: ours; transformers computes all rows.
 """
@@ -32,7 +33,7 @@ def _forward(
 ) -> torch.Tensor:
     inputs = rows_under_way()
     # The weights of queries, keys and values are read twice, which few rows are not worth.
-    if inputs is None or 2 * len(inputs.drawn) > hidden.shape[1]:
+    if inputs is None or inputs.reads_prompts or 2 * len(inputs.drawn) > hidden.shape[1]:
         return forward(hidden, *args, **kwargs)
 
     def run(rows: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ def find_logprobs(
     if not asking:
         return ()
     found: list[TokenLogprobs | None] = [None] * len(params)
-    step = max(1, _MAX_WORKSPACE // logits.shape[-1])
+    step = rows_at_once(logits)
     for first in range(0, len(asking), step):
         rows = asking[first : first + step]
         nums = [params[row].num_logprobs or 0 for row in rows]
@@ -45,13 +45,23 @@ def find_logprobs(
     return tuple(found)
 
 
+def rows_at_once(logits: torch.Tensor) -> int:
+    """Rows of logits whose log probabilities there may be at a time."""
+    return max(1, _MAX_WORKSPACE // logits.shape[-1])
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Of each token in each row, in float32; all of them numbers."""
+    log_probs = logits.float().log_softmax(dim=-1)
+    return log_probs.nan_to_num_(nan=MIN_LOGPROB).clamp_(min=MIN_LOGPROB)
+
+
 def _find(
     logits: torch.Tensor, rows: Sequence[int], token_ids: Sequence[int], num: int
 ) -> list[tuple[float, list[int], list[float]]]:
     """Of each of these rows the token's, and the ids and log probabilities of the likeliest."""
     indices, tokens = to_device(np.array([rows, token_ids]), logits.device)
-    log_probs = logits[indices].float().log_softmax(dim=-1)
-    log_probs = log_probs.nan_to_num_(nan=MIN_LOGPROB).clamp_(min=MIN_LOGPROB)
+    log_probs = log_probabilities(logits[indices])
     drawn = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
     top, ids = log_probs.topk(min(num, log_probs.shape[-1]), dim=-1)
     return list(zip(drawn.tolist(), ids.tolist(), top.tolist(), strict=True))

@@ -202,6 +202,25 @@ class Tokenizer:
         """The text of tokens, in which a special token has its name."""
         return self._decode(token_ids, ())
 
+    def text_offsets(self, token_ids: Sequence[int], text: str) -> list[int]:
+        """How many characters of the text that tokens were made of stand before each of them.
+
+        Special tokens that the text does not spell, as those around it, have no part in it.
+        """
+        decoder: TextDecoder
+        if self.vocabulary.is_byte_level:
+            decoder = ByteLevelDecoder(self.vocabulary.token_bytes)
+        else:
+            decoder = WindowDecoder(self.decode)
+        offsets, num_chars = [], 0
+        for token_id in token_ids:
+            # A tokenizer may spell a text in another way, so that its tokens' is longer.
+            offsets.append(min(num_chars, len(text)))
+            is_special = token_id in self._special_ids
+            if not is_special or text.startswith(self.decode([token_id]), num_chars):
+                num_chars += len(decoder.step(token_id))
+        return offsets
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -82,6 +82,7 @@ class Flights:
             block_copies=block_copies,
             continues=self._source_of(step),
             ended=ended,
+            scored_chunks=tuple(step.scored_chunks),
         )
         self.next_batch_id += 1
         self._flights.append(flight := Flight(batch, step, step.load()))

@@ -47,8 +47,11 @@ class PrefixCache:
         return 1 - self.num_hit_tokens / (self.num_queried_tokens or 1)
 
     def find(self, sequence: Sequence) -> PrefixHit:
-        """What can be reused by a sequence that holds no block."""
-        if not self._is_enabled:
+        """What can be reused by a sequence that holds no block.
+
+        Nothing, where the log probabilities of its prompt are still to be told.
+        """
+        if not self._is_enabled or sequence.prompt_logprobs is not None:
             return PrefixHit()
         blocks: list[int] = []
         for index in range((sequence.num_tokens - 1) // self._allocator.block_size):

@@ -154,6 +154,8 @@ class Scheduler:
         self._admission.check_size(open_request.request)
         sequence = self._new_sequence(open_request.request)
         sequence.token_ids += open_request.output_token_ids
+        if open_request.output_token_ids:
+            sequence.prompt_logprobs = None  # they came with the first of these
         self._pool.add(sequence, None)
 
     def abort(self, request_id: str, num_output_tokens: int | None = None) -> list[TokenEvent]:
@@ -221,6 +223,7 @@ class Scheduler:
         step, is_anticipated = self._flights.land(result)
         self._stage_times.add(result.stage_times)
         ready = self._pool.ready
+        step.note_prompt_logprobs(result.prompt_logprobs)
         events = self._fail_sampled(step, result)
         for sequence in step.others:
             sequence.num_in_flight -= 1
@@ -247,10 +250,10 @@ class Scheduler:
             else:
                 if not is_anticipated:
                     ready[sequence.seq_id] = sequence
-                fields = (sequence.request_id, token_id, None, None, None, logprobs, None)
+                fields = (sequence.request_id, token_id, None, None, None, logprobs, None, None)
                 events.append(tuple.__new__(TokenEvent, fields))
         self._pool.count_output(num_tokens)
-        step.tell_cached(events)
+        step.tell_prompts(events)
         return events
 
     def fail_all(self, message: str) -> list[TokenEvent]:

@@ -41,6 +41,8 @@ class Sequence:
         sampling: How the request draws; here, like the next two, because each token asks for it.
         stop_token_ids: Tokens that end the request.
         request_id: The request's.
+        prompt_logprobs: What the stages told of the prompt so far; None: nothing is asked for, or
+            all of it is with the client.
     """
 
     __slots__ = (
@@ -55,6 +57,7 @@ class Sequence:
         "num_in_flight",
         "num_prompt_tokens",
         "predicted_output_tokens",
+        "prompt_logprobs",
         "rank",
         "request",
         "request_id",
@@ -87,6 +90,8 @@ class Sequence:
         self.rank: Rank = (0.0, 0.0, seq_id)
         self.predicted_output_tokens: int | None = None
         self.token_s = 0.0
+        is_scored = request.num_prompt_logprobs is not None
+        self.prompt_logprobs: list[bytes] | None = [] if is_scored else None
 
     @property
     def num_tokens(self) -> int:
@@ -161,5 +166,7 @@ class Sequence:
             self.token_ids.pop()
         self.block_table = ()
         self.num_computed_tokens = 0
+        if self.prompt_logprobs:
+            self.prompt_logprobs = []  # all of the prompt is computed again
         self.epoch += 1
         self.state = SequenceState.WAITING

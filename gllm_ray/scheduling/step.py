@@ -21,6 +21,8 @@ class Step:
         num_prefill_tokens: See `StepLoad`.
         num_attention_pairs: See `StepLoad`.
         num_ending_tokens: Tokens of the sequences whose prompt ends in it, and that decode next.
+        scored: The sequences of `scored_chunks`.
+        scored_chunks: See `MicroBatch`.
     """
 
     items: list[ScheduledSequence] = field(default_factory=list)
@@ -31,10 +33,17 @@ class Step:
     num_prefill_tokens: int = 0
     num_attention_pairs: int = 0
     num_ending_tokens: int = 0
+    scored: list[Sequence] = field(default_factory=list)
+    scored_chunks: list[tuple[int, int, int | None]] = field(default_factory=list)
 
     def add_chunk(self, sequence: Sequence, item: ScheduledSequence) -> None:
         """Put a prefill chunk of a sequence in."""
         num_tokens = len(item.token_ids)
+        num_likely = sequence.request.num_prompt_logprobs
+        if num_likely is not None and sequence.prompt_logprobs is not None:
+            following = sequence.token_ids[item.end] if item.sampling is None else None
+            self.scored.append(sequence)
+            self.scored_chunks.append((len(self.items), num_likely, following))
         self.items.append(item)
         self.num_prefill_tokens += num_tokens
         self.num_attention_pairs += num_tokens * item.end
@@ -44,20 +53,30 @@ class Step:
             self.sampling.append(sequence)
             self.num_ending_tokens += sequence.num_tokens
 
-    def tell_cached(self, events: list[TokenEvent]) -> None:
-        """Let the first token of each request tell what the prefix cache had of its prompt.
+    def note_prompt_logprobs(self, told: tuple[bytes, ...]) -> None:
+        """Keep what the last stage told of prompts until their first token comes."""
+        for sequence, logprobs in zip(self.scored, told, strict=True):
+            if sequence.prompt_logprobs is not None:
+                sequence.prompt_logprobs.append(logprobs)
 
-        No later one does, so whoever goes on with some output need not know what was told.
+    def tell_prompts(self, events: list[TokenEvent]) -> None:
+        """Let the first token of each request tell of its prompt.
+
+        That is what the prefix cache had of it, and its log probabilities. No later one does, so
+        whoever goes on with some output need not know what was told.
 
         Args:
             events: What came of the step, last of the sequences whose prompt ends in it.
         """
         ending = self.sampling[self.num_decodes :]
-        begun = {s.request_id: s.num_cached_tokens for s in ending if s.num_output_tokens == 1}
+        begun = {s.request_id: s for s in ending if s.num_output_tokens == 1}
         for index in range(max(0, len(events) - len(ending)), len(events)):
             event = events[index]
             if event.token_id is not None and event.request_id in begun:
-                events[index] = TokenEvent(*event[:-1], begun[event.request_id])
+                sequence = begun[event.request_id]
+                told, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+                logprobs = None if told is None else b"".join(told)
+                events[index] = TokenEvent(*event[:-2], sequence.num_cached_tokens, logprobs)
 
     def load(self) -> StepLoad:
         """What the micro-batch makes each stage compute."""

@@ -156,7 +156,8 @@ class RequestBuilder:
             GenerationRequest(
                 request_id=f"{name}-{first_index + output}",
                 prompt_token_ids=prompt_token_ids,
-                max_tokens=max_tokens,
+                # Where none are wanted, one is drawn all the same, and not shown.
+                max_tokens=max(max_tokens, 1),
                 sampling=self._sampling(body, wanted, _seed_of_output(seed, output)),
                 stop_token_ids=wanted.stop_token_ids,
                 cache_salt=body.cache_salt or "",
@@ -164,6 +165,8 @@ class RequestBuilder:
                 tenant=body.user or "",
                 expected_output_tokens=body.expected_output_tokens,
                 queue_timeout_s=body.queue_timeout_s,
+                # What is told to one output is shown with all.
+                num_prompt_logprobs=None if output else body.num_prompt_logprobs,
             )
             for output in range(body.outputs_per_prompt)
         ]
@@ -188,10 +191,11 @@ class RequestBuilder:
         """The output's limit; a default never makes a prompt too long."""
         room = self.max_model_len - num_prompt_tokens
         max_tokens = min(default, max(room, 1)) if requested is None else requested
-        if max_tokens > room:
+        num_drawn = max(max_tokens, 1)
+        if num_drawn > room:
             raise self._too_long(
-                f"you requested {num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} in "
-                f"the {param}, {max_tokens} in the completion)",
+                f"you requested {num_prompt_tokens + num_drawn} tokens ({num_prompt_tokens} in "
+                f"the {param}, {num_drawn} in the completion)",
                 param,
             )
         return max_tokens

@@ -1,5 +1,6 @@
 """The routes of OpenAI's API, over any service that runs token requests."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from gllm_ray.serving.openai_protocol import (
     StreamOptions,
 )
 from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead, response_body
+from gllm_ray.serving.prompts import add_prompt_logprobs, with_echo
 from gllm_ray.serving.service_api import router as service_router
 from gllm_ray.serving.services import GenerationService, Services, TokenService, find_model
 from gllm_ray.serving.streaming import stream_response
@@ -129,20 +131,38 @@ async def whole_response(
     """
     outputs = await collect_outputs(_deltas(service, body, requests), len(requests))
     meter = UsageMeter(requests, body.outputs_per_prompt)
-    return response_body(head, outputs, meter, _prompts_to_tell(body, requests))
+    prompts = _prompts_to_tell(body, requests)
+    if body.num_prompt_logprobs is None:
+        return response_body(head, outputs, meter, prompts)
+    # In a thread, because a long prompt takes long.
+    response = await asyncio.to_thread(response_body, head, outputs, meter, prompts)
+    if body.prompt_logprobs is not None:
+        await asyncio.to_thread(
+            add_prompt_logprobs, response, head, body.prompt_logprobs, requests, outputs
+        )
+    return response
 
 
 def check_body(body: GenerationParams, model_names: Collection[str]) -> str:
     """Check what its schema alone does not tell; the name of its model.
 
     Raises:
-        InvalidRequestError: The model is not one of those served, or a stream's options are without
-            a stream.
+        InvalidRequestError: The model is not one of those served, a stream's options are without a
+            stream, or a stream is to have what it cannot; or nothing is to come.
     """
     model = find_model(body.model, model_names)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError(
             "stream_options is only allowed when stream is true", param="stream_options"
+        )
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequestError(
+            f"prompt_logprobs={body.prompt_logprobs}: is only allowed when stream is false",
+            param="prompt_logprobs",
+        )
+    if body.max_tokens == 0 and not body.echo:
+        raise InvalidRequestError(
+            "max_tokens=0: is only allowed when echo is true", param="max_tokens"
         )
     return model
 
@@ -180,6 +200,8 @@ def _deltas(
     streams = [
         _output_deltas(service, body, index, request) for index, request in enumerate(requests)
     ]
+    if isinstance(body, CompletionRequest) and body.echo:
+        streams = with_echo(streams, body, requests, service.tokenizer)
     return streams[0] if len(streams) == 1 else merge_deltas(streams)
 
 

@@ -85,9 +85,10 @@ class GenerationParams(RequestSchema):
     """What both endpoints take.
 
     `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `include_stop_str_in_output`,
-    `min_tokens`, `ignore_eos`, `allowed_token_ids`, `bad_words`, `skip_special_tokens`,
-    `return_token_ids`, `cache_salt`, `priority`, `expected_output_tokens`, `queue_timeout_s`,
-    `structured_outputs` and the `response_format` of a completion are not OpenAI's.
+    `min_tokens`, `ignore_eos`, `prompt_logprobs`, `allowed_token_ids`, `bad_words`,
+    `skip_special_tokens`, `return_token_ids`, `cache_salt`, `priority`, `expected_output_tokens`,
+    `queue_timeout_s`, `structured_outputs` and the `response_format` of a completion are not
+    OpenAI's.
     """
 
     model: str | None = None
@@ -113,6 +114,7 @@ class GenerationParams(RequestSchema):
     logit_bias: Annotated[
         dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, at_most(_MAX_BIASES)
     ] = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=_MAX_LOGPROBS)
     allowed_token_ids: list[int] | None = Field(
         default=None, min_length=1, max_length=_MAX_ALLOWED_TOKENS
     )
@@ -132,7 +134,6 @@ class GenerationParams(RequestSchema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    echo: Annotated[object, only(False)] = None
     metadata: Annotated[object, only({})] = None
     service_tier: Annotated[object, only("auto", "default")] = None
     store: Annotated[object, only(False)] = None
@@ -146,7 +147,6 @@ class GenerationParams(RequestSchema):
     length_penalty: Annotated[object, only(1)] = None
     logits_processors: Annotated[object, only([])] = None
     logprob_token_ids: Annotated[object, only()] = None
-    prompt_logprobs: Annotated[object, only()] = None
     repetition_detection: Annotated[object, only()] = None
     request_id: Annotated[object, only()] = None
     return_tokens_as_token_ids: Annotated[object, only(False)] = None
@@ -172,14 +172,21 @@ class GenerationParams(RequestSchema):
     def num_logprobs(self) -> int | None:
         """See `SamplingParams.num_logprobs`."""
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """See `GenerationRequest.num_prompt_logprobs`."""
+        return self.prompt_logprobs
+
 
 class CompletionRequest(GenerationParams):
     """The body of POST /v1/completions."""
 
     prompt: Annotated[list[Any], BeforeValidator(_parse_prompts)]
+    max_tokens: int | None = Field(default=None, ge=0)
 
     add_special_tokens: Annotated[object, only(True)] = None
     best_of: Annotated[object, AfterValidator(_check_best_of)] = None
+    echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=_MAX_LOGPROBS)
     prompt_embeds: Annotated[object, only()] = None
     suffix: Annotated[object, only("")] = None
@@ -188,6 +195,12 @@ class CompletionRequest(GenerationParams):
     def num_logprobs(self) -> int | None:
         """See `SamplingParams.num_logprobs`."""
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """See `GenerationRequest.num_prompt_logprobs`."""
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((num for num in asked if num is not None), default=None)
 
     def check_num_outputs(self) -> None:
         """Bound the work that one body can ask for.
@@ -213,6 +226,7 @@ class ChatCompletionRequest(GenerationParams, Conversation):
     audio: Annotated[object, only()] = None
     chat_template: Annotated[object, only()] = None
     documents: Annotated[object, only([])] = None
+    echo: Annotated[object, only(False)] = None
     function_call: Annotated[object, only("none", "auto", instead="tool_choice")] = None
     functions: Annotated[object, only([], instead="tools")] = None
     include_reasoning: Annotated[object, only(True)] = None

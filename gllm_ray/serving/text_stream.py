@@ -25,13 +25,13 @@ class ScoredToken(NamedTuple):
 
     Attributes:
         token_id: The token.
-        text_offset: Characters of the output before it.
-        logprobs: Its own, and the likeliest ones.
+        text_offset: Characters of the choice's text before it.
+        logprobs: Its own, and the likeliest ones; None for the first token of a prompt.
     """
 
     token_id: int
     text_offset: int
-    logprobs: TokenLogprobs
+    logprobs: TokenLogprobs | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ class TextDelta:
         stop_reason: Beside the finish reason, the client's own stop string or stop token that ended
             the output, if one did.
         num_cached_tokens: Set on the first delta of the output, and only there; see `TokenEvent`.
+        prompt_logprobs: The same.
     """
 
     index: int
@@ -60,6 +61,7 @@ class TextDelta:
     calls: tuple[CallDelta, ...] = ()
     stop_reason: str | int | None = None
     num_cached_tokens: int | None = None
+    prompt_logprobs: bytes | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -117,6 +119,7 @@ def _text_delta(index: int, events: Sequence[TokenEvent], detokenizer: Detokeniz
         tuple(scored),
         stop_reason=stop_reason,
         num_cached_tokens=events[0].num_cached_tokens,
+        prompt_logprobs=events[0].prompt_logprobs,
     )
 
 
@@ -142,7 +145,8 @@ async def with_tool_calls(
             pieces = parser.step(delta.text)
             if delta.finish_reason is not None:
                 pieces += parser.flush()
-            token_ids, scored, num_cached = delta.token_ids, delta.scored, delta.num_cached_tokens
+            token_ids, scored = delta.token_ids, delta.scored
+            of_prompt = delta.num_cached_tokens, delta.prompt_logprobs
             for piece in pieces:
                 text, calls = "", ()
                 if isinstance(piece, str):
@@ -150,14 +154,14 @@ async def with_tool_calls(
                 else:
                     num_calls += piece.name is not None
                     calls = (piece,) if use.is_parallel or num_calls <= 1 else ()
-                yield TextDelta(delta.index, text, token_ids, None, scored, calls, None, num_cached)
-                token_ids, scored, num_cached = (), (), None
+                yield TextDelta(delta.index, text, token_ids, None, scored, calls, None, *of_prompt)
+                token_ids, scored, of_prompt = (), (), (None, None)
             reason = delta.finish_reason
             if num_calls and use.finishes_with_calls and reason is FinishReason.STOP:
                 reason = "tool_calls"
             if token_ids or reason is not None:
                 stop = delta.stop_reason
-                yield TextDelta(delta.index, "", token_ids, reason, scored, (), stop, num_cached)
+                yield TextDelta(delta.index, "", token_ids, reason, scored, (), stop, *of_prompt)
 
 
 def _failure(event: TokenEvent) -> GllmRayError:
@@ -217,6 +221,7 @@ async def collect_outputs(
             tuple(merge_calls(chain.from_iterable(delta.calls for delta in output))),
             output[-1].stop_reason,
             output[0].num_cached_tokens,
+            output[0].prompt_logprobs,
         )
         for index, output in enumerate(grown)
     ]

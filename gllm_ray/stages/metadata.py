@@ -19,7 +19,7 @@ _BATCHES_PER_GENERATION = 256
 _SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
 _sampling_values = attrgetter(*_SAMPLING_FIELDS)
 # All of a micro-batch but its sequences.
-_BATCH_FIELDS = ("batch_id", "block_copies", "continues", "ended")
+_BATCH_FIELDS = ("batch_id", "block_copies", "continues", "ended", "scored_chunks")
 _batch_values = attrgetter(*_BATCH_FIELDS)
 
 

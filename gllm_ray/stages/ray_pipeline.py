@@ -81,12 +81,14 @@ def _read_sampled(
     token_ids: list[int],
     logprobs: list[TokenLogprobs | None],
     failures: list[tuple[int, str]],
+    prompt_logprobs: list[bytes],
 ) -> SampledTokens:
     """The last stage's `SampledTokens`, of which messages leave lists alone."""
     return SampledTokens(
         tuple(token_ids),
         tuple(told and _read_logprobs(*told) for told in logprobs),
         tuple((index, reason) for index, reason in failures),
+        tuple(prompt_logprobs),
     )
 
 

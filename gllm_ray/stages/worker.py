@@ -4,6 +4,7 @@ import logging
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ from gllm_ray.model.kv_cache import (
 from gllm_ray.model.linear import quantize_linears, speed_up_linears
 from gllm_ray.model.next_tokens import draw_tokens
 from gllm_ray.model.operators.build import OperatorsUnavailableError
+from gllm_ray.model.prompt_scoring import decoding_once, score_prompts
 from gllm_ray.model.quantized_checkpoint import quantized_format
 from gllm_ray.model.running_outputs import RunningOutputs
 from gllm_ray.model.shard import Shard
@@ -179,16 +181,33 @@ class StageWorker:
 
         Returns:
             Hidden states of the same shape, or on the last stage a token for each sequence whose
-            `sampling` is set.
+            `sampling` is set, and the log probabilities of prompts that are asked for.
         """
+        if self.is_last and batch.scored_chunks:
+            return self._score(batch, hidden, continued)
         if self._graphs is not None and self._graphs.takes(batch):
             output = self._graphs.run(batch, hidden, continued)
         else:
             inputs = pack(batch, self._config.kv_cache.block_size, self._device, continued)
             output = self._forward(inputs, hidden)
-        if not self.is_last:
-            return output
-        sampled = draw_tokens(output, batch, self._grammars, self._outputs)
+        return self._draw(output, batch) if self.is_last else output
+
+    def _score(
+        self, batch: MicroBatch, hidden: torch.Tensor | None, continued: Sequence[int]
+    ) -> SampledTokens:
+        """`execute` on the last stage, where log probabilities of prompts are asked for."""
+        inputs = pack(batch, self._config.kv_cache.block_size, self._device, continued)
+        with decoding_once(self._shard.model):
+            logits = self._forward(inputs, hidden)
+            prompt_logprobs = score_prompts(
+                batch,
+                lambda rows: self._forward(replace(inputs, sample_rows=rows), hidden),
+                self._device,
+            )
+        return self._draw(logits, batch)._replace(prompt_logprobs=prompt_logprobs)
+
+    def _draw(self, logits: torch.Tensor, batch: MicroBatch) -> SampledTokens:
+        sampled = draw_tokens(logits, batch, self._grammars, self._outputs)
         if not sampled.token_ids and self._device.type == "cuda":
             # Its answer says that all stages are through with it; tokens were waited for.
             torch.cuda.current_stream(self._device).synchronize()

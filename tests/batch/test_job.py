@@ -141,6 +141,31 @@ def test_a_row_may_ask_for_json_and_log_probabilities(tmp_path, tokenizer):
         run(source, tmp_path / "bad.out.jsonl", tokenizer)
 
 
+def test_a_row_may_ask_what_the_model_finds_of_its_prompt(tmp_path, tokenizer):
+    text = "def add(a, b):"
+    num_tokens = len(tokenizer.encode(text))
+    body = {"model": MODEL, "prompt": text, "echo": True, "max_tokens": 0, "logprobs": 1}
+    echo = {**make_line("echo"), "url": "/v1/completions", "body": body}
+    source = write_lines(tmp_path / "in.jsonl", [echo, make_line("chat", prompt_logprobs=1)])
+    run(source, tmp_path / "out.jsonl", tokenizer)
+    records = read_lines(tmp_path / "out.jsonl")
+    echoed, chat = (record["response"]["body"] for record in records)
+    (choice,) = echoed["choices"]
+    assert choice["text"] == text
+    assert len(choice["logprobs"]["tokens"]) == num_tokens
+    assert echoed["usage"]["completion_tokens"] == 0
+    first, *others = chat["prompt_logprobs"]
+    assert (first, len(others) + 1) == (None, chat["usage"]["prompt_tokens"])
+
+
+def test_a_table_has_no_room_for_what_the_model_finds_of_prompts():
+    checks = RequestChecks(model_name=MODEL, builder=None, is_single=True)
+    body = make_line("x", prompt_logprobs=1)["body"]
+    row = BatchRow(number=1, custom_id="x", url="/v1/chat/completions", body=body)
+    with pytest.raises(InvalidRequestError, match="prompt_logprobs=1: must be left out"):
+        checks.parse_body(row)
+
+
 def test_a_row_may_rule_out_tokens_and_ask_for_token_ids(tmp_path, tokenizer):
     j, q, user, end = *(tokenizer.encode(text)[0] for text in "jq"), 3, *tokenizer.stop_token_ids
     asked = {"allowed_token_ids": [j, q, user], "bad_words": ["jj", "qq", "<|user|>" * 2]}

@@ -6,6 +6,7 @@ import time
 import httpx
 import openai
 import pytest
+import torch
 
 QUESTION = "Write a function that adds two numbers."
 CODE = "def read_lines(path):\n"
@@ -86,6 +87,33 @@ def test_usage_tells_what_of_a_prompt_the_prefix_cache_had_and_none_for_another_
     assert cached_tokens([5]) == 40, "all but the last token, from which the next is drawn"
     assert cached_tokens([6]) == 32, "the full blocks of 16 tokens"
     assert cached_tokens([5], "another's") == 0
+
+
+def test_a_long_prompt_is_scored_as_transformers_scores_it(client, service, truth):
+    """More of it is told than what Ray carries in a message, and it is computed in chunks."""
+    prompt = [5 + 13 * index % 900 for index in range(900)]
+    answer = client.completions.create(
+        model=service.model,
+        prompt=prompt,
+        max_tokens=1,
+        temperature=0,
+        echo=True,
+        logprobs=1,
+        extra_body={"prompt_logprobs": 20},
+    )
+    (choice,) = answer.choices
+    with torch.inference_mode():
+        rows = truth.model(torch.tensor([prompt])).logits[0, :-1].log_softmax(dim=-1)
+    expected = rows.gather(-1, torch.tensor(prompt[1:])[:, None]).squeeze(-1).tolist()
+    assert choice.logprobs.token_logprobs[0] is None
+    near = pytest.approx(expected, abs=1e-2)
+    assert choice.logprobs.token_logprobs[1:-1] == near
+    told = [
+        tokens[str(i)] for tokens, i in zip(choice.prompt_logprobs[1:], prompt[1:], strict=True)
+    ]
+    assert [each["logprob"] for each in told] == near
+    assert all(len(tokens) >= 20 for tokens in choice.prompt_logprobs[1:])
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
 
 
 def test_several_greedy_outputs_share_the_prompt_and_are_equal(client, service, truth):

@@ -61,12 +61,13 @@ class RecordingPipeline:
 
 @dataclass(frozen=True)
 class Run:
-    """The tokens of each prompt, and how the scheduler got there."""
+    """The tokens of each prompt, how the scheduler got there, and what it told of each prompt."""
 
     tokens: list[list[int]]
     batches: list[MicroBatch]
     num_preemptions: int
     num_prefix_hit_tokens: int
+    prompt_logprobs: list[list[bytes]]
 
 
 def run(
@@ -86,12 +87,15 @@ def run_rounds(
     num_blocks: int | None = None,
     ring: bool = False,
     sampling: SamplingParams = GREEDY,
+    num_prompt_logprobs: int | None = None,
     prefix_caching: bool = True,
     aborted: frozenset[int] = frozenset(),
+    silent: frozenset[int] = frozenset(),
 ) -> Run:
     """Run the prompts of each round side by side, after those of the round before have ended.
 
-    The requests of the indices in `aborted` are aborted at their second token.
+    The requests of the indices in `aborted` are aborted at their second token, those of the indices
+    in `silent` ask for no log probabilities.
     """
     poison_kv_cache(pipeline)
     scheduler = make_scheduler(
@@ -106,41 +110,46 @@ def run_rounds(
         prefix_caching=prefix_caching,
     )
     recorder = RecordingPipeline(pipeline)
-    names = map(str, itertools.count())
+    numbers = itertools.count()
     requests = [
         [
             GenerationRequest(
-                request_id=next(names),
+                request_id=str(number := next(numbers)),
                 prompt_token_ids=tuple(prompt),
                 max_tokens=max_tokens,
                 sampling=sampling,
+                num_prompt_logprobs=None if number in silent else num_prompt_logprobs,
             )
             for prompt in prompts
         ]
         for prompts in rounds
     ]
-    tokens = asyncio.run(_collect(Engine(scheduler, recorder), requests, aborted))
+    tokens, told = asyncio.run(_collect(Engine(scheduler, recorder), requests, aborted))
     load = scheduler.load()
-    return Run(tokens, recorder.batches, load.num_preemptions, load.num_prefix_hit_tokens)
+    return Run(tokens, recorder.batches, load.num_preemptions, load.num_prefix_hit_tokens, told)
 
 
 async def _collect(
     engine: Engine, rounds: list[list[GenerationRequest]], aborted: frozenset[int]
-) -> list[list[int]]:
+) -> tuple[list[list[int]], list[list[bytes]]]:
     engine.start()
     tokens: dict[str, list[int]] = {}
+    told: dict[str, list[bytes]] = {}
     for requests in rounds:
         for request in requests:
-            tokens[request.request_id] = []
+            tokens[request.request_id], told[request.request_id] = [], []
             await engine.add(request)
         num_open = len(requests)
         while num_open:
             for event in await engine.next_events():
                 assert event.error is None, event.error
                 num_open -= event.finish_reason is not None
+                if event.prompt_logprobs is not None:
+                    assert not tokens[event.request_id], "they come with the first token"
+                    told[event.request_id].append(event.prompt_logprobs)
                 if event.token_id is not None:
                     tokens[event.request_id].append(event.token_id)
                 if int(event.request_id) in aborted and len(tokens[event.request_id]) == 2:
                     await engine.abort(event.request_id)
     await engine.close()
-    return list(tokens.values())
+    return list(tokens.values()), list(told.values())

@@ -36,7 +36,7 @@ from gllm_ray.policy_config import (
 from gllm_ray.scheduling import QueueLimits
 from gllm_ray.scheduling.length_predictor import StatisticsPredictor
 from gllm_ray.scheduling.sequence import SequenceState
-from tests.factories import make_scheduler
+from tests.factories import make_scheduler, prompt_logprobs_of, told_of
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 48
@@ -70,6 +70,7 @@ class Request:
     queue_timeout_s: float | None = None
     grammar: str = ""
     min_tokens: int = 0
+    num_prompt_logprobs: int | None = None
     rules: LogitRules = LogitRules()  # noqa: RUF009 - it is a tuple
 
     @property
@@ -162,6 +163,7 @@ requests = st.builds(
     expected_output_tokens=st.none() | st.integers(1, 20),
     grammar=st.sampled_from(["", "start: /[0-9]+/"]),
     min_tokens=st.sampled_from([0, 0, 1, 3]),
+    num_prompt_logprobs=st.sampled_from([None, None, 0, 2]),
     rules=st.sampled_from(
         [
             LogitRules(),
@@ -331,6 +333,7 @@ class Harness:
             tenant=action.tenant,
             expected_output_tokens=action.expected_output_tokens,
             queue_timeout_s=action.queue_timeout_s,
+            num_prompt_logprobs=action.num_prompt_logprobs,
             sampling=action.sampling,
         )
         try:
@@ -434,6 +437,7 @@ class Harness:
         return MicroBatchResult(
             batch_id=batch.batch_id,
             token_ids=tuple(100 + content % 50 for content in last),
+            prompt_logprobs=prompt_logprobs_of(batch),
             failures=tuple(
                 (index, "no token may follow")
                 for index, (item, content) in enumerate(zip(sampled, last, strict=True))
@@ -453,17 +457,22 @@ class Harness:
             if event.token_id is not None:
                 assert event.token_id >= 0, "a token that is not known has left the scheduler"
                 self.outputs[event.request_id].append(event.token_id)
-            self.check_cached(event)
+            self.check_told(event)
             if event.finish_reason is not None:
                 self.ends[event.request_id] = event.finish_reason
 
-    def check_cached(self, event):
-        # Law 12: the first token tells what was found of the prompt at first, and no other event.
-        request_id, num_cached_tokens = event.request_id, None
+    def check_told(self, event):
+        # Law 12: the first token tells what was found of the prompt at first, and what the model
+        # found of it where that is asked for; no other event does.
+        request_id, num_cached_tokens, logprobs = event.request_id, None, None
+        request = self.requests[request_id]
         if event.token_id is not None and len(self.outputs[request_id]) == 1:
             num_cached_tokens = self.first_starts[request_id]
-            assert num_cached_tokens < len(self.requests[request_id].prompt_token_ids)
+            assert num_cached_tokens < len(request.prompt_token_ids)
+            if request.num_prompt_logprobs is not None:
+                logprobs = told_of(request.prompt_token_ids[1:], request.num_prompt_logprobs)
         assert event.num_cached_tokens == num_cached_tokens
+        assert event.prompt_logprobs == logprobs
 
     def check_batch(self, batch):
         # Law 3: at most max_in_flight micro-batches, and one more in the ring.
@@ -476,6 +485,7 @@ class Harness:
             self.check_item(item, batch)
             self.check_writes(item)
         self.check_copies(batch)
+        self.check_scored(batch)
         self.check_budget(batch)
 
     def check_outputs(self, batch, result):
@@ -522,6 +532,16 @@ class Harness:
             # The copy covers what its sequence writes in the same micro-batch.
             assert last_blocks[target].num_scheduled_tokens == 1
             self.seen["into a copy"] += 1
+
+    def check_scored(self, batch):
+        # Law 12: log probabilities are asked for of prompts that have no output, all of them.
+        scored = {str(batch.sequences[index].seq_id) for index, *_ in batch.scored_chunks}
+        for item in batch.sequences:
+            request_id = str(item.seq_id)
+            is_asked = self.requests[request_id].num_prompt_logprobs is not None
+            is_prompt = item.token_ids[0] >= 0 and not self.outputs[request_id]
+            assert (request_id in scored) == (is_asked and is_prompt)
+            self.seen["told of a prompt anew"] += request_id in scored and item.epoch > 0
 
     def check_item(self, item, batch):
         request = self.requests[str(item.seq_id)]
@@ -812,5 +832,5 @@ def test_random_workloads_reach_every_kind_of_hit():
         seen.update(harness.seen)
 
     explore()
-    assert len(seen) == 11
+    assert len(seen) == 12
     assert min(seen.values()) >= 2, seen

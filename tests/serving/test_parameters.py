@@ -29,7 +29,7 @@ HONOURED = {
     CHAT_PATH: COMMON
     | {"messages", "max_completion_tokens", "logprobs", "top_logprobs", "response_format"}
     | {"tools", "tool_choice", "parallel_tool_calls", "reasoning_effort"},
-    COMPLETION_PATH: COMMON | {"prompt", "logprobs"},
+    COMPLETION_PATH: COMMON | {"prompt", "logprobs", "echo"},
 }
 OFFICIAL = {
     CHAT_PATH: set(typing.get_type_hints(ChatParams)),
@@ -38,6 +38,7 @@ OFFICIAL = {
 OURS = {"top_k", "min_p", "ignore_eos", "cache_salt"}
 OURS |= {"priority", "expected_output_tokens", "queue_timeout_s", "structured_outputs"}
 OURS |= {"repetition_penalty", "stop_token_ids", "include_stop_str_in_output", "min_tokens"}
+OURS |= {"prompt_logprobs"}
 OURS |= {"allowed_token_ids", "bad_words", "skip_special_tokens", "return_token_ids"}
 OWN = {
     CHAT_PATH: OURS | {"add_generation_prompt", "continue_final_message", "chat_template_kwargs"},
@@ -50,7 +51,6 @@ TEXT = {"type": "text", "text": ""}
 REQUESTS_FOR_MORE = {
     "audio": {"format": "wav", "voice": "alloy"},
     "best_of": 2,
-    "echo": True,
     "function_call": {"name": "f"},
     "functions": [{"name": "f"}],
     "metadata": {"key": "value"},
@@ -101,7 +101,6 @@ NEUTRAL = {
 }
 # Of vLLM's parameters the values that ask for nothing, and such as ask for something.
 VLLMS_OF_BOTH = {
-    "echo": (False, True),
     "guided_choice": (None, ["a"]),
     "guided_grammar": (None, "x"),
     "guided_json": (None, {}),
@@ -111,7 +110,6 @@ VLLMS_OF_BOTH = {
     "logits_processors": ([], ["a.B"]),
     "logprob_token_ids": (None, [1]),
     "metadata": ({}, {"key": "value"}),
-    "prompt_logprobs": (None, 1),
     "repetition_detection": (None, {"max_pattern_size": 2}),
     "request_id": (None, "mine"),
     "return_tokens_as_token_ids": (False, True),
@@ -132,6 +130,7 @@ VLLMS = {
         "add_special_tokens": (False, True),
         "chat_template": (None, "{{ messages }}"),
         "documents": ([], [{"text": "x"}]),
+        "echo": (False, True),
         "include_reasoning": (True, False),
         "media_io_kwargs": ({}, {"image": {}}),
         "mm_processor_kwargs": ({}, {"num_crops": 4}),
@@ -312,6 +311,10 @@ def test_an_unknown_parameter_is_refused_by_name(tokenizer, path, name):
         ({"logprobs": False, "top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": True}, "prompt_logprobs"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"usage": 1}}, "stream_options.usage"),
         (
@@ -370,6 +373,48 @@ def test_a_completion_tells_of_at_most_20_likely_tokens(tokenizer, num):
 )
 def test_how_many_likely_tokens_to_tell_reaches_the_engine(tokenizer, path, change, num):
     assert request_for(tokenizer, path, change).sampling.num_logprobs == num
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "num"),
+    [
+        (CHAT_PATH, {}, None),
+        (CHAT_PATH, {"logprobs": True, "top_logprobs": 3}, None),
+        (CHAT_PATH, {"prompt_logprobs": 0}, 0),
+        (CHAT_PATH, {"prompt_logprobs": 20}, 20),
+        (COMPLETION_PATH, {"logprobs": 3}, None),
+        (COMPLETION_PATH, {"echo": True}, None),
+        (COMPLETION_PATH, {"echo": True, "logprobs": 3}, 3),
+        (COMPLETION_PATH, {"echo": True, "logprobs": 0}, 0),
+        (COMPLETION_PATH, {"logprobs": 3, "prompt_logprobs": 0}, 0),
+        (COMPLETION_PATH, {"echo": True, "logprobs": 3, "prompt_logprobs": 0}, 3),
+        (COMPLETION_PATH, {"echo": True, "logprobs": 3, "prompt_logprobs": 5}, 5),
+    ],
+)
+def test_how_many_likely_tokens_to_tell_of_a_prompt_reaches_the_engine(
+    tokenizer, path, change, num
+):
+    status, body, requests = post(tokenizer, path, {"n": 3} | change)
+    assert status == 200, body
+    assert [request.num_prompt_logprobs for request in requests] == [num, None, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 0, "echo": False, "prompt_logprobs": 1}, "max_tokens"),
+        ({"max_tokens": -1, "echo": True}, "max_tokens"),
+        ({"max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens"),
+        ({"max_tokens": 0, "echo": True, "prompt": [5] * 128}, "prompt"),
+        ({"echo": 1}, "echo"),
+        ({"echo": "true"}, "echo"),
+    ],
+)
+def test_an_echo_is_one_or_none_and_only_it_may_come_alone(tokenizer, change, param):
+    status, body, requests = post(tokenizer, COMPLETION_PATH, change)
+    assert (status, body["error"]["param"]) == (400, param)
+    assert requests == []
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,14 @@ def test_the_first_word_after_a_prompt_keeps_its_space():
     assert "".join(detokenize(BYTE_FALLBACK, [word])) == "ab"
 
 
+def test_the_offsets_of_words_that_begin_with_a_space_are_those_of_the_text():
+    ids = [BYTE_FALLBACK._backend.token_to_id(token) for token in ("▁ab", "▁ab", "<0x41>", "▁ab")]
+    assert BYTE_FALLBACK.decode(ids) == "ab abA ab"
+    assert BYTE_FALLBACK.text_offsets(ids, "ab abA ab") == [0, 2, 5, 6]
+    # A text that its tokenizer spells in another way is the limit.
+    assert BYTE_FALLBACK.text_offsets(ids, "ab") == [0, 2, 2, 2]
+
+
 @settings(deadline=None)
 @given(byte_level_ids, stops | st.just(["<|end|>"]) | st.just(["d|><|"]))
 def test_byte_level_text_may_have_the_names_of_special_tokens(ids, stop_strings):

@@ -10,7 +10,7 @@ from gllm_ray.messages import FinishReason, TokenEvent, TokenLogprobs
 from gllm_ray.stages.inbox import Outbox
 
 EVENTS = [
-    TokenEvent("é", 7, num_cached_tokens=16),
+    TokenEvent("é", 7, num_cached_tokens=16, prompt_logprobs=b"\x00\xff"),
     TokenEvent("b", 5, logprobs=TokenLogprobs(-0.5, ((5, -0.5), (6, -1.25)))),
     TokenEvent("b", 0, logprobs=TokenLogprobs(-float("inf"), ())),
     TokenEvent("é", 8, FinishReason.LENGTH),

@@ -15,7 +15,7 @@ from gllm_ray.engine.journal import Journal, JournaledEndpoint
 from gllm_ray.errors import InvalidRequestError, OverloadedError, PipelineError, SchedulerLostError
 from gllm_ray.messages import FinishReason, MicroBatch, MicroBatchResult, OpenRequest, TokenEvent
 from gllm_ray.scheduling import QueueLimits
-from tests.factories import make_request, make_scheduler
+from tests.factories import make_request, make_scheduler, prompt_logprobs_of, told_of
 
 LOST = SchedulerLostError("the scheduler was lost: killed")
 STOP = 107
@@ -35,11 +35,17 @@ def expected_events(request):
             reason = FinishReason.STOP
         elif len(events) + 1 == request.max_tokens:
             reason = FinishReason.LENGTH
-        num_cached_tokens = None if events else 0
-        events.append(
-            TokenEvent(request.request_id, token, reason, num_cached_tokens=num_cached_tokens)
-        )
+        of_prompt = {} if events else told_of_prompt(request)
+        events.append(TokenEvent(request.request_id, token, reason, **of_prompt))
     return events
+
+
+def told_of_prompt(request):
+    """What comes with the first token."""
+    num_likely = request.num_prompt_logprobs
+    is_told = num_likely is not None
+    logprobs = told_of(request.prompt_token_ids[1:], num_likely) if is_told else None
+    return {"num_cached_tokens": 0, "prompt_logprobs": logprobs}
 
 
 class ReadingPipeline:
@@ -60,7 +66,11 @@ class ReadingPipeline:
             text[item.start :] = item.token_ids
         sampling = [item.seq_id for item in batch.sequences if item.sampling is not None]
         token_ids = tuple(next_token(self._texts[seq_id]) for seq_id in sampling)
-        return MicroBatchResult(batch_id=batch.batch_id, token_ids=token_ids)
+        return MicroBatchResult(
+            batch_id=batch.batch_id,
+            token_ids=token_ids,
+            prompt_logprobs=prompt_logprobs_of(batch),
+        )
 
     async def close(self):
         pass
@@ -142,6 +152,7 @@ class Visit:
     num_prompt_tokens: int
     max_tokens: int
     patience: int | None
+    num_prompt_logprobs: int | None
 
 
 TURNS, LATENCY = st.integers(0, 40), st.integers(0, 12)
@@ -153,6 +164,7 @@ VISITS = st.lists(
         st.integers(1, 12),
         st.integers(1, 12),
         st.none() | st.none() | st.integers(0, 6),
+        st.sampled_from([None, 0, 2]),
     ),
     min_size=1,
     max_size=8,
@@ -178,7 +190,11 @@ async def replace_engines(endpoint, engine, lives):
 async def visit(client, index, plan):
     prompt = range(index + 1, index + 1 + plan.num_prompt_tokens)
     request = make_request(
-        f"{index}", prompt=prompt, max_tokens=plan.max_tokens, stop_token_ids=frozenset({STOP})
+        f"{index}",
+        prompt=prompt,
+        max_tokens=plan.max_tokens,
+        stop_token_ids=frozenset({STOP}),
+        num_prompt_logprobs=plan.num_prompt_logprobs,
     )
     await turns(plan.arrival)
     events, num_lists = [], 0

@@ -56,7 +56,12 @@ batches = st.lists(
 def test_every_micro_batch_is_read_as_it_was(batches: list[tuple[ScheduledSequence, ...]]) -> None:
     encoder, decoder = MetadataEncoder(), MetadataDecoder()
     for batch_id, told in enumerate(batches):
-        batch = MicroBatch(batch_id=batch_id, sequences=told, block_copies=((batch_id, 1),))
+        batch = MicroBatch(
+            batch_id=batch_id,
+            sequences=told,
+            block_copies=((batch_id, 1),),
+            scored_chunks=((0, 2, batch_id), (1, 0, None)),
+        )
         assert decoder.decode(encoder.encode(batch)) == batch
 
 

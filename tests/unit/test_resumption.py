@@ -44,12 +44,17 @@ FAULTS = st.lists(
     lag=st.integers(0, 5),
     prompt=st.lists(st.integers(0, 90), min_size=1, max_size=9),
     max_tokens=st.integers(1, 12),
+    num_prompt_logprobs=st.sampled_from([None, 0, 2]),
 )
 def test_whatever_came_before_the_faults_the_events_are_those_without(
-    faults, lag, prompt, max_tokens
+    faults, lag, prompt, max_tokens, num_prompt_logprobs
 ):
     request = make_request(
-        "a", prompt=tuple(prompt), max_tokens=max_tokens, stop_token_ids=frozenset([STOP])
+        "a",
+        prompt=tuple(prompt),
+        max_tokens=max_tokens,
+        stop_token_ids=frozenset([STOP]),
+        num_prompt_logprobs=num_prompt_logprobs,
     )
 
     async def scenario():

@@ -63,6 +63,29 @@ def test_the_special_tokens_around_a_text_are_those_of_its_tokenizer(tmp_path):
     assert Tokenizer.load(str(save_tokenizer(tmp_path))).encode("ab")[0] == 0
 
 
+def test_the_tokens_of_a_text_begin_where_it_has_them(demo):
+    text = "naïve 😀 €<|end|> x"
+    ids = demo.encode(text)
+    pieces = [demo.vocabulary.token_bytes(token_id) for token_id in ids]
+    whole = [b"".join(pieces[:index]).decode(errors="ignore") for index in range(len(ids))]
+    assert demo.text_offsets(ids, text) == [len(before) for before in whole]
+    assert any(not piece.isascii() and len(piece) == 1 for piece in pieces)
+    assert demo.text_offsets([], "") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "offsets"),
+    [("ab€", [0, 0, 1, 2, 2, 2]), ("", [0]), ("a<end>b", [0, 0, 1, 6]), ("é<s>", [0, 0, 0, 1])],
+)
+def test_special_tokens_have_a_part_in_a_text_that_spells_them_alone(tmp_path, text, offsets):
+    tokenizer = Tokenizer.load(str(save_tokenizer(tmp_path)))
+    assert tokenizer.text_offsets(tokenizer.encode(text), text) == offsets
+    ids = tokenizer.encode(text)
+    shown = tokenizer.decode(ids)
+    assert shown == "<s>" + text
+    assert tokenizer.text_offsets(ids, shown) == [0, *(3 + offset for offset in offsets[1:])]
+
+
 def test_a_chat_template_writes_its_own_special_tokens(tmp_path):
     save_tokenizer(tmp_path, chat_template="{{ messages[0].content }}<end>")
     ids = Tokenizer.load(str(tmp_path)).apply_chat_template([{"role": "user", "content": "a"}])
