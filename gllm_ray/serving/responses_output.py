@@ -72,7 +72,7 @@ class _Message:
 class _Call:
     """A call of a function."""
 
-    def __init__(self, output_index: int, name: str | None) -> None:
+    def __init__(self, output_index: int, name: str) -> None:
         self._id = f"fc_{uuid.uuid4().hex}"
         self._call_id = f"call_{uuid.uuid4().hex}"
         self._name = name
