@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from functools import partial
 
 import openai
 import pytest
@@ -21,7 +22,7 @@ from tests.serving.local_api import (
 from tests.serving.test_disconnect import MAX_TOKENS, Connection, leave
 from tests.serving.test_front_end import RecitingPipeline, RemoteModel
 from tests.serving.test_structured_output import Animal
-from tests.serving.test_tool_calls import CALL, NOW, NOW_CALL, ROOM, TOOLS, WEATHER_CALL
+from tests.serving.test_tool_calls import BARE, CALL, NOW, NOW_CALL, ROOM, TOOLS, WEATHER_CALL
 from tests.serving.test_tool_calls import checkpoints as checkpoints
 from tests.serving.test_tool_calls import qwen as qwen
 
@@ -384,19 +385,12 @@ def test_a_client_that_goes_away_gives_its_kv_blocks_back(tokenizer, is_streamed
 def test_behind_a_front_end_an_output_goes_on_at_another_replica(qwen, after):
     text = f"a {CALL} b"
     script = [*qwen.encode(text), *qwen.stop_token_ids]
-    tools = [{"type": "function", "function": TOOLS[0]["function"]}]
-    body = ASKED | {"model": "org/two", "tools": FLAT_TOOLS[:1]}
+    body = ASKED | {"model": "org/two", "tools": FLAT_TOOLS}
+    num_prompt_tokens = len(qwen.apply_chat_template(CHAT, BARE))
 
     async def ask(faults):
-        bare = [tool | {"function": {**tool["function"], "strict": None}} for tool in tools]
-        for tool in bare:
-            del tool["function"]["strict"]
-        num_prompt_tokens = len(qwen.apply_chat_template(CHAT, bare))
-
-        def make_pipeline():
-            return RecitingPipeline(script, num_prompt_tokens)
-
-        async with Replicas(make_pipeline, faults, **ROOM) as replicas:
+        pipelines = partial(RecitingPipeline, script, num_prompt_tokens)
+        async with Replicas(pipelines, faults, **ROOM) as replicas:
             models = [RemoteModel(name, qwen, replicas) for name in ("one", "org/two")]
             for model in models:
                 model.max_model_len = ROOM["max_model_len"]

@@ -183,7 +183,7 @@ def test_an_option_is_that_of_the_chat(qwen, options, of_chat):
     same(qwen, {"input": "hi"} | options, {"messages": [user("hi")]} | of_chat)
 
 
-# What is taken in the same words.
+# What is taken in the same words, and is to be seen before there is an output.
 SHARED = {
     "temperature": 0.5,
     "top_p": 0.5,
@@ -191,6 +191,8 @@ SHARED = {
     "min_p": 0.1,
     "seed": 7,
     "stop_token_ids": [7],
+    "allowed_token_ids": [*range(20, 60)],
+    "bad_words": ["no"],
     "min_tokens": 2,
     "ignore_eos": True,
     "presence_penalty": 0.5,
@@ -212,13 +214,22 @@ def test_parameters_of_the_same_name_reach_the_engine(qwen):
     same(qwen, {"input": "hi"} | SHARED, {"messages": [user("hi")]} | SHARED)
     assert request.sampling != plain.sampling
     assert (request.tenant, request.priority, request.cache_salt) == ("me", 3, "salt")
-    stop = {"stop": "b", "include_stop_str_in_output": True}
 
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"stop": "b"}, "a"),
+        ({"stop": ["b"], "include_stop_str_in_output": True}, "ab"),
+        ({"skip_special_tokens": False, "include_stop_str_in_output": True}, "abc<|end|>"),
+    ],
+)
+def test_parameters_of_the_same_name_reach_the_text(qwen, options, text):
     async def main():
         async with local_api(qwen, "abc", **ROOM) as (_, http):
-            return (await post(http, PATH, ASKED | stop)).json()
+            return (await post(http, PATH, ASKED | options)).json()
 
-    assert asyncio.run(main())["output"][0]["content"][0]["text"] == "ab"
+    assert asyncio.run(main())["output"][0]["content"][0]["text"] == text
 
 
 def test_a_template_is_told_how_much_to_think_in_one_way(tokenizer, qwen):
