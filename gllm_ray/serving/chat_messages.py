@@ -16,7 +16,7 @@ def check_num_texts(value: object) -> object:
     """Bound the time that it takes to look at each message, in which no stream goes on."""
     messages = value if isinstance(value, list) else []
     lists = (
-        [message.get("content"), message.get("tool_calls")]
+        [message.get("content"), message.get("tool_calls"), message.get("output")]
         for message in messages
         if isinstance(message, dict)
     )

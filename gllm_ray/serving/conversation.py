@@ -33,6 +33,11 @@ def _check_variable(value: object) -> object:
     )
 
 
+TemplateVariables = Annotated[
+    dict[Text, Annotated[object, AfterValidator(_check_variable)]] | None, at_most(_MAX_VARIABLES)
+]
+
+
 def _check_variables(value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
     if value and "reasoning_effort" in value and info.data.get("reasoning_effort") is not None:
         raise PydanticCustomError("said_twice", "must not repeat reasoning_effort")
@@ -67,11 +72,7 @@ class Conversation(RequestSchema):
     add_generation_prompt: bool | None = None
     continue_final_message: Annotated[bool | None, AfterValidator(_check_continuation)] = None
     reasoning_effort: Text | None = None
-    chat_template_kwargs: Annotated[
-        dict[Text, Annotated[object, AfterValidator(_check_variable)]] | None,
-        at_most(_MAX_VARIABLES),
-        AfterValidator(_check_variables),
-    ] = None
+    chat_template_kwargs: Annotated[TemplateVariables, AfterValidator(_check_variables)] = None
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Check that the model's chat template looks at all that it is given.

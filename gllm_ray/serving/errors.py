@@ -104,19 +104,19 @@ class HttpError:
                 return cls(503, message, "server_error", "engine_unavailable", headers=retry)
         return cls(500, "internal error", "server_error", "server_error")
 
+    def fields(self) -> dict[str, str | None]:
+        """The fields of OpenAI's errors."""
+        return {
+            "message": self.message[:_MAX_MESSAGE_CHARS],
+            "type": self.type,
+            "param": self.param and self.param[:_MAX_CHARS],
+            "code": self.code,
+        }
+
     def body(self) -> str:
         """JSON in the shape of OpenAI's errors."""
         # ASCII, because a client's text may hold what UTF-8 cannot encode.
-        return json.dumps(
-            {
-                "error": {
-                    "message": self.message[:_MAX_MESSAGE_CHARS],
-                    "type": self.type,
-                    "param": self.param and self.param[:_MAX_CHARS],
-                    "code": self.code,
-                }
-            }
-        )
+        return json.dumps({"error": self.fields()})
 
 
 def _describe_mistakes(error: RequestValidationError) -> HttpError:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -23,6 +24,13 @@ from gllm_ray.serving.openai_protocol import (
 )
 from gllm_ray.serving.openai_responses import ChunkWriter, ResponseHead, response_body
 from gllm_ray.serving.prompts import add_prompt_logprobs, with_echo
+from gllm_ray.serving.responses_chat import as_chat, in_names_of_responses
+from gllm_ray.serving.responses_request import ResponsesRequest
+from gllm_ray.serving.responses_response import (
+    GrowingResponse,
+    ResponseEventWriter,
+    new_response_id,
+)
 from gllm_ray.serving.service_api import router as service_router
 from gllm_ray.serving.services import GenerationService, Services, TokenService, find_model
 from gllm_ray.serving.streaming import stream_response
@@ -102,6 +110,25 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
     builder = RequestBuilder(service.tokenizer, service.max_model_len)
     requests = await builder.from_completion(body, head.id)
     return await _respond(request, service, body, head, requests)
+
+
+@router.post("/v1/responses")
+async def responses(body: ResponsesRequest, request: Request, services: Services) -> Response:
+    """Answer a conversation once, in items; nothing of it is stored."""
+    service = services[check_body(body, services)]
+    chat, response_id = as_chat(body), new_response_id()
+    builder = RequestBuilder(service.tokenizer, service.max_model_len)
+    with in_names_of_responses():
+        requests = await builder.from_chat(chat, response_id)
+    response = GrowingResponse(body, response_id, service, requests)
+    deltas = _deltas(service, chat, requests)
+    if body.stream:
+        writer = ResponseEventWriter(response)
+        return await stream_response(deltas, writer, request.app.state.stream_keep_alive_s)
+    async with aclosing(deltas):
+        async for delta in deltas:
+            response.grow(delta)
+    return Response(response.to_json(), media_type="application/json")
 
 
 @router.get("/v1/models")

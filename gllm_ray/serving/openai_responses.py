@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from gllm_ray.serving.errors import HttpError
 from gllm_ray.serving.logprobs import chat_logprobs, completion_logprobs
 from gllm_ray.serving.text_stream import ScoredToken, TextDelta
 from gllm_ray.serving.tool_parsers import CallDelta
@@ -182,6 +183,10 @@ class ChunkWriter:
         if not self._include_usage:
             return done
         return _event(f'{self._head},"choices":[{self._usage_tail()}') + done
+
+    def write_error(self, error: HttpError) -> str:
+        """The event after which nothing comes."""
+        return _event(error.body())
 
     def _usage_tail(self) -> str:
         return f'],"usage":{_dumps(self._meter.usage())}}}'

@@ -80,8 +80,8 @@ def check_text(value: str) -> str:
     return value
 
 
-def parse_schema(schema: type[Schema], data: object) -> Schema:
-    """Validate data as a route does its body.
+def parse_schema(schema: type[Schema], data: object, *path: str | int) -> Schema:
+    """Validate data as a route does its body, or what is at a path of it.
 
     Raises:
         RequestValidationError: It is none; the table of HTTP errors has the words for it.
@@ -90,5 +90,5 @@ def parse_schema(schema: type[Schema], data: object) -> Schema:
         return schema.model_validate(data)
     except ValidationError as error:
         raise RequestValidationError(
-            [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+            [{**item, "loc": ("body", *path, *item["loc"])} for item in error.errors()]
         ) from None

@@ -8,13 +8,13 @@ nothing to tell sends a comment now and then, which clients ignore.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable
+from typing import Protocol
 
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from gllm_ray.errors import GllmRayError
 from gllm_ray.serving.errors import HttpError
-from gllm_ray.serving.openai_responses import ChunkWriter
 from gllm_ray.serving.text_stream import TextDelta
 
 logger = logging.getLogger(__name__)
@@ -23,9 +23,22 @@ logger = logging.getLogger(__name__)
 _COMMENT: Message = {"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True}
 
 
+class EventWriter(Protocol):
+    """Spells a response as server-sent events."""
+
+    def write(self, delta: TextDelta) -> str:
+        """The events for a delta, if there are any."""
+
+    def write_end(self) -> str:
+        """The events after the last delta."""
+
+    def write_error(self, error: HttpError) -> str:
+        """The events instead of the deltas that an error leaves out."""
+
+
 async def stream_response(
     deltas: AsyncGenerator[TextDelta, None],
-    writer: ChunkWriter,
+    writer: EventWriter,
     keep_alive_s: float | None,
 ) -> "SseResponse":
     """Wait for the first delta, so that an error before it gets its own status code.
@@ -50,9 +63,9 @@ async def stream_response(
 async def sse_events(
     first: Awaitable[TextDelta],
     rest: AsyncGenerator[TextDelta, None],
-    writer: ChunkWriter,
+    writer: EventWriter,
 ) -> AsyncGenerator[str, None]:
-    """The events of a stream: one piece for each delta, then usage and `[DONE]`.
+    """The events of a stream: one piece for each delta, then the writer's end.
 
     An error becomes the last event.
     """
@@ -67,7 +80,7 @@ async def sse_events(
     except Exception as error:  # The status is sent, and a mere end would look like success.
         if not isinstance(error, GllmRayError):
             logger.exception("a stream failed")
-        yield f"data: {HttpError.of(error).body()}\n\n"
+        yield writer.write_error(HttpError.of(error))
         return
     yield writer.write_end()
 

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 from gllm_ray.serving.output_format import MAX_GRAMMAR_CHARS, spell
 from gllm_ray.serving.request_schema import RequestSchema
 
-_MAX_TOOLS = 128
+MAX_TOOLS = 128
 _MAX_ID_CHARS = 1024
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -112,7 +112,7 @@ def check_tools(tools: list[Tool] | None) -> list[Tool] | None:
 
 
 Tools = Annotated[
-    list[Tool] | None, FailFast(), Field(max_length=_MAX_TOOLS), AfterValidator(check_tools)
+    list[Tool] | None, FailFast(), Field(max_length=MAX_TOOLS), AfterValidator(check_tools)
 ]
 
 

@@ -63,6 +63,19 @@ def test_streamed_chat_equals_the_whole_answer(client, service, truth):
     assert reasons[-1] in ("stop", "length")
 
 
+def test_a_response_and_its_stream_equal_the_chat_answer(client, service, truth):
+    body = {"model": service.model, "input": QUESTION, "max_output_tokens": 48, "temperature": 0}
+    whole = client.responses.create(**body)
+    assert whole.output_text == truth.chat(QUESTION, 48)
+    assert whole.usage.input_tokens == len(truth.chat_ids(QUESTION))
+    with client.responses.stream(**body) as stream:
+        *events, last = stream
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == last.response.output_text == whole.output_text
+    assert last.response.status == whole.status
+    assert last.type == f"response.{whole.status}"
+
+
 def test_completion_equals_transformers_greedy(client, service, truth):
     answer = client.completions.create(
         model=service.model, prompt=CODE, max_tokens=40, temperature=0

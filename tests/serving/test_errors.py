@@ -117,7 +117,7 @@ def test_a_path_or_method_that_is_not_served_says_so_in_the_same_shape(
 
 
 def test_a_path_that_is_not_served_is_told_which_are(tokenizer):
-    message = error_of(call(tokenizer, "POST", "/v1/responses"))["message"]
+    message = error_of(call(tokenizer, "POST", "/v1/embeddings"))["message"]
     for route in ("POST /v1/chat/completions", "GET /v1/models", "POST /tokenize", "GET /health"):
         assert route in message
     message = error_of(call(tokenizer, "GET", COMPLETION_PATH))["message"]
