@@ -14,6 +14,15 @@ from tests.faults.replicas import (
 )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What `make test` runs with one control plane alone, `make chaos` runs with the other."""
+    for item in items:
+        mark = item.get_closest_marker("short_with")
+        if mark is not None and item.callspec.params["control_plane"] not in mark.args:
+            item.add_marker(pytest.mark.chaos)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
     """Whatever a test broke, no actor and no placement group outlives the replica it was of."""

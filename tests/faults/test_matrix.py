@@ -19,11 +19,12 @@ VICTIMS = {
     "last": "stage 2 (",
     "scheduler": "the scheduler was lost",
 }
+# With one control plane each.
 IN_SHORT = {
-    ("first", "prefill"),
-    ("middle", "structured"),
-    ("last", "queued"),
-    ("scheduler", "streaming"),
+    ("first", "prefill"): "refs",
+    ("middle", "structured"): "direct",
+    ("last", "queued"): "refs",
+    ("scheduler", "streaming"): "direct",
 }
 
 
@@ -44,7 +45,10 @@ def check_structure(answers):
 
 def cells():
     return [
-        pytest.param(*cell, marks=() if cell in IN_SHORT else pytest.mark.chaos)
+        pytest.param(
+            *cell,
+            marks=pytest.mark.short_with(IN_SHORT[cell]) if cell in IN_SHORT else pytest.mark.chaos,
+        )
         for cell in itertools.product(VICTIMS, MOMENTS)
     ]
 

@@ -62,10 +62,10 @@ def check(disturbed, undisturbed):
 @pytest.mark.parametrize(
     ("victim", "moment"),
     [
-        ("last stage", "prefill"),
+        pytest.param("last stage", "prefill", marks=pytest.mark.short_with("refs")),
         pytest.param("last stage", "decode", marks=pytest.mark.chaos),
         pytest.param("scheduler", "prefill", marks=pytest.mark.chaos),
-        ("scheduler", "decode"),
+        pytest.param("scheduler", "decode", marks=pytest.mark.short_with("direct")),
     ],
 )
 def test_every_prompt_is_told_of_once(pipeline, loop, caplog, victim, moment):

@@ -78,6 +78,7 @@ def test_the_request_that_kills_a_stage_each_time_fails_alone(
     assert len(logged(caplog, CAUSE)) in (4, 5)
 
 
+@pytest.mark.short_with("refs")
 def test_a_stage_that_answers_and_makes_no_progress_is_found_by_the_deadline_of_its_step(
     ray_cluster, control_plane, monkeypatch
 ):
