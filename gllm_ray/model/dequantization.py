@@ -47,12 +47,13 @@ def dequantized(
         Tensors that raise a `ConfigError` when they are read and lack their scales.
     """
     found: dict[str, LazyTensor] = {name: _Whole(name, tensor) for name, tensor in tensors.items()}
-    for scale_name in tensors if stored else ():
-        name = scale_name.removesuffix(stored.scale_suffix)
-        weight = tensors.get(name + stored.weight_suffix)
-        if name != scale_name and weight is not None:
-            del found[name + stored.weight_suffix], found[scale_name]
-            found[name] = _Dequantized(weight, tensors[scale_name], stored, dtype)
+    for suffix in stored.scale_suffixes if stored else ():
+        for scale_name in [name for name in tensors if name.endswith(suffix)]:
+            name = scale_name.removesuffix(suffix)
+            weight = tensors.get(name + stored.weight_suffix)
+            if weight is not None:
+                del found[name + stored.weight_suffix], found[scale_name]
+                found[name] = _Dequantized(name, weight, tensors[scale_name], stored, dtype)
     return found
 
 
@@ -81,8 +82,14 @@ class _Dequantized:
     """A weight, dequantized when it is indexed."""
 
     def __init__(
-        self, weight: LazyTensor, scales: LazyTensor, stored: QuantizedFormat, dtype: torch.dtype
+        self,
+        name: str,
+        weight: LazyTensor,
+        scales: LazyTensor,
+        stored: QuantizedFormat,
+        dtype: torch.dtype,
     ) -> None:
+        self._name = name
         self._weight = weight
         self._scales = scales
         self._stored = stored
@@ -99,7 +106,10 @@ class _Dequantized:
         weight, scales = self._weight[...], self._scales[...]
         if self._stored.is_mxfp4:
             return from_mxfp4(weight, scales, self._dtype)[index]
-        return from_float8(weight, scales, self._stored.block, self._dtype)[index]
+        try:
+            return from_float8(weight, scales, self._stored.block, self._dtype)[index]
+        except ValueError as error:
+            raise ConfigError(f"model.path: {self._name!r}: {error}") from None
 
 
 def from_float8(
@@ -116,6 +126,9 @@ def from_float8(
             may be cut off by the weight's end.
         block: Rows and columns of a block.
         dtype: Of the result.
+
+    Raises:
+        ValueError: There are more scales, or fewer.
     """
     output = torch.empty(weight.shape, dtype=dtype)
     if weight.ndim > 2:
@@ -136,8 +149,10 @@ def from_float8(
 
 def _size(num: int, num_scales: int, block: int | None) -> int:
     """How many rows, or columns, share a scale."""
-    if num_scales in (1, num) or block is None:
-        return -(-num // num_scales)
+    if num_scales in (1, num):
+        return num // num_scales
+    if block is None or num_scales != -(-num // block):
+        raise ValueError(f"{num_scales} scales of {num} rows or columns, in blocks of {block}")
     return block
 
 

@@ -14,17 +14,17 @@ from gllm_ray.errors import ConfigError
 class QuantizedFormat:
     """Weights that are stored in few bits, each with scales in a tensor of its own.
 
-    A weight `name` is stored as `name + weight_suffix` and `name + scale_suffix`; what has no
-    scales is stored as it is.
+    A weight `name` is stored as `name + weight_suffix`, and its scales as `name` with one of
+    `scale_suffixes`; what has no scales is stored as it is.
 
     Attributes:
         weight_suffix: Ends the name of the stored weight.
-        scale_suffix: Ends the name of its scales.
+        scale_suffixes: One of them ends the name of its scales.
         block: Rows and columns that share a scale, where it is not one a row or one a weight.
     """
 
     weight_suffix: str
-    scale_suffix: str
+    scale_suffixes: tuple[str, ...]
     block: tuple[int, int] | None = None
 
     @property
@@ -42,13 +42,13 @@ def quantized_format(quantization: object) -> QuantizedFormat:
     match quantization:
         case {"quant_method": "fp8"}:
             block = quantization.get("weight_block_size")
-            return QuantizedFormat(weight_suffix="", scale_suffix="_scale_inv", block=_pair(block))
+            return _float8("_scale_inv", "_scale", block=block)
         case {"quant_method": "mxfp4"}:
-            return QuantizedFormat(weight_suffix="_blocks", scale_suffix="_scales")
+            return QuantizedFormat(weight_suffix="_blocks", scale_suffixes=("_scales",))
+        case {"quant_method": "compressed-tensors", "transform_config": {**steps}} if steps:
+            name = "compressed-tensors with a transform_config"
         case {"quant_method": "compressed-tensors", "format": "float-quantized"}:
-            return QuantizedFormat(
-                weight_suffix="", scale_suffix="_scale", block=_pair(_block_of(quantization))
-            )
+            return _float8("_scale", block=_block_of(quantization))
         case {"quant_method": method, "format": stored}:
             name = f"{method}, {stored}"
         case {"quant_method": method}:
@@ -61,11 +61,21 @@ def quantized_format(quantization: object) -> QuantizedFormat:
     )
 
 
-def _block_of(quantization: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whatever the file says
-    match quantization:
-        case {"config_groups": {"group_0": {"weights": {"block_structure": block}}}}:
-            return block
-    return None
+def _float8(*scale_suffixes: str, block: Any) -> QuantizedFormat:  # noqa: ANN401 - as the file says
+    return QuantizedFormat(weight_suffix="", scale_suffixes=scale_suffixes, block=_pair(block))
+
+
+def _block_of(quantization: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """The one that all groups of weights have that have any."""
+    groups = quantization.get("config_groups")
+    blocks = []
+    for group in groups.values() if isinstance(groups, dict) else ():
+        match group:
+            case {"weights": {"block_structure": block}} if block is not None:
+                blocks.append(block)
+    if any(block != blocks[0] for block in blocks):
+        raise ConfigError(f"quantization_config: blocks differ, {blocks}; must be of one size")
+    return blocks[0] if blocks else None
 
 
 def _pair(block: Any) -> tuple[int, int] | None:  # noqa: ANN401

@@ -345,7 +345,8 @@ class Scheduler:
     def _launch(self, step: Step, now_s: float) -> MicroBatch:
         """Put in flight what was selected."""
         batch, _, load = self._flights.add(step, self._pool.take_copies(), self._pool.take_ended())
-        self._stage_times.expect(batch.batch_id, load)
+        if not step.scored_chunks:  # those take longer than any load tells
+            self._stage_times.expect(batch.batch_id, load)
         self._admission.note_scheduled(load.num_prefill_tokens, now_s)
         return batch
 

@@ -20,6 +20,8 @@ from gllm_ray.serving.output_format import OutputGrammar, output_grammar
 from gllm_ray.serving.token_ids import check_token_ids
 
 _DEFAULT_COMPLETION_TOKENS = 16
+# Of a response; each takes some 400 bytes while it is spelled.
+_MAX_PROMPT_LOGPROBS = 2**18
 # More than any vocabulary has, and few enough for a message to carry.
 _MAX_TOP_K = 2**31 - 1
 # The increment of splitmix64: no seed that a client counts up to meets another seed's outputs.
@@ -60,7 +62,9 @@ class RequestBuilder:
         max_tokens = self._max_tokens(
             len(prompt), body.answer_limit, default=self.max_model_len, param="messages"
         )
-        return self._requests(body, wanted, name, 0, prompt, max_tokens)
+        requests = self._requests(body, wanted, name, 0, prompt, max_tokens)
+        _refuse_endless_logprobs(body, requests)
+        return requests
 
     async def from_completion(self, body: CompletionRequest, name: str) -> list[GenerationRequest]:
         """A request for each output of each prompt, those of a prompt side by side.
@@ -80,6 +84,7 @@ class RequestBuilder:
                 len(prompt), body.max_tokens, default=_DEFAULT_COMPLETION_TOKENS, param="prompt"
             )
             requests += self._requests(body, wanted, name, len(requests), prompt, max_tokens)
+        _refuse_endless_logprobs(body, requests)
         return requests
 
     async def chat_prompt(self, conversation: Conversation) -> list[int]:
@@ -254,6 +259,22 @@ def _refuse_more_than(max_tokens: int, min_tokens: int) -> None:
             f"min_tokens={min_tokens} is more than max_tokens={max_tokens}; lower it, or raise "
             "max_tokens",
             param="min_tokens",
+        )
+
+
+def _refuse_endless_logprobs(body: GenerationParams, requests: Sequence[GenerationRequest]) -> None:
+    """Bound what a response may have to tell of its prompts, which each output repeats."""
+    if body.num_prompt_logprobs is None:
+        return
+    num_tokens = sum(len(request.prompt_token_ids) for request in requests)
+    num_told = num_tokens * (1 + body.num_prompt_logprobs)
+    if num_told > _MAX_PROMPT_LOGPROBS:
+        raise InvalidRequestError(
+            f"you asked for {num_told} log probabilities of prompts ({num_tokens} tokens, those of "
+            f"each output counted, times 1 + {body.num_prompt_logprobs}); the limit is "
+            f"{_MAX_PROMPT_LOGPROBS}, so send fewer or shorter prompts at once, or ask for fewer "
+            "of the likeliest tokens",
+            param="logprobs" if body.prompt_logprobs is None else "prompt_logprobs",
         )
 
 

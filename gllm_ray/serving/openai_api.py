@@ -16,6 +16,7 @@ from gllm_ray.model.detokenizer import StopRule
 from gllm_ray.serving.api_keys import KeyCheck
 from gllm_ray.serving.errors import BodyLimit, install_error_handlers
 from gllm_ray.serving.generation_requests import RequestBuilder
+from gllm_ray.serving.long_json import dump_long
 from gllm_ray.serving.openai_protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -202,7 +203,12 @@ async def _respond(
     requests: Sequence[GenerationRequest],
 ) -> Response:
     if not body.stream:
-        return JSONResponse(await whole_response(service, body, head, requests))
+        response = await whole_response(service, body, head, requests)
+        if body.num_prompt_logprobs is None and not body.return_token_ids:
+            return JSONResponse(response)
+        # In a thread, because what is told of a long prompt takes long.
+        text = await asyncio.to_thread(dump_long, response)
+        return Response(text, media_type="application/json")
     options = body.stream_options or StreamOptions()
     writer = ChunkWriter(
         head,

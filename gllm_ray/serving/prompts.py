@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from gllm_ray.errors import PipelineError
 from gllm_ray.messages import FinishReason, GenerationRequest, TokenLogprobs
 from gllm_ray.model.prompt_logprobs import read_prompt_logprobs
 from gllm_ray.model.tokenizer import Tokenizer
@@ -36,7 +37,17 @@ def with_echo(
         _Echo(prompt, request.prompt_token_ids, body, tokenizer)
         for prompt, request in zip(body.prompt, requests[::n], strict=True)
     ]
-    return [echoes[index // n].begin(output) for index, output in enumerate(outputs)]
+    return [
+        echoes[index // n].begin(output, is_told=index % n == 0)
+        for index, output in enumerate(outputs)
+    ]
+
+
+class _Spelled(NamedTuple):
+    """A prompt, and how likely the model found its tokens, where that is asked for."""
+
+    text: str
+    scored: tuple[ScoredToken, ...]
 
 
 class _Echo:
@@ -56,55 +67,74 @@ class _Echo:
         body: CompletionRequest,
         tokenizer: Tokenizer,
     ) -> None:
-        self._text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+        self._prompt = prompt
         self._token_ids = token_ids
         self._num_likely = body.logprobs
         self._is_all = body.max_tokens == 0
         self._tokenizer = tokenizer
-        # The first output is told, for all of them.
-        self._scored: asyncio.Future[tuple[ScoredToken, ...]]
-        self._scored = asyncio.get_running_loop().create_future()
+        # The first output makes it, for all of them.
+        self._spelled: asyncio.Future[_Spelled]
+        self._spelled = asyncio.get_running_loop().create_future()
 
-    async def begin(self, output: Deltas) -> Deltas:
-        """An output of the prompt, and the prompt before it."""
-        has_begun = False
+    async def begin(self, output: Deltas, *, is_told: bool) -> Deltas:
+        """An output of the prompt, and the prompt before it.
+
+        Args:
+            output: What follows the prompt.
+            is_told: It is the prompt's first output, to which its log probabilities are told.
+
+        Raises:
+            PipelineError: They were not told.
+        """
         async with aclosing(output):
-            async for delta in output:
-                yield self._behind(delta) if has_begun else await self._before(delta)
-                has_begun = True
-
-    async def _before(self, delta: TextDelta) -> TextDelta:
-        scored: tuple[ScoredToken, ...] = ()
-        if self._num_likely is not None:
-            if delta.prompt_logprobs is not None:
+            first = await anext(output, None)
+            if first is None:
+                return
+            if is_told:
                 # In a thread, because a long prompt takes long.
-                self._scored.set_result(await asyncio.to_thread(self._score, delta.prompt_logprobs))
-            scored = await self._scored
+                spelled = await asyncio.to_thread(self._spell, first.prompt_logprobs)
+                self._spelled.set_result(spelled)
+            text, scored = await self._spelled
+            yield self._before(first, text, scored)
+            async for delta in output:
+                yield _behind(delta, text)
+
+    def _spell(self, told: bytes | None) -> _Spelled:
+        prompt = self._prompt
+        text = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+        if self._num_likely is None:
+            return _Spelled(text, ())
+        if told is None:
+            raise PipelineError("the last stage did not tell log probabilities of a prompt")
+        return _Spelled(text, self._score(told, text))
+
+    def _before(self, delta: TextDelta, text: str, scored: tuple[ScoredToken, ...]) -> TextDelta:
         if self._is_all:
             return replace(
                 delta,
-                text=self._text,
+                text=text,
                 token_ids=(),
                 finish_reason=FinishReason.LENGTH,
                 scored=scored,
                 stop_reason=None,
             )
-        behind = self._behind(delta)
-        return replace(behind, text=self._text + delta.text, scored=(*scored, *behind.scored))
+        behind = _behind(delta, text)
+        return replace(behind, text=text + delta.text, scored=(*scored, *behind.scored))
 
-    def _behind(self, delta: TextDelta) -> TextDelta:
-        """What stands behind the prompt."""
-        if not delta.scored:
-            return delta
-        shift = len(self._text)
-        scored = (token._replace(text_offset=shift + token.text_offset) for token in delta.scored)
-        return replace(delta, scored=tuple(scored))
-
-    def _score(self, told: bytes) -> tuple[ScoredToken, ...]:
+    def _score(self, told: bytes, text: str) -> tuple[ScoredToken, ...]:
         of_others = read_prompt_logprobs(told, len(self._token_ids) - 1)
         logprobs = [TokenLogprobs(each.logprob, each.top[: self._num_likely]) for each in of_others]
-        offsets = self._tokenizer.text_offsets(self._token_ids, self._text)
+        offsets = self._tokenizer.text_offsets(self._token_ids, text)
         return tuple(map(ScoredToken, self._token_ids, offsets, [None, *logprobs]))
+
+
+def _behind(delta: TextDelta, prompt: str) -> TextDelta:
+    """What stands behind the text of a prompt."""
+    if not delta.scored:
+        return delta
+    shift = len(prompt)
+    scored = (token._replace(text_offset=shift + token.text_offset) for token in delta.scored)
+    return replace(delta, scored=tuple(scored))
 
 
 def add_prompt_logprobs(

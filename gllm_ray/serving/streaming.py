@@ -20,6 +20,7 @@ from gllm_ray.serving.text_stream import TextDelta
 logger = logging.getLogger(__name__)
 
 
+_MANY_SCORED = 512
 _COMMENT: Message = {"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True}
 
 
@@ -72,7 +73,10 @@ async def sse_events(
     try:
         delta: TextDelta | None = await first
         while delta is not None:
-            if piece := writer.write(delta):
+            is_long = len(delta.scored) > _MANY_SCORED
+            # In a thread, because what is told of a long prompt takes long.
+            piece = await asyncio.to_thread(writer.write, delta) if is_long else writer.write(delta)
+            if piece:
                 yield piece
             if delta.num_tokens > 1:  # The client lags, and more may be there to be taken at once.
                 await asyncio.sleep(0)

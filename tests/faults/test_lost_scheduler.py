@@ -36,7 +36,12 @@ async def until_recovered(caplog):
 
 
 @pytest.mark.parametrize(
-    "moment", ["queued", pytest.param("prefill", marks=pytest.mark.chaos), "decode"]
+    "moment",
+    [
+        pytest.param("queued", marks=pytest.mark.short_with("refs")),
+        pytest.param("prefill", marks=pytest.mark.chaos),
+        pytest.param("decode", marks=pytest.mark.short_with("direct")),
+    ],
 )
 def test_no_token_is_lost_repeated_or_changed_when_the_scheduler_dies(
     pipeline, loop, caplog, moment
@@ -81,6 +86,7 @@ def test_no_token_is_lost_repeated_or_changed_when_the_scheduler_dies(
     assert all(part in recovered for part in ("new scheduler", "reconnect", "restart", "resume"))
 
 
+@pytest.mark.short_with("direct")
 def test_a_scheduler_that_stands_still_is_replaced_after_its_deadline(pipeline, loop, caplog):
     async def scenario():
         undisturbed = await pipeline.collect_all(make_requests())
@@ -136,6 +142,7 @@ def test_a_scheduler_that_stands_still_as_it_takes_over_is_replaced_after_its_de
     assert "new scheduler" in recovered
 
 
+@pytest.mark.short_with("refs")
 @pytest.mark.parametrize("is_stage_first", [pytest.param(True, marks=pytest.mark.chaos), False])
 def test_a_stage_and_the_scheduler_die_together(pipeline, loop, caplog, is_stage_first):
     async def scenario():

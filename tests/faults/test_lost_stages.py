@@ -210,6 +210,7 @@ def test_a_stage_that_takes_no_call_is_found_when_the_stages_are_connected(
     assert len(logged(caplog, CAUSE)) == 1
 
 
+@pytest.mark.short_with("direct")
 def test_a_stage_that_stands_still_is_replaced_after_its_deadline(
     pipeline, undisturbed, loop, caplog
 ):
@@ -230,6 +231,7 @@ def test_a_stage_that_stands_still_is_replaced_after_its_deadline(
     assert "hangs: it has not answered" in cause
 
 
+@pytest.mark.short_with("refs")
 def test_a_stage_that_is_slow_is_not_dead(pipeline, undisturbed, loop, caplog):
     async def scenario():
         before = await pipeline.pids()
@@ -245,6 +247,7 @@ def test_a_stage_that_is_slow_is_not_dead(pipeline, undisturbed, loop, caplog):
     assert not logged(caplog, CAUSE)
 
 
+@pytest.mark.short_with("refs")
 def test_a_stage_that_dies_while_nothing_runs_is_replaced_before_anybody_asks(
     pipeline, loop, caplog
 ):

@@ -16,6 +16,7 @@ _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 CONFIGS = {
     "fp8": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]},
     "fp8 per weight": {"quant_method": "fp8", "weight_block_size": None},
+    "fp8 by another name": {"quant_method": "fp8", "activation_scheme": "static"},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "float-quantized"},
     "mxfp4": {"quant_method": "mxfp4"},
 }
@@ -89,6 +90,7 @@ def _mxfp4(name: str, weight: Tensor):
 _METHODS = {
     "fp8": _fp8,
     "fp8 per weight": _fp8_per_weight,
+    "fp8 by another name": _per_row,
     "compressed-tensors": _per_row,
     "mxfp4": _mxfp4,
 }

@@ -12,7 +12,7 @@ from gllm_ray.model.tokenizer import Tokenizer
 from tests.chat_templates import QWEN, copy_demo
 from tests.fakes import LocalService
 from tests.serving.demo_api import DEMO_MODEL, MAX_MODEL_LEN, ask_demo, start_demo_pipeline
-from tests.serving.local_api import CHAT, openai_client
+from tests.serving.local_api import CHAT, local_api, openai_client
 
 MODEL = LocalService.model_name
 TEXT = "def add(a, b):\n    # naïve €, and <|end|> spelled out"
@@ -313,6 +313,28 @@ def test_a_prompt_that_is_only_scored_leaves_room_for_a_token(tokenizer, pipelin
             await client.completions.create(prompt=[5] * MAX_MODEL_LEN, **options)
 
     ask_demo(tokenizer, pipeline, scenario)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_told", "param"),
+    [
+        ({"prompt": [[5] * 100] * 120, "echo": True, "logprobs": 20}, 252_000, None),
+        ({"prompt": [[5] * 100] * 128, "echo": True, "logprobs": 20}, 268_800, "logprobs"),
+        ({"prompt": [5] * 100, "n": 128, "prompt_logprobs": 20}, 268_800, "prompt_logprobs"),
+        ({"prompt": [5] * 100, "n": 128, "prompt_logprobs": 19}, 256_000, None),
+    ],
+)
+def test_no_more_is_told_of_prompts_than_a_response_may_hold(tokenizer, options, num_told, param):
+    async def ask():
+        async with local_api(tokenizer, "one") as (_, http):
+            return await http.post("/v1/completions", json={"model": MODEL} | options, timeout=60)
+
+    response = asyncio.run(ask())
+    assert response.status_code == (200 if param is None else 400), response.text[:500]
+    if param is not None:
+        error = response.json()["error"]
+        assert error["param"] == param
+        assert f"asked for {num_told} log probabilities of prompts" in error["message"]
 
 
 def test_a_stop_string_does_not_end_an_echo_and_counts_behind_it(tokenizer):

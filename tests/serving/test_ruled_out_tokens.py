@@ -100,8 +100,12 @@ def twelve(tokenizer, pipeline):
 
 @pytest.mark.parametrize(
     "scheduler",
-    [{"num_blocks": 64}, {"num_blocks": 64, "ring": True}, {"ring": True}, {"max_decodes": 1}],
-    ids=["preempted", "preempted in the ring", "ring", "in turns"],
+    [
+        pytest.param({"num_blocks": 64, "ring": True}, id="preempted in the ring"),
+        pytest.param({"num_blocks": 64}, id="preempted", marks=pytest.mark.slow),
+        pytest.param({"ring": True}, id="ring", marks=pytest.mark.slow),
+        pytest.param({"max_decodes": 1}, id="in turns", marks=pytest.mark.slow),
+    ],
 )
 def test_outputs_do_not_depend_on_how_they_are_scheduled(tokenizer, pipeline, twelve, scheduler):
     outputs, num_preemptions = ask_demo(tokenizer, pipeline, ask_for_twelve, **scheduler)

@@ -105,6 +105,25 @@ def test_a_checkpoint_of_pickles_alone_is_refused(checkpoint_dir):
             "by compressed-tensors, pack-quantized cannot be read",
         ),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"a block is \[128\]; must be two"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "transform_config": {"config_groups": {"R1": {}}},
+            },
+            "compressed-tensors with a transform_config cannot be read",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": {
+                    "a": {"weights": {"block_structure": [128, 128]}},
+                    "b": {"weights": {"block_structure": [64, 64]}},
+                },
+            },
+            "blocks differ",
+        ),
         ({"bits": 4}, "by an unknown method cannot be read"),
         ("fp8", "by an unknown method cannot be read"),
     ],

@@ -19,6 +19,7 @@ from tests.numerics.serving import service_config
 CASES = [
     ("llama", "fp8"),
     ("llama", "fp8 per weight"),
+    ("llama", "fp8 by another name"),
     ("llama", "compressed-tensors"),
     ("qwen3_moe", "fp8"),
     ("deepseek_v3", "fp8"),
@@ -69,7 +70,8 @@ def test_a_quantized_checkpoint_has_the_weights_of_its_values(name, method, dtyp
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [case for case in CASES if case[1] != "compressed-tensors"]
+    ("name", "method"),
+    [case for case in CASES if case[1] not in ("compressed-tensors", "fp8 by another name")],
 )
 def test_transformers_reads_the_same_values(name, method, quantized):
     plain, path = quantized(name, method)
@@ -104,7 +106,7 @@ def test_the_shape_of_a_weight_is_known_before_it_is_read(method):
     stored = quantized_format(CONFIGS[method])
     tensors = {
         f"w{stored.weight_suffix}": torch.zeros(3, 16, 2, 16, dtype=torch.uint8),
-        f"w{stored.scale_suffix}": torch.ones(3, 16, 2, dtype=torch.uint8),
+        f"w{stored.scale_suffixes[0]}": torch.ones(3, 16, 2, dtype=torch.uint8),
         "other": torch.zeros(2, 3),
     }
     if method == "fp8":
@@ -135,6 +137,28 @@ def test_scales_may_be_one_for_all_or_one_for_each_row_or_column(shape):
     column = scales.float().view(6, 1) if shape == (6,) else scales.float()
     expected = weight.float() * column
     assert torch.equal(from_float8(weight, scales, None, torch.float32), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"), [((4, 1), None), ((5, 1), (4, 8)), ((7, 1), (4, 8)), ((6, 3), (4, 8))]
+)
+def test_scales_that_do_not_fit_the_blocks_are_refused(shape, block):
+    weight = torch.zeros(21, 10, dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="scales of"):
+        from_float8(weight, torch.ones(shape), block, torch.float32)
+
+
+def test_a_weight_whose_scales_do_not_fit_is_refused_by_name():
+    tensors = {"w": torch.zeros(21, 10), "w_scale_inv": torch.ones(4, 2)}
+    weights = dequantized(tensors, quantized_format(CONFIGS["fp8"]), torch.float32)
+    with pytest.raises(ConfigError, match="'w': 4 scales of 21 rows or columns, in blocks of 8"):
+        weights["w"][...]
+
+
+def test_all_groups_of_a_checkpoint_are_looked_at_for_the_size_of_a_block():
+    groups = {"a": {"weights": {"num_bits": 8}}, "b": {"weights": {"block_structure": [128, 64]}}}
+    stored = quantized_format(CONFIGS["compressed-tensors"] | {"config_groups": groups})
+    assert stored.block == (128, 64)
 
 
 @pytest.mark.parametrize("workspace", [1, 200, 2**20])

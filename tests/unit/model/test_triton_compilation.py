@@ -14,7 +14,13 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize(("capability", "max_kib"), [(89, 99), (90, 227)], ids=["L40S", "H100"])
+@pytest.mark.parametrize(
+    ("capability", "max_kib"),
+    [
+        pytest.param(89, 99, id="L40S"),
+        pytest.param(90, 227, id="H100", marks=pytest.mark.slow),
+    ],
+)
 def test_kernels_compile_and_fit_into_shared_memory(capability, max_kib, tmp_path):
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run(

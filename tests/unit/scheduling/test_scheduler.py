@@ -212,6 +212,13 @@ def test_stage_times_teach_the_cost_model_the_time_of_the_slowest_stage():
     times = (StageTime(1, 0, 0.3), StageTime(0, 1, 0.1), StageTime(1, 1, 0.05))
     scheduler.commit(replace(result, stage_times=times))
     assert learnt == [(StepLoad(0, 0, 6, 36), 0.3), (StepLoad(1, 7, 0, 0), 0.1)]
+    # What it takes to score a prompt, no load tells.
+    scheduler.add(make_request("scored", num_prompt_tokens=6, num_prompt_logprobs=0))
+    batch = scheduler.schedule()
+    assert batch.scored_chunks
+    times = tuple(StageTime(stage_id, batch.batch_id, 9.0) for stage_id in (0, 1))
+    scheduler.commit(replace(result_of(batch), stage_times=times))
+    assert len(learnt) == 2
 
 
 def test_predictions_are_learnt_from_requests_that_ended_by_themselves():
