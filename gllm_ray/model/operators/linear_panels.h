@@ -68,10 +68,15 @@ template <typename W>
 void pack_panels(const W* weight, int64_t columns, int64_t depth, W* panels) {
   const int64_t num_panels = round_up(columns, kPanel) / kPanel;
   for (int64_t panel = 0; panel < num_panels; ++panel, panels += depth * kPanel) {
-    const int64_t first = panel * kPanel, count = std::min(kPanel, columns - first);
+    const int64_t count = std::min(kPanel, columns - panel * kPanel);
+    const W* rows = weight + panel * kPanel * depth;
+    if constexpr (kIsMultiplied<W>) {
+      pack_rows<kPanelVectors>(rows, count, depth, reinterpret_cast<float*>(panels));
+      continue;
+    }
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t j = 0; j < kPanel; ++j)
-        panels[k * kPanel + j] = j < count ? weight[(first + j) * depth + k] : W{};
+        panels[k * kPanel + j] = j < count ? rows[j * depth + k] : W{};
   }
 }
 
